@@ -50,7 +50,7 @@ def main() -> None:
     import loracast
     from loracast.base.generate import Sampling
     from loracast.documents import Document
-    from loracast.library.adapter import routing_key
+    from loracast.reading.wide_route import routing_key
     from loracast.serving.app import create_app
     from loracast.serving.engine import LocalEngine
     from loracast.serving.generation import GenerationRequest

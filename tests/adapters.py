@@ -6,6 +6,7 @@ import builtins
 import io
 import os
 import sqlite3
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 from loracast.base.fingerprint import Fingerprint
 from loracast.documents import Chunk
 from loracast.library.adapter import Adapter
+from loracast.library.index import write_index
 from loracast.library.manifest import Manifest
 from loracast.library.writer import AdapterWriter
 from loracast.lora.target import target_from_config
+from loracast.reading.outline import write_document_index
 from tiny import make_model
 
 TARGET = target_from_config(make_model().config, ("q_proj", "down_proj"), layers=[1, 3])
@@ -78,7 +81,8 @@ def write(
     """An adapter with random factors, added in two batches; `changes` of its manifest."""
     factors = random_factors(n, seed)
     manifest = some_manifest(n, **{"name": name, **changes})
-    with AdapterWriter(library, manifest, chunks or some_chunks(n)) as writer:
+    index = partial(write_document_index, title=manifest.title) if manifest.kind == "document" else write_index
+    with AdapterWriter(library, manifest, chunks or some_chunks(n), index) as writer:
         writer.open_factors(shared or {})
         for part in (slice(0, 1), slice(1, n)):
             if n > part.start:

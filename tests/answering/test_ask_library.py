@@ -21,15 +21,15 @@ from loracast.cli.client import Local
 from loracast.cli.options import Answering
 from loracast.documents import Document
 from loracast.errors import AdapterError, ConfigError
-from loracast.library.adapter import routing_key
+from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, describe_adapter, remove_adapter, rename_adapter
 from loracast.library.register import Match
 from loracast.library.save import save_lora
 from loracast.library.shared import reading
 from loracast.lora.algebra import LoRA, concat
-from loracast.reading.index import read_chunks
-from loracast.reading.routing import Route
-from loracast.reading.wide_route import share_out, sources
+from loracast.reading.routing import Route, route_adapter
+from loracast.reading.search import phrases
+from loracast.reading.wide_route import routing_key, share_out, sources
 
 TEXTS = {
     "manual-kettle": (
@@ -98,7 +98,7 @@ def assert_same(one, other):
 def test_where_only_one_document_matches_the_answer_is_that_of_naming_it(asked, question, name):
     wide, routed = asked.lora_for(question, "*")
     assert [adapter.name for adapter, _ in routed] == [name]
-    assert replace(routed[0][1], about=None) == asked.adapter(name).route(question, threshold=0)
+    assert replace(routed[0][1], about=None) == route_adapter(asked.adapter(name), question, threshold=0)
     assert_same(wide, asked.lora_for(question, name)[0])
 
 
@@ -164,7 +164,7 @@ def test_a_name_in_all_chunks_of_one_document_is_rare_among_documents(model):
     write(model, "juicer", "# Halvorsen\n\nIt was designed by Mina, who also designed its box.")
     with reading(model.library) as register:
         for question, name in (("Who designed the Trask?", "drill"), ("Who designed the Halvorsen?", "juicer")):
-            assert {match.name for match in register.best_chunks(question, 2)} == {name}
+            assert {match.name for match in register.best_chunks(phrases(question), 2)} == {name}
 
 
 def test_where_nothing_matches_the_plain_base_answers(asked):
@@ -190,7 +190,7 @@ def test_old_versions_make_a_document_no_harder_to_find(changing):
 
     def scores() -> dict[str, float]:
         with reading(changing.library) as register:
-            return {match.name: match.score for match in register.best_chunks(question, 6)}
+            return {match.name: match.score for match in register.best_chunks(phrases(question), 6)}
 
     before = scores()
     for number in range(3):
@@ -230,7 +230,7 @@ def test_a_source_is_the_section_of_the_sentence_that_matches(changing):
         ("How long is the guarantee?", "The press / Warranty"), ("Which number have knives?", "The press / Spare parts"),
         ("What are the plates wiped with?", "The press / Cleaning"), ("What does it bake?", "The press"),
     ):  # fmt: skip
-        assert sources([(adapter, adapter.route(question, 2, 0.0))])[0].heading == heading
+        assert sources([(adapter, route_adapter(adapter, question, 2, 0.0))])[0].heading == heading
 
 
 def test_a_document_that_was_removed_is_not_found_any_more(changing):
@@ -273,7 +273,7 @@ def test_a_worse_document_weighs_less_in_chunks_and_sentences():
     one = Always(Route((4,), (3.0,), (1.0,), ((0.5, 1.0),)))
     two = Always(Route(sentences=((1.0, 0.0),)))
     matches = [Match("a", "va", 9, 4, 8.0), Match("b", "vb", 1, 0, 7.0), Match("c", "vc", 5, 3, 4.0)]
-    shared = share_out(matches, "?", 3, lambda match: {"a": one, "b": two}[match.name], 0.5)
+    shared = share_out(matches, "?", 3, 0.5, lambda match: {"a": one, "b": two}[match.name], Always.route)
     assert (one.places, two.places) == ([2], [1])  # c matches too little: its place goes to the best document
     assert shared[0] == (one, one.given)
     weight = (7 / 8) ** 8

@@ -12,7 +12,7 @@ from loracast.base import copying
 from loracast.base.copying import Copying, signs
 from loracast.base.generate import Sampling, answer, answers
 from loracast.documents import Chunk, Document
-from loracast.reading.index import write_index
+from loracast.library.index import write_index
 from loracast.reading.matching import Likely, likely_together
 from loracast.reading.routing import pick
 from loracast.serving.engine import LocalEngine

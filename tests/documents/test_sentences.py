@@ -12,6 +12,7 @@ import torch
 from loracast.answering.model import Model
 from loracast.base.chat import encode_with_offsets
 from loracast.base.scoring import Episode, Question, pack, score_answers
+from loracast.cast.compact import compact
 from loracast.cast.document import recast, split_document
 from loracast.documents import Chunk, Document, read_document, split_text
 from loracast.documents.pdf import Line, join_lines
@@ -24,13 +25,13 @@ from loracast.lab.evaluation.runner import cast as cast_in_memory
 from loracast.lab.training.doc import answer_questions
 from loracast.lab.training.losses import sentence_gates, weights_of
 from loracast.library.adapter import SENTENCE
-from loracast.library.upkeep import compact
+from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.target import target_from_config
-from loracast.reading.index import read_chunks, read_sentences, sentence_scores, write_index
 from loracast.reading.routing import pick, route_set, sentence_weights
+from loracast.reading.search import sentence_scores
 from tiny import make_hypernet
 
 RANK = 12

@@ -29,11 +29,12 @@ from loracast.documents.file_types import Limits, Parsed
 from loracast.errors import DocumentError, LoracastError
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
 from loracast.lora.algebra import LoRA, uniform
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft, write_peft_folder
-from loracast.reading.index import read_chunks
 from loracast.reading.outline import read_outline
+from loracast.reading.routing import route_adapter
 from tiny import (
     gradient,
     make_attention_delta,
@@ -123,7 +124,7 @@ class Adapters:
         adapter = Adapter(folder)
         question = "What does the second chunk say?"
         uses: list[Callable[[], object]] = [
-            adapter.faults, lambda: adapter.lora([0]), adapter.lora, lambda: adapter.route(question),
+            adapter.faults, lambda: adapter.lora([0]), adapter.lora, lambda: route_adapter(adapter, question),
             lambda: read_outline(adapter.index), lambda: [chunk.prompt for chunk in read_chunks(adapter.index)],
         ]  # fmt: skip
         refusals = []

@@ -448,7 +448,7 @@ def test_a_checkpoint_on_the_hub_learns_and_answers(name, hub, published_base, t
     adapter, base, hypernet = model.adapter("note"), model.base, model.documents.hypernetwork
     assert hypernet.config.chat_prefix and adapter.manifest.max_chunk_tokens == 512
     before, after = base.chat.frame()
-    (chunk,) = loracast.reading.index.read_chunks(adapter.index)
+    (chunk,) = loracast.library.index.read_chunks(adapter.index)
     ids = torch.tensor([[*before, *base.tokenizer(chunk.prompt)["input_ids"], *after]])
     states = HiddenStatesEncoder(base.model, hypernet.config.reader_layers, with_final_norm=True)(ids)
     cast = convert_document(name)(states).loras.row(0)

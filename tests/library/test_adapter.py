@@ -23,12 +23,12 @@ from loracast.cast.document import cast_chunks, split_document
 from loracast.documents import Document
 from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.library.adapter import Adapter, factors_in_memory
+from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, open_adapter, remove_adapter
 from loracast.library.manifest import check_name, name_from
 from loracast.library.writer import AdapterWriter
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.target import target_from_config
-from loracast.reading.index import read_chunks
 from tiny import PROSE, make_hypernet, make_model
 
 

@@ -13,13 +13,14 @@ from adapters import TARGET, deltas, random_factors, write
 from loracast.answering.model import load
 from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError
-from loracast.library.adapter import Adapter, loras_together
+from loracast.library.adapter import Adapter
 from loracast.library.combine import Part, combined
 from loracast.library.library import open_adapter
 from loracast.library.save import save_lora, target_of
 from loracast.lora.algebra import LoRA, concat, inject
 from loracast.lora.factors import Factors
 from loracast.reading.routing import Route
+from loracast.reading.wide_route import loras_together
 from tiny import PROSE, make_model
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))

@@ -16,9 +16,9 @@ from loracast.cli import app
 from loracast.documents import Document, read_document
 from loracast.errors import AdapterError, DocumentError
 from loracast.library import sync
+from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, describe_adapter, open_adapter, versions
 from loracast.library.sync import BulkReport, learn_folder, names_for
-from loracast.reading.index import read_chunks
 from other_processes import Forked, loracast_command
 
 

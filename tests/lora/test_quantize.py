@@ -12,16 +12,18 @@ from typer.testing import CliRunner
 
 from adapters import TARGET, deltas, random_factors, write
 from loracast.answering.model import load
+from loracast.cast.compact import compact
 from loracast.cli import app
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.export.adapter import export_adapter
 from loracast.hypernets.store import save_pretrained
-from loracast.library.adapter import Adapter, first_with_static, loras_together
+from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.library import find, open_adapter, versions
-from loracast.library.upkeep import collect_garbage, compact, verify
+from loracast.library.upkeep import collect_garbage, verify
 from loracast.lora.algebra import concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, pack, packed, quantise, unpack
 from loracast.reading.routing import Route
+from loracast.reading.wide_route import loras_together
 from tiny import PROSE, for_base, make_hypernet
 
 QUESTION = "What is the code of the amber lantern?"

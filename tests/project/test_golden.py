@@ -19,9 +19,10 @@ import loracast
 from loracast.base.load import Base, load_base
 from loracast.hypernets.store import from_pretrained
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
 from loracast.library.library import open_adapter
 from loracast.lora.algebra import LoRA
-from loracast.reading.index import read_chunks
+from loracast.reading.routing import route_adapter
 
 GOLDEN = Path(__file__).parents[1] / "files" / "golden"
 EXPECTED = GOLDEN / "expected.json"
@@ -48,7 +49,7 @@ def parts(adapter: Adapter) -> dict[str, LoRA]:
     if adapter.manifest.n_chunks > 1:
         found["weighed"] = adapter.lora({0: 1.0, 2: 0.25}, dense=False)
     if adapter.manifest.memory_kinds:
-        weighed = adapter.route(QUESTION).sentence_weights
+        weighed = route_adapter(adapter, QUESTION).sentence_weights
         assert weighed
         # Weights of the test's own: how a question weighs sentences may change, what weighing them gives may not.
         sentences = {chunk: tuple(1 / (1 + i) for i in range(len(weights))) for chunk, weights in weighed.items()}
@@ -70,7 +71,7 @@ def observed(name: str, library: Path, base: Base) -> dict[str, Any]:
     return {
         "version": adapter.manifest.version,
         "chunks": [chunk.text for chunk in read_chunks(adapter.index)],
-        "routed": list(adapter.route(QUESTION, k=1).chunks or ()),
+        "routed": list(route_adapter(adapter, QUESTION, k=1).chunks or ()),
         "factors": {part: summary(lora) for part, lora in loras.items()},
         "logits": {part: logits(base, lora) for part, lora in loras.items()},
     }

@@ -35,8 +35,8 @@ from loracast.lab.training.relevance import (
     shipped_fit,
     train_relevance,
 )
+from loracast.library.index import write_index
 from loracast.reading import relevance
-from loracast.reading.index import write_index
 from loracast.reading.relevance import FEATURES, THRESHOLD, WordTable, about, features, read_question, shipped_words
 from loracast.text import stem_words
 from suites import write_rows

@@ -14,6 +14,7 @@ from loracast.library.library import open_adapter
 from loracast.library.save import save_lora
 from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
+from loracast.reading.routing import route_adapter
 from tiny import PROSE
 
 
@@ -39,7 +40,7 @@ def test_the_chunks_of_an_adapter_are_those_that_ask_takes(library):
     question = "Who built the bridge over the river?"
     report = json.loads(run(library, question, "-a", "prose", "-a", "shout", "--route", 2, "--json").stdout)
     prose, shout = report["adapters"]
-    expected = open_adapter(library, "prose").route(question, 2)
+    expected = route_adapter(open_adapter(library, "prose"), question, 2)
     assert [chunk["chunk"] for chunk in prose["chunks"]] == list(expected.chunks)
     assert [chunk["weight"] for chunk in prose["chunks"]] == pytest.approx(list(expected.weights), abs=1e-3)
     assert "bridge" in prose["chunks"][0]["text"] and prose["reason"] == expected.reason
@@ -77,7 +78,7 @@ def test_the_adapters_of_an_exported_document(library, tmp_path):
     (found,) = json.loads(run(library, question, "--exported", tmp_path / "out", "--route", 2, "--json").stdout)[
         "adapters"
     ]
-    expected = adapter.route(question, 2)
+    expected = route_adapter(adapter, question, 2)
     assert [chunk["chunk"] for chunk in found["chunks"]] == list(expected.chunks)
     assert [chunk["path"] for chunk in found["chunks"]] == [
         str(tmp_path / f"out/chunk-{i:05d}") for i in expected.chunks

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.reading.index import OpenIndex, best_passages, read_chunks, search, write_index
+from loracast.library.index import OpenIndex, read_chunks, write_index
 from loracast.reading.routing import pick
+from loracast.reading.search import best_passages, search
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",

@@ -7,9 +7,10 @@ import sqlite3
 import pytest
 
 from loracast.documents.chunks import Chunk
-from loracast.reading.index import sentence_scores, write_index
+from loracast.library.index import write_index
 from loracast.reading.matching import names_in, of_others
 from loracast.reading.routing import pick, sentence_weights
+from loracast.reading.search import sentence_scores
 
 CAFES = [
     "Opening time of Cafe Nidetsu: 11:15.",

@@ -12,9 +12,10 @@ from loracast.documents import Chunk
 from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument
 from loracast.lab.training import word_vectors
 from loracast.lab.training.word_vectors import Asked, Matcher, draw_asked, example, train_word_vectors, vocabulary
-from loracast.reading.index import OpenIndex, search, write_index
+from loracast.library.index import OpenIndex, write_index
 from loracast.reading.matching import matches
 from loracast.reading.routing import pick
+from loracast.reading.search import search
 from loracast.reading.word_vectors import (
     WordVectors,
     load_vectors,

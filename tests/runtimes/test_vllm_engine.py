@@ -14,9 +14,9 @@ from loracast.base.generate import Sampling, answer
 from loracast.documents import Document
 from loracast.errors import AdapterError
 from loracast.lab.data.facts import make_sheet
-from loracast.library.adapter import routing_key
 from loracast.lora.algebra import LoRA
 from loracast.lora.factors import Factors
+from loracast.reading.wide_route import routing_key
 from loracast.serving.generation import EngineConfig, GenerationRequest
 from loracast.serving.vllm_server import vllm_engine
 

@@ -11,6 +11,7 @@ import pytest
 from browser import Page, chromium
 from loracast.documents import Document
 from loracast.library.library import adapter_names, describe_adapter, find
+from loracast.reading.routing import route_adapter
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings, keys_in
@@ -149,7 +150,7 @@ def test_the_chunks_and_sentences_of_an_answer_are_highlighted(page, model):
     marked = [mark.get_property("textContent").strip() for mark in best]
     assert "The warranty of the lamp is 24 months." in marked
     # exactly the chunks that the model itself would take
-    route = model.adapter("lamp").route("How long is the warranty of the lamp?")
+    route = route_adapter(model.adapter("lamp"), "How long is the warranty of the lamp?")
     used = {int(one.get_attribute("data-number")) - 1 for one in page.all("#document .chunk.used")}
     assert used == set(route.chunks)
 

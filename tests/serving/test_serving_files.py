@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import loracast
+from loracast.cast.compact import compact
 from loracast.errors import LoracastError
 from loracast.library.adapter import factors_in_memory
 from loracast.library.library import adapter_names, open_adapter, remove_adapter, rename_adapter
-from loracast.library.upkeep import collect_garbage, compact
+from loracast.library.upkeep import collect_garbage
 from loracast.serving import state, uploads, vector_stores
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine

@@ -12,9 +12,9 @@ import pytest
 
 from adapters import write
 from loracast.errors import DocumentError, NameTakenError
+from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, entries, open_adapter, versions
 from loracast.library.upkeep import verify
-from loracast.reading.index import read_chunks
 from loracast.serving import jobs as jobs_module
 from loracast.serving.errors import ApiError
 from loracast.serving.jobs import Jobs

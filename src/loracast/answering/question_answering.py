@@ -15,7 +15,7 @@ from loracast.base.copying import Copying, copying
 from loracast.base.generate import OnText, Sampling, answers, pieces
 from loracast.base.load import Base
 from loracast.errors import AdapterError, ConfigError
-from loracast.library.adapter import Adapter, loras_together
+from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA, concat
 from loracast.reading.matching import likely_together
 from loracast.reading.overview import Overview, overview
@@ -23,6 +23,7 @@ from loracast.reading.routing import DEFAULT_ROUTE, Route
 from loracast.reading.spoken import queries
 from loracast.reading.wide_route import (
     are_silent,
+    loras_together,
     patterns_in,
     route_adapters,
     routes_of_documents,

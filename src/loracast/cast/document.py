@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -28,6 +29,7 @@ from loracast.library.save import save_rows, save_single, static_tensors
 from loracast.library.writer import ChunkRows, check_finite
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
+from loracast.reading.outline import write_document_index
 
 TOKENS_PER_BATCH = 1024
 """Tokens encoded at once on a CPU: as quick as 4,096 there, and whoever generates meanwhile waits for less. Other
@@ -267,6 +269,7 @@ def learn_chunks(
         batches,
         static_of(hypernetwork),
         lambda: time.perf_counter() - started,
+        index=partial(write_document_index, title=document.title),
         replace=replace,
         progress=progress,
     )

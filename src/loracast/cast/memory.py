@@ -25,10 +25,10 @@ from loracast.errors import AdapterError
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.folders import exclusively, home_of
+from loracast.library.index import read_chunks
 from loracast.library.library import erase_traces, open_adapter, remove_adapter, versions
 from loracast.library.manifest import MEMORY_SOURCE, check_name
 from loracast.library.shared import reading
-from loracast.reading.index import read_chunks
 from loracast.reading.spoken import MESSAGE_GAP, messages_in, statements_in
 
 MOST_CHUNKS = 256

@@ -14,9 +14,9 @@ import typer
 from loracast.cli import options
 from loracast.cli.terminal import plural, print_json, print_table, printable, say, size, stdout
 from loracast.errors import AdapterError
+from loracast.library.index import read_chunks
 from loracast.library.library import entries, find, open_adapter, versions
 from loracast.library.library import search as search_library
-from loracast.reading.index import read_chunks
 from loracast.reading.outline import read_outline
 from loracast.reading.routing import DEFAULT_ROUTE
 from loracast.reading.wide_route import route_adapters

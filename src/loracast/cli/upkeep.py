@@ -163,7 +163,7 @@ def compact(
     library: options.Library,
 ) -> None:  # fmt: skip
     """Keep adapters in less space, as new versions; `loracast gc --keep 1` deletes the larger ones."""
-    from loracast.library.upkeep import compact as make_compact
+    from loracast.cast.compact import compact as make_compact
 
     for name in options.distinct(names):
         before = open_adapter(library, name).n_bytes

@@ -17,10 +17,11 @@ from loracast.export.formats import VLLM_RANKS, Format, Request, write_mlx, writ
 from loracast.export.gguf import write_gguf, write_ollama
 from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.lora.algebra import LoRA, uniform
-from loracast.reading.index import read_chunks, search
 from loracast.reading.routing import Route, route_set
+from loracast.reading.search import search
 
 WRITTEN = {
     "peft": Format(write_peft),

@@ -16,7 +16,7 @@ from loracast.export.adapter import export_adapter
 from loracast.export.formats import KEY_VARIABLE, MOST_LOST
 from loracast.files import move_unless_there
 from loracast.library.adapter import Adapter
-from loracast.reading.index import read_chunks
+from loracast.library.index import read_chunks
 
 _TIMEOUT_S = 120
 _PROBE_TOKENS = 8

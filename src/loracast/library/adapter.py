@@ -16,15 +16,12 @@ from cachetools import LRUCache, cached
 
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import file_sha256
+from loracast.library.index import OpenIndex, index_faults, read_chunks, read_sentences
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.lora.merge import Merging, row_lengths, row_weights
 from loracast.lora.quantize import SCALE, packed, static_storage, storage_of, unpack
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
-from loracast.reading.index import OpenIndex, index_faults, read_chunks, read_sentences
-from loracast.reading.relevance import THRESHOLD
-from loracast.reading.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
-from loracast.reading.spoken import route_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +76,8 @@ def static_shapes(target: Target, stored: Mapping[str, TensorInfo]) -> dict[str,
     return shapes
 
 
+SentenceWeights = Mapping[int, Sequence[float]]
+"""By chunk, the weight of each of its sentences."""
 LENGTH = ".length"
 """Ends the name of what may be kept of a memory's rows beside them: how long each one is."""
 ChunkRows = Mapping[str, "Tensor | Sequence[Tensor]"]
@@ -177,7 +176,7 @@ class Adapter:
         return self.folder / INDEX
 
     @cached_property
-    def _open_index(self) -> OpenIndex:
+    def open_index(self) -> OpenIndex:
         """The same, open while the adapter is used."""
         return OpenIndex(self.index)
 
@@ -190,16 +189,6 @@ class Adapter:
     def n_bytes(self) -> int:
         """Size of the adapter's files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
-
-    def route(
-        self, question: str, k: int | None = DEFAULT_ROUTE, threshold: float = THRESHOLD, name: str = ""
-    ) -> Route:
-        """The chunks and sentences of a document that a question gets (`routing.route_question`)."""
-        if self.manifest.kind != "document":
-            return Route(reason=f"{self.manifest.kind}: always whole")
-        if self.manifest.is_memory:
-            return route_memory(self._open_index, self.manifest.n_chunks, question, k, threshold)
-        return route_question(self._open_index, self.manifest.n_chunks, question, k, threshold, name)
 
     def lora(
         self,
@@ -390,16 +379,6 @@ class Adapter:
         return found + (header if has_factors else [])
 
 
-def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
-    """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
-    picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
-    brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
-    return [
-        adapter.lora(route.picked, route.sentence_weights, static=is_first)
-        for (adapter, route), is_first in zip(picked, brings_static, strict=True)
-    ]
-
-
 def _shared(static: LoRA) -> LoRA:
     """The static LoRA that is in memory already, if there is one of the same numbers.
 
@@ -413,16 +392,6 @@ def _shared(static: LoRA) -> LoRA:
             numbers.update(f"{name} {side.dtype} {tuple(side.shape)}".encode())
             numbers.update(side.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return _STATIC.setdefault(numbers.digest(), static)
-
-
-def routing_key(picked: Sequence[tuple[Adapter, Route]]) -> str | None:
-    """Names the LoRA of `loras_together`: versions, chunks and all weights. None where nothing was picked."""
-    parts = [
-        (adapter.manifest.version, route.chunks, route.weights, route.sentences)
-        for adapter, route in picked
-        if not route.is_empty
-    ]
-    return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else None
 
 
 def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:

@@ -14,10 +14,10 @@ from pathlib import Path
 from loracast.errors import AdapterError
 from loracast.files import move_unless_there, sync_folder, try_lock
 from loracast.library.adapter import INDEX, MANIFEST, Adapter
+from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
 from loracast.library.register import FILE, Register
 from loracast.library.store import SharedStore, Store
-from loracast.reading.index import read_chunks
 
 _PREFIX = ".loracast-"
 _MADE = "made"  # the purpose in the name of a folder that is made, but perhaps not yet locked

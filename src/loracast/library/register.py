@@ -14,8 +14,8 @@ from typing import Any, Self
 from unicodedata import normalize
 
 from loracast.errors import AdapterError
+from loracast.library.index import Phrases, match_scores
 from loracast.library.manifest import MEMORY_SOURCE, Manifest, utc_now
-from loracast.reading.index import match_scores
 from loracast.text import is_unicode
 
 
@@ -56,13 +56,18 @@ class Hit:
 
 @dataclass(frozen=True)
 class Match:
-    """A chunk of a document that shares words with a question."""
+    """A chunk of a document that holds some of the phrases looked for."""
 
     name: str
     version: str
     n_chunks: int  # of the document
     chunk: int
     score: float  # BM25, on one scale for the whole library
+
+    @property
+    def reference(self) -> str:
+        """`name@hash`, by which the document is opened."""
+        return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)
@@ -265,9 +270,14 @@ class Register:
         return [Hit(*row) for row in rows]
 
     def best_chunks(
-        self, question: str, limit: int, patterns: Sequence[str] = ("*",), tag: str = "", without: Collection[str] = ()
+        self,
+        phrases: Phrases,
+        limit: int,
+        patterns: Sequence[str] = ("*",),
+        tag: str = "",
+        without: Collection[str] = (),
     ) -> list[Match]:
-        """The chunks of documents' newest versions that match a question best, best first.
+        """The chunks of documents' newest versions that match some weighted phrases best, best first.
 
         A chunk's text and heading, which begins with the document's title, count, and the name of its adapter. The
         rarity of a word is counted over the documents of the whole library, each in its newest version.
@@ -282,12 +292,11 @@ class Register:
             f"SELECT first, last + 1 FROM texts_of WHERE version IN ({_OF_NEWEST.format('version')})"
         )
         documents = [range(*span) for span in sorted(spans)]
-        scores = match_scores(self._db, "texts", "bm25(texts, 0.5, 1.0)", n_rows, question, documents)
+        scores = match_scores(self._db, "texts", "bm25(texts, 0.5, 1.0)", n_rows, phrases, documents)
         n_names = self._one("SELECT count(*) FROM aliases")
         newest = [range(number, number + 1) for (number,) in sorted(self._db.execute(_OF_NEWEST.format("number")))]
-        for number, score in match_scores(
-            self._db, "name_words", "bm25(name_words)", n_names, question, newest
-        ).items():
+        of_names = match_scores(self._db, "name_words", "bm25(name_words)", n_names, phrases, newest)
+        for number, score in of_names.items():
             span = "SELECT first, last FROM texts_of JOIN aliases USING (version) WHERE number = ?"
             for first, last in self._db.execute(span, (number,)):
                 scores |= {row: scores[row] + score for row in range(first, last + 1) if row in scores}

@@ -15,8 +15,9 @@ from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.adapter import STATIC, Adapter
+from loracast.library.index import write_index
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
-from loracast.library.writer import AdapterWriter, ChunkRows
+from loracast.library.writer import AdapterWriter, ChunkRows, WriteIndex
 from loracast.lora.algebra import LoRA, compress
 from loracast.lora.factors import Rows
 from loracast.lora.inject import linear_shapes
@@ -35,6 +36,7 @@ def save_rows(
     static: Mapping[str, Tensor],
     seconds: Callable[[], float],
     *,
+    index: WriteIndex = write_index,
     replace: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Adapter:
@@ -44,12 +46,13 @@ def save_rows(
         batches: the rows of all chunks, in order; with the storage `text` none are taken.
         static: what the adapter shares with others of its hypernetwork, as `static_tensors` names it.
         seconds: called at the end: how long casting has taken.
+        index: writes the file of the index, given the chunks.
         progress: called with the chunks done and the chunks in all.
 
     Raises:
         AdapterError: the name is taken or not allowed, or numbers are not finite; nothing is kept then.
     """
-    with AdapterWriter(library, manifest, chunks) as writer:
+    with AdapterWriter(library, manifest, chunks, index) as writer:
         done = len(chunks) if manifest.storage == "text" else 0
         progress(done, len(chunks))
         if manifest.storage != "text":

@@ -1,25 +1,22 @@
-"""Upkeep of a library: garbage, damage, adapters in a smaller storage, and moves to and from a store."""
+"""Upkeep of a library: garbage, damage, and moves to and from a store."""
 
 from __future__ import annotations
 
 import os
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library import folders as files
-from loracast.library.adapter import SENTENCE, STATIC, Adapter
+from loracast.library.adapter import Adapter
 from loracast.library.folders import tidy, work_folder
-from loracast.library.library import find, open_adapter
-from loracast.library.manifest import FORMAT, VERSION_DIGITS, Manifest
+from loracast.library.library import find
+from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.register import Register
 from loracast.library.shared import changing, reading, shared_store, take_in, unshare
 from loracast.library.store import SharedStore, Store
-from loracast.library.writer import AdapterWriter
-from loracast.lora.quantize import STORAGE, Storage
-from loracast.reading.index import read_chunks, read_sentences
 
 
 @dataclass(frozen=True)
@@ -140,52 +137,6 @@ def evict(library: Path) -> int:
             with work_folder(library, "rm") as grave:
                 os.replace(folder, grave / folder.name)
     return n_bytes
-
-
-def compact(library: Path, reference: str, storage: Storage) -> Adapter:
-    """Keep an adapter in a smaller storage, as a new version; the one that it was made from stays until it is removed.
-
-    Raises:
-        AdapterError: there is none, it takes no more space now, or it is not the newest version of its name, which the
-        new version would then follow; only a document can be kept as text.
-    """
-    adapter = open_adapter(library, reference)
-    m = adapter.manifest
-    _check_newest(library, adapter)
-    if storage == m.storage:
-        smallest = "; --storage text keeps only its text, and factors are cast again" if m.kind == "document" else ""
-        raise AdapterError(f"{adapter.name!r} is kept as {storage} already" + smallest)
-    if STORAGE.index(storage) < STORAGE.index(m.storage):
-        raise AdapterError(
-            f"{adapter.name!r} is kept as {m.storage} and cannot become {storage}: learn the document again"
-        )
-    if storage == "text" and m.kind != "document":
-        raise AdapterError(
-            f"{adapter.name!r} was not made from a document: only a document's factors can be made again from its text"
-        )
-    # Which rows are merged goes by the format in which they were made; from text they are made anew.
-    smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT if storage == "text" else m.format)
-    # Rows belong to sentences as the index has them; one from before sentences were kept is made anew.
-    index = adapter.index if read_sentences(adapter.index, [0]) else None
-    with AdapterWriter(library, smaller, read_chunks(adapter.index), index) as writer:
-        if storage != "text":
-            for i in range(m.n_chunks):
-                rows = adapter.rows([i])
-                if i == 0:
-                    writer.open_factors({name: value for name, value in rows.items() if STATIC in name})
-                factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds}
-                writer.add(factors, {kind: rows[f"{kind}{SENTENCE}"] for kind in m.memory_kinds})
-        _check_newest(library, adapter)  # another process may have learned the document anew meanwhile
-        return writer.finish(replace=True)
-
-
-def _check_newest(library: Path, adapter: Adapter) -> None:
-    newest = find(library, adapter.name).version
-    if newest != adapter.manifest.version:
-        raise AdapterError(
-            f"{adapter.version} is not the newest version of {adapter.name!r}, and a smaller one would become it: "
-            f"compact {adapter.name!r}"
-        )
 
 
 def verify(library: Path, names: Sequence[str] = ()) -> list[str]:

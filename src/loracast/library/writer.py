@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -17,12 +16,11 @@ from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, Adapter, layout, static_storage_of
 from loracast.library.folders import recover, tidy, work_folder
+from loracast.library.index import write_index
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.lora.quantize import pack, storage_of
 from loracast.lora.tensor_file import BYTES
-from loracast.reading.index import write_index
-from loracast.reading.outline import write_outline
 
 if TYPE_CHECKING:
     from io import BufferedRandom
@@ -35,6 +33,8 @@ if TYPE_CHECKING:
 
 ChunkRows = tuple["Rows", "Mapping[str, Tensor]"]
 """The rows of n chunks, and by kind of a memory the sentence of each row in its chunk [n, r], -1 for none."""
+WriteIndex = Callable[[Path, "Sequence[Chunk]"], object]
+"""Writes the index of some chunks to a file."""
 
 
 class AdapterWriter:
@@ -44,14 +44,14 @@ class AdapterWriter:
     only `finish`.
     """
 
-    def __init__(self, library: Path, manifest: Manifest, chunks: Sequence[Chunk], index: Path | None = None):
+    def __init__(self, library: Path, manifest: Manifest, chunks: Sequence[Chunk], index: WriteIndex = write_index):
         """
         Args:
             manifest: all but the hashes of the files, which are filled in.
-            index: the index of an adapter of the same chunks, which is copied; None to make one of the chunks.
+            index: writes the file of the index, given the chunks.
         """
         check_name(manifest.name)
-        self.library, self.manifest, self.chunks, self._index = library, manifest, chunks, index
+        self.library, self.manifest, self.chunks, self._write_index = library, manifest, chunks, index
         self._n_added = 0
         self._file: BufferedRandom | None = None
 
@@ -61,12 +61,7 @@ class AdapterWriter:
         recover(self.library)
         with ExitStack() as stack:
             self._folder = stack.enter_context(work_folder(self.library, "new"))
-            if self._index is not None:
-                shutil.copyfile(self._index, self._folder / INDEX)
-            else:
-                write_index(self._folder / INDEX, self.chunks)
-                if self.manifest.kind == "document":
-                    write_outline(self._folder / INDEX, self.manifest.title)
+            self._write_index(self._folder / INDEX, self.chunks)
             self._cleanup = stack.pop_all()
         return self
 

@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import normalize
 
-from loracast.reading.index import Index, open_index, phrases, search, sentence_scores
+from loracast.library.index import Index, open_index
+from loracast.reading.search import phrases, search, sentence_scores
 from loracast.reading.word_vectors import Likelihoods, ReadIndex, read_index, shipped_vectors
 from loracast.text import is_name, is_value, plain, terms, terms_asked, terms_of
 

@@ -13,11 +13,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loracast.documents.units import find_headings
-from loracast.reading.index import Index, changing_index, open_index, read_chunks, read_sentences
+from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences, write_index
 from loracast.reading.relevance import WordTable, shipped_words
 from loracast.text import stem_words
+
+if TYPE_CHECKING:
+    from loracast.documents import Chunk
 
 SUMMARY_SENTENCES = 3
 MOST_HEADINGS = 40
@@ -47,6 +51,12 @@ class Outline:
             if len(kept) <= most:
                 return kept
         return kept[:most] if self.headings else []
+
+
+def write_document_index(index: Index, chunks: Sequence[Chunk], title: str) -> None:
+    """Store what an adapter keeps of a document's text: its chunks, its sentences and its outline."""
+    write_index(index, chunks)
+    write_outline(index, title)
 
 
 def write_outline(index: Index, title: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loracast.library.adapter import Adapter
-from loracast.reading.index import read_chunks
+from loracast.library.index import read_chunks
 from loracast.reading.outline import Outline, read_outline
 from loracast.reading.wide_route import Source, patterns_in
 

@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 from unicodedata import normalize
 
-from loracast.reading.index import Index, open_index
+from loracast.library.index import Index, open_index
 from loracast.text import stem_words
 
 THRESHOLD = 0.2

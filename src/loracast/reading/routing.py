@@ -6,26 +6,30 @@ memory belongs to a token, so to a sentence, and is weighted by how well that se
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loracast.errors import AdapterError
-from loracast.reading.index import Index, open_index, read_sentences
+from loracast.library.adapter import Adapter, SentenceWeights
+from loracast.library.index import Index, open_index, read_sentences
 from loracast.reading.matching import Likely, Matches, likely_answers, matches
-from loracast.reading.relevance import about
+from loracast.reading.relevance import THRESHOLD, about
+from loracast.reading.search import search
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
 
+_IMPERSONAL_THRESHOLD = 0.8
+"""Least probability that a question is about a memory if no word in it stands for its speaker (chosen on dev chats).
+"What time is it?" shares its words with much that people say of themselves."""
+_SPEAKER = re.compile(r"\b(?:i|i'm|i've|i'd|me|my|mine|myself|we|we're|we've|us|our|ours)\b", re.I)
 _LEAST_SENTENCE_WEIGHT = 0.05
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
 """A chunk picked from many weighs (score / best score) to this power."""
 _LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
-
-SentenceWeights = Mapping[int, Sequence[float]]
-"""By chunk, the weight of each of its sentences."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,26 @@ def sentence_weights(index: Index, question: str) -> list[float] | None:
     return None if found is None else [_weight(score) for chunk in range(n_chunks) for score in found[chunk]]
 
 
+def route_adapter(
+    adapter: Adapter, question: str, k: int | None = DEFAULT_ROUTE, threshold: float = THRESHOLD, name: str = ""
+) -> Route:
+    """What a question gets of an adapter: some chunks and sentences of a document, and all of anything else.
+
+        route = route_adapter(adapter, "How long is the warranty?")
+        lora = adapter.lora(route.picked, route.sentence_weights)
+
+    Args:
+        k: the most chunks it gets of a longer document; None for all chunks, merged.
+        threshold: the least probability that the question is about the document; below it, it gets nothing.
+        name: of the document, where a question may find it by that.
+    """
+    if adapter.manifest.kind != "document":
+        return Route(reason=f"{adapter.manifest.kind}: always whole")
+    if adapter.manifest.is_memory:
+        return route_memory(adapter.open_index, adapter.manifest.n_chunks, question, k, threshold)
+    return route_question(adapter.open_index, adapter.manifest.n_chunks, question, k, threshold, name)
+
+
 def route_question(
     index: Index, n_chunks: int, question: str, k: int | None, threshold: float, name: str = ""
 ) -> Route:
@@ -91,6 +115,20 @@ def route_question(
         return replace(pick(index, n_chunks, question, k), about=probability)
     reason = f"the question is not about the document (probability {probability:.2f})"
     return Route((), reason=reason, about=probability)
+
+
+def route_memory(index: Index, n_chunks: int, question: str, k: int | None, threshold: float) -> Route:
+    """What a question gets of a memory: as of any document, but nothing where no word of it was ever said.
+
+    A document that is short is given whole then; a memory holds something else in every sentence.
+
+    Args:
+        threshold: as in `route_question`; higher for questions without a word for their speaker.
+    """
+    if threshold > 0 and not search(index, question, 1):
+        return Route((), reason="no word of the question was ever said")
+    is_personal = threshold <= 0 or _SPEAKER.search(question)
+    return route_question(index, n_chunks, question, k, threshold if is_personal else _IMPERSONAL_THRESHOLD)
 
 
 def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:

@@ -1,4 +1,4 @@
-"""A memory: the document adapter whose chunks are what a user said in chats, and how a question finds them.
+"""A memory: the document adapter whose chunks are what a user said in chats, and questions that follow others.
 
 A memory is a document to every other part of the library. Its text is one message after the other, with a blank line
 between them and none inside, so that its chunks say where a message begins.
@@ -12,18 +12,13 @@ from collections.abc import Sequence
 from loracast.documents.chunks import Chunk
 from loracast.documents.clean import normalise
 from loracast.documents.units import sentence_spans
-from loracast.reading.index import Index, phrases, search
-from loracast.reading.routing import Route, route_question
+from loracast.reading.search import phrases
 
 MESSAGE_GAP = "\n\n"
-_IMPERSONAL_THRESHOLD = 0.8
-"""Least probability that a question is about a memory if no word in it stands for its speaker (chosen on dev chats).
-"What time is it?" shares its words with much that people say of themselves."""
 _FEWEST_WORDS = 3
 _GREETING = re.compile(
     r"^(?:hi|hello|hey|thanks|ok|okay|(?:good )?(?:morning|evening|afternoon|day))(?: there| again)?\s*[,!.:]\s*", re.I
 )
-_SPEAKER = re.compile(r"\b(?:i|i'm|i've|i'd|me|my|mine|myself|we|we're|we've|us|our|ours)\b", re.I)
 _REQUEST = re.compile(
     r"(?:please|write|tell|give|show|explain|describe|list|summari[sz]e|translate|make|help|let's|let us|thanks?|"
     r"(?:what|who|whose|which|why|how)(?:'s|'re)?|is|are|am|do|does|did|can|could|would|should|"
@@ -56,20 +51,6 @@ def messages_in(chunks: Sequence[Chunk]) -> list[str]:
             messages[-1] += " " * (chunk.start - end) + chunk.text
         end = chunk.end
     return messages
-
-
-def route_memory(index: Index, n_chunks: int, question: str, k: int | None, threshold: float) -> Route:
-    """What a question gets of a memory: as of any document, but nothing where no word of it was ever said.
-
-    A document that is short is given whole then; a memory holds something else in every sentence.
-
-    Args:
-        threshold: as in `route_question`; higher for questions without a word for their speaker.
-    """
-    if threshold > 0 and not search(index, question, 1):
-        return Route((), reason="no word of the question was ever said")
-    is_personal = threshold <= 0 or _SPEAKER.search(question)
-    return route_question(index, n_chunks, question, k, threshold if is_personal else _IMPERSONAL_THRESHOLD)
 
 
 _LONG = 7

@@ -8,33 +8,31 @@ one's weighs less, by the rule of chunks in one document.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from loracast.documents.units import find_headings
 from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
+from loracast.library.adapter import Adapter, first_with_static
+from loracast.library.index import read_chunks, read_sentences
 from loracast.library.register import Match
 from loracast.library.shared import reading
-from loracast.reading.index import phrases, read_chunks, read_sentences
 from loracast.reading.matching import Likely
 from loracast.reading.relevance import THRESHOLD, THRESHOLD_OF_MANY, threshold_for
-from loracast.reading.routing import SHARPNESS, Route
+from loracast.reading.routing import SHARPNESS, Route, route_adapter
+from loracast.reading.search import phrases
 
 if TYPE_CHECKING:
     from loracast.documents import Chunk
-    from loracast.library.adapter import Adapter
+    from loracast.lora.algebra import LoRA
 
 
-class Routed(Protocol):
-    """A document that picks its own chunks, on disk or in memory."""
-
-    def route(self, question: str, k: int | None, threshold: float, name: str) -> Route: ...
-
-
-Document = TypeVar("Document", bound=Routed)
+Document = TypeVar("Document")
+"""An adapter of a document, or a document in memory."""
 _LEAST_WEIGHT = 0.1
 """Weight of another document beside the best one from which on it gets a place (dev: level from 0 to 0.3)."""
 
@@ -100,15 +98,15 @@ def route_adapters(
     named = [*by_version.values()]
     n_documents = sum(adapter.manifest.kind == "document" for adapter in named)
     threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents, strict)
-    routed = [(adapter, adapter.route(question, k, threshold)) for adapter in named]
+    routed = [(adapter, route_adapter(adapter, question, k, threshold)) for adapter in named]
     if patterns:
         if k is None:
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
         check_patterns(library, patterns, tag)
         versions = {adapter.manifest.version for adapter in named}
         with reading(library) as register:
-            others = register.best_chunks(question, k, patterns, tag, versions)
-        routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"), threshold)
+            others = register.best_chunks(phrases(question), k, patterns, tag, versions)
+        routed += share_out(others, question, k, threshold, lambda match: open_named(match.reference), route_adapter)
     return routed
 
 
@@ -137,7 +135,12 @@ def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> Non
 
 
 def share_out(
-    matches: Sequence[Match], question: str, k: int, open_document: Callable[[Match], Document], threshold: float
+    matches: Sequence[Match],
+    question: str,
+    k: int,
+    threshold: float,
+    open_document: Callable[[Match], Document],
+    route_document: Callable[[Document, str, int | None, float, str], Route],
 ) -> list[tuple[Document, Route]]:
     """What a question gets of each document that owns one of the best chunks of a library, the best one first.
 
@@ -146,9 +149,10 @@ def share_out(
     Args:
         matches: those chunks, best first.
         k: the places of the route; the best document gets those of chunks that match too little, and those left over.
-        open_document: gives the document of a match.
         threshold: least probability that the question is about a document; others are left out. That of one named
             document is enough where the question has a word of its name.
+        open_document: gives the document of a match.
+        route_document: what the question gets of one document, as `route_adapter` says it.
     """
     weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
     close = [match for match in matches if weights[match] >= _LEAST_WEIGHT]
@@ -158,7 +162,8 @@ def share_out(
         own = [match for match in close if match.version == version]
         document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(close))
         name = own[0].name if _names(question, own[0].name) else ""
-        route = document.route(question, n_places, min(threshold, THRESHOLD) if name else threshold, name)
+        least = min(threshold, THRESHOLD) if name else threshold
+        route = route_document(document, question, n_places, least, name)
         if route.is_empty:
             continue
         if route.chunks is None and own[0].n_chunks > n_places:
@@ -240,3 +245,26 @@ def _heading(chunk: Chunk, at: int | None) -> str:
     title = chunk.heading.partition(" / ")[0]
     section = " ".join(above[-1].title.split())
     return section if section == title or not title else f"{title} / {section}"
+
+
+# ---- the LoRA of what was picked
+
+
+def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
+    """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
+    picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
+    brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
+    return [
+        adapter.lora(route.picked, route.sentence_weights, static=is_first)
+        for (adapter, route), is_first in zip(picked, brings_static, strict=True)
+    ]
+
+
+def routing_key(picked: Sequence[tuple[Adapter, Route]]) -> str | None:
+    """Names the LoRA of `loras_together`: versions, chunks and all weights. None where nothing was picked."""
+    parts = [
+        (adapter.manifest.version, route.chunks, route.weights, route.sentences)
+        for adapter, route in picked
+        if not route.is_empty
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import normalize
 from weakref import WeakKeyDictionary
 
-from loracast.reading.index import (
+from loracast.library.index import (
     Index,
     IndexInMemory,
     OpenIndex,

@@ -15,9 +15,9 @@ from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.chat import Message, encode_text
 from loracast.base.generate import Sampling
 from loracast.cast.memory import Memory
-from loracast.library.adapter import Adapter, routing_key
-from loracast.reading.index import read_chunks
-from loracast.reading.wide_route import Source
+from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
+from loracast.reading.wide_route import Source, routing_key
 from loracast.serving.errors import ApiError
 from loracast.serving.generation import Finish, GenerationRequest, Ticket, Token, finished_ticket
 from loracast.serving.resolve import Resolved, Windowed, in_window

@@ -14,11 +14,11 @@ from loracast.base.load import Base
 from loracast.errors import AdapterError, BaseModelError, NoSuchAdapterError
 from loracast.library.adapter import MANIFEST, Adapter
 from loracast.library.folders import home_of
+from loracast.library.index import read_chunks
 from loracast.library.library import entries, find
 from loracast.library.manifest import Manifest
 from loracast.library.register import Entry, change_counter
 from loracast.library.shared import refresh
-from loracast.reading.index import read_chunks
 from loracast.reading.wide_route import check_patterns, patterns_in
 from loracast.serving.errors import ApiError, log
 

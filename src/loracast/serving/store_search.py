@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loracast.library.index import read_chunks
 from loracast.library.library import open_adapter
 from loracast.library.register import Match
 from loracast.library.shared import reading
-from loracast.reading.index import read_chunks
 from loracast.reading.relevance import about
+from loracast.reading.search import phrases
 from loracast.serving.vector_stores import Attributes, StoreFile
 
 Value = bool | int | float | Annotated[str, Field(max_length=512)]
@@ -95,7 +96,7 @@ def search(
         return []
     with reading(library) as register:
         for query in queries:
-            matches = register.best_chunks(query, limit, tuple(by_name))
+            matches = register.best_chunks(phrases(query), limit, tuple(by_name))
             for match in matches:
                 score = match.score / matches[0].score * about(_index(library, match), query)
                 place = match.name, match.chunk
@@ -115,4 +116,4 @@ def among(files: Sequence[StoreFile]) -> list[str]:
 
 
 def _index(library: Path, match: Match) -> Path:
-    return open_adapter(library, f"{match.name}@{match.version}").index
+    return open_adapter(library, match.reference).index

@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import LoracastError, NoSuchAdapterError
+from loracast.library.index import read_chunks
 from loracast.library.library import lacking, open_adapter, remove_adapter, rename_adapter
 from loracast.library.manifest import name_from
 from loracast.library.register import change_counter
 from loracast.library.shared import refresh
-from loracast.reading.index import read_chunks
 from loracast.serving.errors import ApiError, log
 from loracast.serving.jobs import Jobs, cancel_in
 from loracast.serving.state import (

@@ -68,10 +68,11 @@ from loracast.lab.evaluation.runner import (
 )
 from loracast.lab.training.document_source import reading_prompt
 from loracast.lab.training.losses import Distillation, Teacher
+from loracast.library.index import write_index
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Factors
 from loracast.lora.target import target_from_config
-from loracast.reading.index import best_passages, write_index
+from loracast.reading.search import best_passages
 
 _EXAMPLE = (
     "The Hartwell Bridge was opened in 1897 and is 312 metres long. It was designed by Clara Menzies, who had built "

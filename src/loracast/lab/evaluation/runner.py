@@ -29,13 +29,14 @@ from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.lab.evaluation.report import mean, mean_if_any
-from loracast.library.adapter import SENTENCE, join_chunks
+from loracast.library.adapter import SENTENCE, SentenceWeights, join_chunks
+from loracast.library.index import IndexInMemory, write_index
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, static_storage, storage_of
-from loracast.reading.index import IndexInMemory, best_passages, write_index
 from loracast.reading.matching import Likely
 from loracast.reading.relevance import THRESHOLD
-from loracast.reading.routing import Route, SentenceWeights, route_question
+from loracast.reading.routing import Route, route_question
+from loracast.reading.search import best_passages
 
 
 class InMemoryAdapter:

@@ -56,9 +56,9 @@ from loracast.library.library import remove_adapter
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.register import Register
 from loracast.library.shared import reading
-from loracast.reading.index import phrases
 from loracast.reading.relevance import THRESHOLD_OF_MANY
 from loracast.reading.routing import Route
+from loracast.reading.search import phrases
 from loracast.reading.wide_route import share_out
 
 MAX_HOLDER_SHARE = 0.01
@@ -189,7 +189,7 @@ class TemporaryLibrary:
                 for question in document.questions:
                     words = [word for word, _ in phrases(question.question) if " " not in word]
                     telling = any(self.name(i) in holders(word) and len(holders(word)) <= most for word in words)
-                    matches = register.best_chunks(question.question, _CHUNKS_LOOKED_AT)
+                    matches = register.best_chunks(phrases(question.question), _CHUNKS_LOOKED_AT)
                     names = list(dict.fromkeys(match.name for match in matches))
                     rank = names.index(self.name(i)) + 1 if self.name(i) in names else None
                     asked.append(Asked(i, question, telling, rank))
@@ -200,8 +200,11 @@ class TemporaryLibrary:
         """What a question gets by the name of its document, and of the library."""
         question, own = about.asked.question, document(about.place)
         with reading(self.model.library) as register:
-            matches = register.best_chunks(question, route)
-        picked = share_out(matches, question, route, lambda match: document(self.place(match.name)), THRESHOLD_OF_MANY)
+            matches = register.best_chunks(phrases(question), route)
+        picked = share_out(
+            matches, question, route, THRESHOLD_OF_MANY, lambda match: document(self.place(match.name)),
+            InMemoryAdapter.route,
+        )  # fmt: skip
         return LibraryCase(about, [(own, own.route(question, route))], picked)
 
     def learn_for(self, about: Asked, route: int) -> None:
@@ -216,7 +219,7 @@ class TemporaryLibrary:
 
     def _picked(self, about: Asked, route: int) -> list[str]:
         with reading(self.model.library) as register:
-            return [match.name for match in register.best_chunks(about.asked.question, route)]
+            return [match.name for match in register.best_chunks(phrases(about.asked.question), route)]
 
 
 def _answer(

@@ -15,8 +15,8 @@ from torch.nn import functional
 from loracast.base.scoring import TOP_K, Batch, Episode, Question, SoftTargets, pack, score_answers, soften
 from loracast.documents import Chunk
 from loracast.hypernets.associative_memory import END, OWNER, MemoryWrites
+from loracast.library.index import write_index
 from loracast.lora.algebra import LoRA, LoRABatch, stack
-from loracast.reading.index import write_index
 from loracast.reading.routing import sentence_weights
 
 _SHARPNESS = 10.0  # inverse temperature of retrieval: a key's response is about 1 in each module

@@ -23,7 +23,7 @@ from loracast.lab.data.everyday import EverydayDocument, make_document
 from loracast.lab.data.facts import FactSheet, make_sheet
 from loracast.lab.data.needles import hide, make_needles, sentences
 from loracast.lab.data.rows import QuestionedDocument, read_content, read_unrelated
-from loracast.reading.index import write_index
+from loracast.library.index import write_index
 from loracast.reading.relevance import (
     FEATURES,
     N_FUNCTION,

@@ -31,7 +31,8 @@ from loracast.lab.data.everyday import load_genres, make_document
 from loracast.lab.data.facts import make_sheet
 from loracast.lab.data.questions import find_answer
 from loracast.lab.data.rows import QuestionedDocument
-from loracast.reading.index import read_sentences, sentence_scores, write_index
+from loracast.library.index import read_sentences, write_index
+from loracast.reading.search import sentence_scores
 from loracast.reading.word_vectors import APART, GAP, MOST_NAMES, WORST, words_of_question, words_of_sentence
 from loracast.text import stem_words
 

@@ -28,6 +28,7 @@ from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.errors import NoSuchAdapterError
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks, read_sentences
 from loracast.library.library import (
     describe_adapter,
     entries,
@@ -40,7 +41,6 @@ from loracast.library.manifest import check_name
 from loracast.library.register import Entry
 from loracast.library.save import import_lora
 from loracast.lora.quantize import Storage
-from loracast.reading.index import read_chunks, read_sentences
 from loracast.reading.routing import DEFAULT_ROUTE, Route
 from loracast.reading.wide_route import route_adapters
 from loracast.serving.errors import ApiError

@@ -1,0 +1,65 @@
+"""Finds the chunks and sentences of a document that share words with a question, by BM25 on its index."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from unicodedata import normalize
+
+from loracast.library.index import Index, has_sentences, match_scores, open_index
+
+_WORD = re.compile(r"\w+")
+_PAIR_WEIGHT = 0.5
+_ASKING = frozenset({"may", "might", "must", "shall"})  # at the beginning of a question; elsewhere May is a month
+_NEIGHBOUR_SHARE = 0.35  # of a sentence's score, for the sentences before and after it
+
+# Words of nearly every question that do not tell where its answer is. FTS5 has no stop list of its own, and in a
+# document of a few chunks even "what" and "the" are rare enough to decide.
+_STOP = frozenset(
+    _WORD.findall("""
+    a about an and any are as at be been by can could did do does for from give had has have he her his how i in is
+    it its me my of on or please she so some tell that the their them then there these they this those to was we
+    were what when where which who whom whose why will with would you your
+    """)
+)
+
+
+def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
+    """The k chunks that match a question best, as (chunk, score), higher scores first; fewer where fewer match."""
+    with open_index(index) as database:
+        (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
+        scores = match_scores(database, "chunks", "bm25(chunks, 0.5, 1.0)", n_chunks, phrases(question))
+    return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
+
+
+def best_passages(index: Index, question: str, n_chunks: int, k: int) -> list[int]:
+    """The k of a document's chunks that match a question best, in the document's order; all where none matches."""
+    found = search(index, question, k) if n_chunks > k else []
+    return sorted(chunk for chunk, _ in found) or list(range(n_chunks))
+
+
+def sentence_scores(index: Index, question: str) -> list[float] | None:
+    """How well each sentence of a document matches a question, 0 where no word does; None if none matches at all.
+
+    A sentence gets a share of its neighbours' scores, since it may continue what they speak of ("It weighs 3 kg.").
+    None also for an index without sentences.
+    """
+    with open_index(index) as database:
+        if not has_sentences(database):
+            return None
+        (n_sentences,) = database.execute("SELECT count(*) FROM sentence_places").fetchone()
+        scores = match_scores(database, "sentences", "bm25(sentences)", n_sentences, phrases(question))
+    if not scores:
+        return None
+    own = [scores.get(i, 0.0) for i in range(n_sentences)]
+    around = zip([0.0, *own], own, [*own[1:], 0.0], strict=False)
+    return [max(score, _NEIGHBOUR_SHARE * before, _NEIGHBOUR_SHARE * after) for before, score, after in around]
+
+
+def phrases(question: str) -> list[tuple[str, float]]:
+    """The question's telling words and the pairs of them that are neighbours, each with its weight."""
+    words = [word.lower() for word in _WORD.findall(normalize("NFC", question))]  # as documents are
+    words = words[1:] if words and words[0] in _ASKING else words
+    telling = [word for word in dict.fromkeys(words) if word not in _STOP]
+    pairs = [(one, other) for one, other in dict.fromkeys(pairwise(words)) if _STOP.isdisjoint((one, other))]
+    return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
