@@ -47,9 +47,9 @@ def distances(library: Path, other: Path, name: str) -> tuple[float, float]:
     import torch
     from safetensors.torch import load_file
 
-    from loracast.library.library import open_adapter
+    from loracast.library.library import Library
 
-    pair = [open_adapter(folder, name) for folder in (library, other)]
+    pair = [Library(folder).open(name) for folder in (library, other)]
     stored, reference = (load_file(adapter.folder / "factors.safetensors") for adapter in pair)
     by_tensor = max(
         float(torch.dist(stored[key].float(), value.float()) / value.float().norm())

@@ -53,7 +53,7 @@ from loracast.hypernets.encoders import load_text_encoder
 from loracast.hypernets.store import save_pretrained
 from loracast.library import folders as workfolders
 from loracast.library import register
-from loracast.library.library import adapter_names, open_adapter, versions
+from loracast.library.library import Library
 from loracast.library.upkeep import verify
 from loracast.lora.algebra import uniform
 from loracast.lora.peft_format import write_peft_folder
@@ -206,7 +206,7 @@ class Rounds:
             for id, name in taken.items():
                 job = eventually(lambda id=id: self._ended(client, id))
                 if job["status"] != "completed" or job["version"] not in [
-                    e.version for e in versions(self.library, name)
+                    e.version for e in Library(self.library).versions(name)
                 ]:
                     problems.append(f"what it had taken for {name} is {job['status']}: {job['error']}")
         os.kill(server, signal.SIGTERM)
@@ -260,7 +260,7 @@ class Rounds:
 
     def state(self) -> dict[str, str]:
         """The newest version of every name."""
-        return {name: open_adapter(self.library, name).manifest.version for name in adapter_names(self.library)}
+        return {name: Library(self.library).open(name).manifest.version for name in Library(self.library).names()}
 
     def round(self, fault: str, longest_s: float) -> str:
         """One command with one fault; the command's name."""
@@ -285,7 +285,7 @@ class Rounds:
 
     def _judge(self, what: str, before: dict[str, str], changed: set[str], problems: list[str]) -> None:
         """Note what is wrong with the library after a round, besides these problems, and mend it."""
-        problems += [one for one in verify(self.library) if "belongs to no name" not in one]
+        problems += [one for one in verify(Library(self.library)) if "belongs to no name" not in one]
         after = self.state()
         problems += [
             f"{name} was changed"
@@ -293,7 +293,7 @@ class Rounds:
             if before.get(name) != after.get(name)
         ]
         for name in after:
-            adapter = open_adapter(self.library, name)
+            adapter = Library(self.library).open(name)
             if adapter.manifest.storage != "text":
                 adapter.lora()
         self.broken += [f"{what}: {problem}" for problem in problems]

@@ -33,6 +33,7 @@ from load_report import Answer, Run, plot, summary, table
 from loracast.files import bases_dir, encoders_dir
 from loracast.lab.data.needles import make_needles
 from loracast.library import register
+from loracast.library.library import Library
 from loracast.library.upkeep import verify
 
 MIB = 2**20
@@ -379,7 +380,7 @@ def main(words: list[str] | None = None) -> None:
             run = asyncio.run(Load(server, given).go(home / "library"))
             if (code := server.stop()) != 0:
                 run.broken.append(f"the server ended with {code}")
-            run.broken += verify(home / "library")
+            run.broken += verify(Library(home / "library"))
         finally:
             server.kill()
             print(log_path.read_text(encoding="utf-8")[-2000:], file=sys.stderr)

@@ -16,6 +16,7 @@ from loracast.base.fingerprint import Fingerprint
 from loracast.documents import Chunk
 from loracast.library.adapter import Adapter
 from loracast.library.index import write_index
+from loracast.library.library import Library
 from loracast.library.manifest import Manifest
 from loracast.library.writer import AdapterWriter
 from loracast.lora.target import target_from_config
@@ -68,7 +69,7 @@ def some_manifest(n: int, **changes) -> Manifest:
 
 
 def write(
-    library: Path,
+    library: Library | Path,
     n: int = 3,
     *,
     seed: int = 0,
@@ -82,7 +83,7 @@ def write(
     factors = random_factors(n, seed)
     manifest = some_manifest(n, **{"name": name, **changes})
     index = partial(write_document_index, title=manifest.title) if manifest.kind == "document" else write_index
-    with AdapterWriter(library, manifest, chunks or some_chunks(n), index) as writer:
+    with AdapterWriter(Library.of(library), manifest, chunks or some_chunks(n), index) as writer:
         writer.open_factors(shared or {})
         for part in (slice(0, 1), slice(1, n)):
             if n > part.start:

@@ -15,7 +15,6 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from loracast.documents import Document
-from loracast.library.library import describe_adapter
 from loracast.library.save import save_lora
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
@@ -77,7 +76,7 @@ def fill(model) -> None:
     """Learn two documents, tag one of them, and keep a task."""
     for name, text in TEXTS.items():
         model.learn(Document.from_text(text, title=name.title()), name, max_chunk_tokens=24)
-    describe_adapter(model.library, "museum", tags=["town"])
+    model.library.describe("museum", tags=["town"])
     lora = model.adapter("museum").lora()
     save_lora(lora, model.library, "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
 

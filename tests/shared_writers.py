@@ -17,8 +17,7 @@ import torch
 
 from adapters import write
 from loracast.errors import NameTakenError, NoSuchAdapterError
-from loracast.library.library import describe_adapter, find, open_adapter, remove_adapter, rename_adapter, versions
-from loracast.library.shared import share
+from loracast.library.library import Library
 from loracast.library.upkeep import verify
 
 NAMES = ("doc", "lamp", "pump")
@@ -36,7 +35,7 @@ def run(url: str, folder: Path, n_writes: int, seed: int, seconds: float = 300.0
     machines = [folder / f"machine-{number}" for number in range(_N_MACHINES)]
     logs = [folder / f"log-{number}" for number in range(_N_MACHINES)]
     for library, log in zip(machines, logs, strict=True):
-        share(library, url)
+        Library(library).register.share(url)
         log.touch()
     context, lives = multiprocessing.get_context("fork"), {}
     running, latest = set(range(_N_MACHINES)), time.monotonic() + seconds
@@ -61,7 +60,7 @@ def run(url: str, folder: Path, n_writes: int, seed: int, seconds: float = 300.0
                     broken += ["a machine ended with an error"] if process.exitcode > 0 else []
         time.sleep(0.01)
     done = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    broken += [problem for library in machines for problem in verify(library)]
+    broken += [problem for library in machines for problem in verify(Library(library))]
     broken += _judge(url, folder / "fresh", done)
     kinds = dict(Counter(kind for kind, *_ in done))
     return {"seed": seed, "writes": len(done), "kills": n_kills, "kinds": kinds, "broken": broken}
@@ -85,11 +84,11 @@ def _change_names(library: Path, log: Path, number: int, n_writes: int, seed: fl
                 said = made.manifest.version
             elif kind == "tag":
                 said = f"t-{number}-{i}"
-                describe_adapter(library, name, tags=(said,))
+                Library(library).describe(name, tags=(said,))
             elif kind == "rename":
-                rename_adapter(library, name, other)
+                Library(library).rename(name, other)
             else:
-                remove_adapter(library, name)
+                Library(library).remove(name)
         except (NoSuchAdapterError, NameTakenError):
             kind = "refused"
         with open(log, "a") as file:
@@ -98,8 +97,8 @@ def _change_names(library: Path, log: Path, number: int, n_writes: int, seed: fl
 
 def _judge(url: str, fresh: Path, done: list[list[str]]) -> list[str]:
     """What was lost, by the files at the store and by a machine that joins now."""
-    share(fresh, url)
-    problems = verify(fresh)
+    Library(fresh).register.share(url)
+    problems = verify(Library(fresh))
     fs, root = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
     states: dict[str, list[dict]] = {}
@@ -119,9 +118,9 @@ def _judge(url: str, fresh: Path, done: list[list[str]]) -> list[str]:
             problems.append(f"{said[:12]} was added to {name} and is lost")
         if kind == "tag" and all(said not in state["tags"] for state in states[name]):
             problems.append(f"{name} was given the tag {said}, which is lost")
-        if name.startswith("own") and kind == "add" and said not in {e.version for e in versions(fresh, name)}:
+        if name.startswith("own") and kind == "add" and said not in {e.version for e in Library(fresh).versions(name)}:
             problems.append(f"{name} lost {said[:12]}")
-        if name.startswith("own") and kind == "tag" and said not in find(fresh, name).tags:
+        if name.startswith("own") and kind == "tag" and said not in Library(fresh).find(name).tags:
             problems.append(f"{name} lost {said}")
     ended = Counter(name for kind, name, _ in done if kind in ("rename", "delete"))
     for name, n_times in ended.items():
@@ -129,5 +128,5 @@ def _judge(url: str, fresh: Path, done: list[list[str]]) -> list[str]:
             problems.append(f"{name} was renamed or deleted and came back")
     alive = {name for name, found in states.items() if found[-1]["versions"]}
     for name in sorted(alive):
-        problems += open_adapter(fresh, name).faults()
+        problems += Library(fresh).open(name).faults()
     return problems

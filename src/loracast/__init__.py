@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loracast.documents import Document, read_document
     from loracast.hypernets.protocol import Hypernetwork
     from loracast.library.adapter import Adapter
+    from loracast.library.library import Library
     from loracast.lora.algebra import LoRA
 
 __version__ = "0.2.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Adapter",
     "Document",
     "Hypernetwork",
+    "Library",
     "LoRA",
     "LoracastError",
     "Model",
@@ -36,6 +38,7 @@ _HOMES = {
     "Adapter": "loracast.library.adapter",
     "Document": "loracast.documents",
     "Hypernetwork": "loracast.hypernets.protocol",
+    "Library": "loracast.library.library",
     "LoRA": "loracast.lora.algebra",
     "Model": "loracast.answering.model",
     "Sampling": "loracast.base.generate",

@@ -104,7 +104,7 @@ def test_a_base_whose_parts_are_on_disk_is_refused(tiny_folder):
 
 def test_cast_gives_what_learn_keeps_and_keeps_nothing(model, note, tmp_path):
     lora = model.cast(note)
-    assert not model.library.exists()
+    assert not model.library.folder.exists()
     kept = model.learn(note, storage="bf16")
     assert kept.name == "lantern" and kept.manifest.title == "Lantern"
     for name in kept.lora().names:

@@ -22,10 +22,9 @@ from loracast.cli.options import Answering
 from loracast.documents import Document
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.index import read_chunks
-from loracast.library.library import adapter_names, describe_adapter, remove_adapter, rename_adapter
+from loracast.library.library import Library
 from loracast.library.register import Match
 from loracast.library.save import save_lora
-from loracast.library.shared import reading
 from loracast.lora.algebra import LoRA, concat
 from loracast.reading.routing import Route, route_adapter
 from loracast.reading.search import phrases
@@ -50,14 +49,16 @@ def make_library(base: Path, hypernetwork: Path, folder: Path):
     model.base.model.generation_config.eos_token_id = [2, *range(20, 600, 20)]  # or random answers seldom end
     for name, text in TEXTS.items():
         write(model, name, text)
-    describe_adapter(folder, "museum", tags=["town"])
+    Library(folder).describe("museum", tags=["town"])
     lora = model.adapter("museum").lora()
-    save_lora(lora, folder, "shout", kind="task", title="Shout of the museum.", made_for=model.base.fingerprint)
+    save_lora(
+        lora, Library(folder), "shout", kind="task", title="Shout of the museum.", made_for=model.base.fingerprint
+    )
     return model
 
 
 def write(model, name, text, **options):
-    (path := model.library.parent / f"{name}.md").write_text(text)
+    (path := model.library.folder.parent / f"{name}.md").write_text(text)
     return model.learn(path, name, max_chunk_tokens=40, **options)
 
 
@@ -150,7 +151,7 @@ def test_names_and_titles_count(changing):
         write(changing, name, text + name.title()[:1])  # another letter, so that the two are not one adapter
     assert next(iter(found(changing, "When is the hinge of the Quillmere oiled?"))) == "door-quillmere"
     assert next(iter(found(changing, "When is the hinge of the Trask oiled?"))) == "door-trask"
-    rename_adapter(changing.library, "door-trask", "gate-osla")
+    changing.library.rename("door-trask", "gate-osla")
     assert next(iter(found(changing, "When is the hinge of the Osla oiled?"))) == "gate-osla"
     assert found(changing, "What did the Osla's president say about Brazil?") == {}  # a name alone is not enough
     ((name, route),) = found(changing, "Osla?", always=True).items()
@@ -162,7 +163,7 @@ def test_a_name_in_all_chunks_of_one_document_is_rare_among_documents(model):
     parts = (f"## Part {i}\n\nThe Trask has a part with the number {i}. Every spring it is oiled." for i in range(8))
     write(model, "drill", "# Trask\n\nThe Trask was designed by Osla.\n\n" + "\n\n".join(parts))
     write(model, "juicer", "# Halvorsen\n\nIt was designed by Mina, who also designed its box.")
-    with reading(model.library) as register:
+    with model.library.register.reading() as register:
         for question, name in (("Who designed the Trask?", "drill"), ("Who designed the Halvorsen?", "juicer")):
             assert {match.name for match in register.best_chunks(phrases(question), 2)} == {name}
 
@@ -189,7 +190,7 @@ def test_old_versions_make_a_document_no_harder_to_find(changing):
     question = "How many months is the warranty of the kettle?"
 
     def scores() -> dict[str, float]:
-        with reading(changing.library) as register:
+        with changing.library.register.reading() as register:
             return {match.name: match.score for match in register.best_chunks(phrases(question), 6)}
 
     before = scores()
@@ -201,18 +202,18 @@ def test_old_versions_make_a_document_no_harder_to_find(changing):
 
 
 def test_learning_a_damaged_document_again_says_how_it_is_mended(changing):
-    path, folder = changing.library.parent / "museum.md", changing.adapter("museum").folder
+    path, folder = changing.library.folder.parent / "museum.md", changing.adapter("museum").folder
     for break_it in (lambda: (folder / "factors.safetensors").write_bytes(b"\0" * 99), lambda: shutil.rmtree(folder)):
         break_it()
         with pytest.raises(AdapterError, match=r"files are damaged: .*delete it \(`loracast rm`\), and learn"):
             changing.learn(path, "museum", max_chunk_tokens=40, replace=True)
-    remove_adapter(changing.library, "museum")
+    changing.library.remove("museum")
     again = changing.learn(path, "museum", max_chunk_tokens=40)
     assert not again.problems() and changing.answer("When does the museum open?", "museum").sources
 
 
 def test_two_names_of_one_document_count_once(changing):
-    changing.learn(changing.library.parent / "manual-kettle.md", "manual-kettle-2", max_chunk_tokens=40)
+    changing.learn(changing.library.folder.parent / "manual-kettle.md", "manual-kettle-2", max_chunk_tokens=40)
     question = "How long is the warranty of the kettle?"
     both, routed = changing.lora_for(question, ["manual-kettle", "manual-kettle-2"])
     assert [adapter.name for adapter, _ in routed] == ["manual-kettle"]
@@ -235,10 +236,10 @@ def test_a_source_is_the_section_of_the_sentence_that_matches(changing):
 
 def test_a_document_that_was_removed_is_not_found_any_more(changing):
     assert found(changing, "When does the museum open?").keys() == {"museum"}
-    remove_adapter(changing.library, "museum")
+    changing.library.remove("museum")
     assert found(changing, "When does the museum open?") == {}
-    assert adapter_names(changing.library) == ["manual-kettle", "manual-lamp", "shout"]
-    with sqlite3.connect(changing.library / "register.sqlite") as database:
+    assert changing.library.names() == ["manual-kettle", "manual-lamp", "shout"]
+    with sqlite3.connect(changing.library.folder / "register.sqlite") as database:
         words = database.execute("SELECT name FROM name_words ORDER BY name").fetchall()
     assert words == [("manual-kettle",), ("manual-lamp",), ("shout",)]
     database.close()

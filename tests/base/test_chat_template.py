@@ -10,7 +10,7 @@ from loracast.base.load import load_base
 from loracast.cli import app
 from loracast.errors import BaseModelError, ConfigError
 from loracast.files import library_dir
-from loracast.library.library import open_adapter
+from loracast.library.library import Library
 from tiny import CHAT_TEMPLATE, make_hypernet, make_model, make_tokenizer
 
 
@@ -33,7 +33,7 @@ def test_a_chat_template_goes_along_with_what_was_made_with_it(tmp_path, home):
     assert CliRunner().invoke(app, learned).exit_code == 0
     result = CliRunner().invoke(app, ["ask", "When?", "-a", "note", "--always", "--max-tokens", "3"])
     assert result.exit_code == 0, result.output
-    assert open_adapter(library_dir(), "note").manifest.made_for.chat_template
+    assert Library(library_dir()).open("note").manifest.made_for.chat_template
     (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{{ eos_token }}{% endfor %}")
     own = load_base(tmp_path / "base", device="cpu", chat_template=tmp_path / "own.jinja")
     assert own.tokenizer.decode(own.chat.prompt("Hi")) == "<Hi><|im_end|>"

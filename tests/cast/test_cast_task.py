@@ -20,7 +20,7 @@ from loracast.hypernets.encoders import BaseTextEncoder
 from loracast.hypernets.store import save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.library.adapter import FACTORS
-from loracast.library.library import adapter_names
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
 from tiny import for_base, make_sentence_encoder, make_task_hypernet
@@ -44,7 +44,7 @@ def task_hypernetwork(base, tmp_path_factory):
 
 @pytest.fixture
 def caster(task_hypernetwork, tmp_path) -> TaskCaster:
-    return TaskCaster(load_caster(task_hypernetwork, "task"), tmp_path / "library")
+    return TaskCaster(load_caster(task_hypernetwork, "task"), Library(tmp_path / "library"))
 
 
 def close(one: LoRA, other: LoRA) -> bool:
@@ -139,7 +139,7 @@ def test_what_is_refused_leaves_nothing(caster):
             caster.tasks(descriptions, names)
     with pytest.raises(AdapterError, match="cannot name an adapter"):
         caster.tasks([KNOWN[1], KNOWN[2]], ["good", "Bad Name"], replace=True)
-    assert adapter_names(caster.library) == ["taken"]
+    assert caster.library.names() == ["taken"]
     assert caster.task(KNOWN[1], "taken", replace=True).manifest.title == KNOWN[1]
     assert caster.task(KNOWN[1], "taken").version == caster.task(KNOWN[1], "taken").version  # the same again
     with pytest.raises(AdapterError, match="already"):

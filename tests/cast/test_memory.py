@@ -19,7 +19,6 @@ from loracast.cast.memory import Memory
 from loracast.cli import app
 from loracast.documents import Document
 from loracast.errors import AdapterError
-from loracast.library.library import adapter_names, rename_adapter, versions
 from loracast.reading.routing import pick
 from loracast.reading.spoken import statements_in
 
@@ -86,10 +85,10 @@ def test_a_message_of_several_chunks_is_one_message(memory):
 
 
 def test_what_says_nothing_new_makes_no_version(memory, model):
-    n_versions = len(versions(model.library, "me"))
+    n_versions = len(model.library.versions("me"))
     assert memory.remember("What is my dog called?") is None
     assert memory.remember(SAID[0]) is None
-    assert len(versions(model.library, "me")) == n_versions == 3
+    assert len(model.library.versions("me")) == n_versions == 3
 
 
 def test_the_oldest_messages_and_versions_go(model, monkeypatch):
@@ -99,35 +98,34 @@ def test_the_oldest_messages_and_versions_go(model, monkeypatch):
     for i in range(5):
         memory.remember(f"My friend number {i} is tall.")
     assert memory.messages() == [f"My friend number {i} is tall." for i in (2, 3, 4)]
-    assert len(versions(model.library, "me")) == 2
-    assert b"friend number 0" not in _bytes(model.library / "objects")
+    assert len(model.library.versions("me")) == 2
+    assert b"friend number 0" not in _bytes(model.library.folder / "objects")
 
 
 def test_what_is_forgotten_is_in_no_file(memory, model):
-    assert b"Bella" in _bytes(model.library)
+    assert b"Bella" in _bytes(model.library.folder)
     forgotten = memory.forget(1)
     assert (forgotten.message, forgotten.n_removed, forgotten.still_in) == (SAID[0], 3, ())
     assert memory.messages() == SAID[1:]
-    assert len(versions(model.library, "me")) == 1
-    assert not any(word in _bytes(model.library).lower() for word in (b"bella", b"hate"))
-    assert b"Ingrid" in _bytes(model.library)
+    assert len(model.library.versions("me")) == 1
+    assert not any(word in _bytes(model.library.folder).lower() for word in (b"bella", b"hate"))
+    assert b"Ingrid" in _bytes(model.library.folder)
 
 
 def test_older_versions_without_the_message_stay(memory, model):
-    older = [entry.version for entry in versions(model.library, "me")][1:]
+    older = [entry.version for entry in model.library.versions("me")][1:]
     assert memory.forget(3).n_removed == 1
-    assert [entry.version for entry in versions(model.library, "me")] == older
+    assert [entry.version for entry in model.library.versions("me")] == older
     with pytest.raises(AdapterError, match="has 2 messages, and none is number 3"):
         memory.forget(3)
 
 
 def test_a_version_that_has_another_name_is_told_of(memory, model):
-    from loracast.library.library import give_name
 
-    [newest, *_] = versions(model.library, "me")
-    give_name(model.library, "backup", newest.version, replace=False)
+    [newest, *_] = model.library.versions("me")
+    model.library.give_name("backup", newest.version, replace=False)
     assert memory.forget(2).still_in == (newest.version,)
-    assert b"flower" in _bytes(model.library)
+    assert b"flower" in _bytes(model.library.folder)
 
 
 def test_a_memory_without_messages_is_gone(memory, model):
@@ -149,7 +147,7 @@ def test_a_document_is_no_memory(model):
 
 
 def test_a_memory_can_be_renamed(memory, model):
-    rename_adapter(model.library, "me", "myself")
+    model.library.rename("me", "myself")
     assert model.memory("myself").messages() == SAID and model.memory("me").messages() == []
 
 
@@ -265,7 +263,7 @@ def test_chat_answers_with_what_earlier_chats_have_kept(chat, memory):
 def test_chat_remembers_nothing_unless_it_is_told_to(chat, model):
     _, said = chat(SAID[0], "/memory", "/forget 1", options=())
     assert said.count("error: this chat keeps no memory; begin it with --remember NAME") == 2
-    assert adapter_names(model.library) == []
+    assert model.library.names() == []
 
 
 def test_chat_says_what_it_could_not_remember(chat, monkeypatch):
@@ -302,9 +300,9 @@ def test_a_style_is_cast_once_and_goes_along(ask, model):
     first = ask("--style", "Shout it.")
     assert set(first["adapters"]) == {"kettle", "shout-it"} and model.adapter("shout-it").manifest.title == "Shout it."
     assert model.adapter("shout-it").manifest.strength == 0.5
-    created = model.adapter("shout-it").manifest.created, versions(model.library, "shout-it")
+    created = model.adapter("shout-it").manifest.created, model.library.versions("shout-it")
     assert ask("--style", "Shout it.")["answer"] == first["answer"]
-    assert (model.adapter("shout-it").manifest.created, versions(model.library, "shout-it")) == created
+    assert (model.adapter("shout-it").manifest.created, model.library.versions("shout-it")) == created
     assert first["answer"] == model.ask(HELD, ["kettle", "shout-it"], sampling=Sampling(8))
 
 
@@ -320,7 +318,7 @@ def test_a_style_for_another_base_is_left_alone(ask, model, tiny_folder):
     for _ in range(2):
         (name,) = ask("--style", "Shout it.")["adapters"].keys() - {"kettle"}
         assert name.startswith("shout-it-") and model.adapter(name).manifest.title == "Shout it."
-    assert [one.version for one in versions(model.library, "shout-it")] == [other.manifest.version]
+    assert [one.version for one in model.library.versions("shout-it")] == [other.manifest.version]
     where = ("--library", model.library, "--base", tiny_folder, "--device", "cpu", "--max-tokens", "2", "--local")
     given = [str(one) for one in ("ask", HELD, "--style", "Shout it.", "--json", *where)]
     assert json.loads(CliRunner().invoke(app, given).stdout)["adapters"].keys() == {name}

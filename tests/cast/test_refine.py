@@ -24,6 +24,7 @@ from loracast.hypernets.store import save_pretrained
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
 from loracast.lab.evaluation.tasks import TaskSetup, draw
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, inject
 from loracast.lora.factors import Factors
 from tiny import for_base, make_attention_delta
@@ -41,7 +42,7 @@ def caster(base, tmp_path) -> TaskCaster:
         part.b.data.mul_(0.05)
     hypernet.up.data.mul_(0.05)
     save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
-    return TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
+    return TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
 
 
 def answer_loss(base, lora: LoRA, word: str) -> float:

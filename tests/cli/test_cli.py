@@ -28,7 +28,7 @@ from commands import every_command
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import BaseModelError
-from loracast.library.library import adapter_names, open_adapter
+from loracast.library.library import Library
 from other_processes import Forked, interruptible
 
 
@@ -349,7 +349,7 @@ def test_learn_tells_what_it_made(run, learning, manual, library):
     assert result.stdout.startswith("learned lanterns (Part 0)\n") and "-a lanterns" in result.stdout
     assert re.search(r"^[\d,]+ tokens in \d+ chunks, rank 2 in down_proj, .* kB, .* s$", result.stdout, re.MULTILINE)
     assert result.stderr == ""
-    assert adapter_names(library) == ["lanterns"]
+    assert Library(library).names() == ["lanterns"]
 
 
 def test_learn_from_standard_input_as_json(run, learning, library):
@@ -357,12 +357,12 @@ def test_learn_from_standard_input_as_json(run, learning, library):
     report = only_json(result)
     assert report["name"] == "piped" and report["n_chunks"] > 1 and report["ranks"] == {"down_proj": 2}
     assert report["learn_s"] <= report["total_s"]
-    assert Path(report["folder"]) == open_adapter(library, "piped").folder
+    assert Path(report["folder"]) == Library(library).open("piped").folder
 
 
 def test_a_name_that_is_taken_is_refused_before_a_model_is_loaded(run, learning, lanterns, manual, monkeypatch):
     assert run("learn", manual, "--replace", *learning).exit_code == 0
-    before = open_adapter(lanterns, "lanterns").version
+    before = Library(lanterns).open("lanterns").version
     assert run("learn", manual, *learning).exit_code == 0  # the same again
     with manual.open("a") as file:
         file.write("One more lantern.\n")
@@ -370,9 +370,9 @@ def test_a_name_that_is_taken_is_refused_before_a_model_is_loaded(run, learning,
         patch.setattr("loracast.answering.model.load", lambda *ignored, **also: pytest.fail("loaded for nothing"))
         result = run("learn", manual, *learning)
     assert result.exit_code == 1 and "--replace" in result.stderr
-    assert open_adapter(lanterns, "lanterns").version == before
+    assert Library(lanterns).open("lanterns").version == before
     assert run("learn", manual, "--replace", *learning).exit_code == 0
-    assert open_adapter(lanterns, "lanterns").version != before
+    assert Library(lanterns).open("lanterns").version != before
 
 
 def test_what_torchao_s_import_logs_is_not_shown(run, monkeypatch):
@@ -398,7 +398,7 @@ def test_document_warnings_go_to_standard_error(run, learning, manual, monkeypat
 
 
 def test_another_quantisation_is_a_warning_on_standard_error(run, tiny, lanterns):
-    path = open_adapter(lanterns, "lanterns").folder / "adapter.json"
+    path = Library(lanterns).open("lanterns").folder / "adapter.json"
     manifest = json.loads(path.read_text())
     manifest["made_for"]["matrices"] = "0" * 16
     path.write_text(json.dumps(manifest))
@@ -450,10 +450,10 @@ def test_two_versions_of_a_name_are_both_reported_and_each_is_routed_once(
 ):
     from loracast.library.adapter import Adapter
 
-    first = open_adapter(lanterns, "lanterns").version
+    first = Library(lanterns).open("lanterns").version
     manual.write_text(MANUAL.replace("lantern", "kettle"))
     assert run("learn", manual, "--replace", *learning).exit_code == 0
-    second = open_adapter(lanterns, "lanterns").version
+    second = Library(lanterns).open("lanterns").version
     routed, route = [], Adapter.route
     monkeypatch.setattr(
         Adapter, "route", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
@@ -615,7 +615,7 @@ def test_a_damaged_adapter_hides_no_other_and_can_be_removed(run, lanterns):
     assert [entry["name"] for entry in report["adapters"]] == ["broken", "lanterns"]
     assert "cannot be read" in run("show", "broken", "--library", lanterns).stderr
     assert run("rm", "broken", "--yes", "--library", lanterns).exit_code == 0
-    assert adapter_names(lanterns) == ["lanterns"]
+    assert Library(lanterns).names() == ["lanterns"]
 
 
 def test_show(run, lanterns):
@@ -632,7 +632,7 @@ def test_show(run, lanterns):
 
 
 def test_show_tells_of_damaged_factors(run, lanterns):
-    path = open_adapter(lanterns, "lanterns").folder / "factors.safetensors"
+    path = Library(lanterns).open("lanterns").folder / "factors.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -643,18 +643,18 @@ def test_show_tells_of_damaged_factors(run, lanterns):
 def test_rm_needs_yes_where_nobody_can_be_asked(run, lanterns):
     assert run("rm", "lanterns", "--library", lanterns).exit_code == 2
     assert run("rm", "lanterns", "nobody", "--yes", "--library", lanterns).exit_code == 1
-    assert adapter_names(lanterns) == ["lanterns"]
+    assert Library(lanterns).names() == ["lanterns"]
     assert run("rm", "lanterns", "lanterns", "--yes", "--library", lanterns).stdout == "removed lanterns\n"
-    assert adapter_names(lanterns) == []
+    assert Library(lanterns).names() == []
 
 
 def test_rm_asks_on_a_terminal(run, lanterns, monkeypatch):
     monkeypatch.setattr("loracast.cli.upkeep.is_terminal", lambda: True)
     assert run("rm", "lanterns", "--library", lanterns, input="n\n").exit_code == 1
-    assert adapter_names(lanterns) == ["lanterns"]
+    assert Library(lanterns).names() == ["lanterns"]
     assert run("rm", "lanterns", "--library", lanterns, input="").exit_code == 130
     assert run("rm", "lanterns", "--library", lanterns, input="y\n").exit_code == 0
-    assert adapter_names(lanterns) == []
+    assert Library(lanterns).names() == []
 
 
 # --- pull, demo
@@ -689,7 +689,7 @@ def test_demo_learns_the_manual_and_asks(run, learning, library):
     shown = run("demo", ROOT / "examples" / "manual.md", *learning)  # once more: it gives way to itself
     n_right = sum(row["expected"].casefold() in row["adapter"].casefold() for row in report["answers"])
     assert shown.exit_code == 0 and QUESTIONS[0][1] in shown.stdout and f"{n_right} of 5 right" in shown.stdout
-    assert adapter_names(library) == ["manual"]
+    assert Library(library).names() == ["manual"]
 
 
 @pytest.fixture
@@ -717,13 +717,13 @@ def test_demo_counts_right_answers(run, learning, three_right):
 def test_demo_replaces_no_adapter_unasked(run, learning, library, manual, three_right):
     example = ROOT / "examples" / "manual.md"
     assert run("learn", manual, "--name", "manual", *learning).exit_code == 0
-    before = open_adapter(library, "manual").version
+    before = Library(library).open("manual").version
     refused = run("demo", example, *learning)
     assert refused.exit_code == 1 and "there is an adapter called 'manual' already" in refused.stderr
-    assert open_adapter(library, "manual").version == before
+    assert Library(library).open("manual").version == before
     assert only_json(run("demo", example, "--name", "example", "--json", *learning))["name"] == "example"
     assert run("demo", example, "--replace", *learning).exit_code == 0
-    assert open_adapter(library, "manual").version != before
+    assert Library(library).open("manual").version != before
 
 
 def test_demo_only_learns_another_file(run, learning, library, manual):
@@ -732,7 +732,7 @@ def test_demo_only_learns_another_file(run, learning, library, manual):
     with manual.open("a") as file:
         file.write("One more lantern.\n")
     assert run("demo", manual, *learning).exit_code == 1
-    assert adapter_names(library) == ["lanterns"]
+    assert Library(library).names() == ["lanterns"]
 
 
 # --- real processes
@@ -786,10 +786,10 @@ def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) 
 
         sys.addaudithook(count)
 
-    model.library = Path(f"{library}-of-parent")
+    model.library = Library(Path(f"{library}-of-parent"))
     with pytest.raises(SystemExit):  # what is imported now, the children need not import
         app([word.replace(library, str(model.library)) for word in words])
-    model.library = Path(library)
+    model.library = Library(Path(library))
     gc.freeze()
     outcomes: list[tuple[int, list[str]]] = []
     while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
@@ -802,7 +802,7 @@ def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) 
             except SystemExit as end:
                 os._exit(end.code or 0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        listed = [open_adapter(Path(library), name) for name in adapter_names(Path(library))]
+        listed = [Library(Path(library)).open(name) for name in Library(Path(library)).names()]
         for adapter in listed:
             adapter.verify()
             adapter.lora()

@@ -21,6 +21,7 @@ from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multitask
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe, train_text
+from loracast.library.library import Library
 from loracast.library.manifest import Manifest
 from loracast.lora.algebra import inject
 from suites import OPPOSITES, write_suite
@@ -282,7 +283,7 @@ def test_the_reader_learns_from_examples_in_its_prompt(base, tmp_path):
 def caster(base, tmp_path) -> TaskCaster:
     hypernet = make_attention_delta(base, examples_at_once=3)
     save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
-    return TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
+    return TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
 
 
 def deltas_of(caster: TaskCaster, base, texts: list[str]) -> torch.Tensor:

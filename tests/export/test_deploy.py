@@ -15,7 +15,7 @@ from loracast.answering.model import load
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.deploy import deploy
-from loracast.library.library import open_adapter
+from loracast.library.library import Library
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def serve():
 
 
 def test_an_adapter_is_loaded_and_its_effect_seen_even_where_no_word_changes(library, serve, tmp_path):
-    server, adapter = serve(), open_adapter(library, "lamp")
+    server, adapter = serve(), Library(library).open("lamp")
     name = deploy(adapter, server.url, tmp_path)
     assert name == f"lamp@{adapter.manifest.version[:12]}" and set(server.loaded) == {name}
     config = json.loads((Path(server.loaded[name]) / "adapter_config.json").read_text())
@@ -107,18 +107,18 @@ def test_an_adapter_is_loaded_and_its_effect_seen_even_where_no_word_changes(lib
 def test_an_adapter_without_an_effect_is_an_error_and_does_not_stay(library, serve, tmp_path):
     server = serve(is_deaf=True)
     with pytest.raises(LoracastError, match=r"answers with lamp@.* as without it"):
-        deploy(open_adapter(library, "lamp"), server.url, tmp_path)
+        deploy(Library(library).open("lamp"), server.url, tmp_path)
     assert not server.loaded
 
 
 def test_a_server_that_is_none_of_openais_is_said_to_be_none(library, tmp_path, monkeypatch):
     monkeypatch.setattr("loracast.export.deploy._call", lambda url, path, body=None: "<html>It works!</html>")
     with pytest.raises(LoracastError, match="no server with OpenAI's API"):
-        deploy(open_adapter(library, "lamp"), "http://localhost:8000", tmp_path)
+        deploy(Library(library).open("lamp"), "http://localhost:8000", tmp_path)
 
 
 def test_what_the_server_refuses_is_said(library, serve, tmp_path):
-    adapter = open_adapter(library, "lamp")
+    adapter = Library(library).open("lamp")
     with pytest.raises(LoracastError, match="start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
         deploy(adapter, serve(allows_updates=False).url, tmp_path)
     with pytest.raises(LoracastError, match=r"400 .*no such adapter"):
@@ -131,7 +131,7 @@ def test_what_the_server_refuses_is_said(library, serve, tmp_path):
 
 
 def test_a_server_with_a_key(library, serve, tmp_path, monkeypatch):
-    adapter, server = open_adapter(library, "lamp"), serve(key="SECRET")
+    adapter, server = Library(library).open("lamp"), serve(key="SECRET")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(LoracastError, match=r"401.*set VLLM_API_KEY"):
         deploy(adapter, server.url, tmp_path)

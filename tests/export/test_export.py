@@ -49,9 +49,9 @@ def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
 
 @pytest.fixture
 def adapter(library):
-    from loracast.library.library import open_adapter
+    from loracast.library.library import Library
 
-    return lambda name: open_adapter(library, name)
+    return lambda name: Library(library).open(name)
 
 
 def logits(model, lora=None) -> torch.Tensor:
@@ -275,7 +275,7 @@ def test_of_chunks_loaded_together_the_static_lora_comes_in_once(base, tmp_path)
     for kind in hypernet.config.target.kinds:
         torch.nn.init.normal_(hypernet.static_of(kind).b)
     text = Document.from_text(PROSE * 3)
-    long = learn_document(hypernet.bind(base), base, text, tmp_path / "library", "long", max_chunk_tokens=40)
+    long = learn_document(hypernet.bind(base), base, text, Library(tmp_path / "library"), "long", max_chunk_tokens=40)
     export_adapter(long, "peft", tmp_path / "out", each_chunk=True, base="tiny")
     question = "Who built the old bridge over the river?"
     arguments = ["route", question, "--exported", str(tmp_path / "out"), "--route", "3", "--json"]

@@ -26,8 +26,7 @@ from loracast.export import replica as replica_module
 from loracast.export.replica import FromLibrary, FromStore, Replica, lora_number
 from loracast.export.vllm_middleware import LibraryMiddleware
 from loracast.library import shared
-from loracast.library.library import open_adapter, remove_adapter
-from loracast.library.shared import share
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 
@@ -48,9 +47,9 @@ def source(request, tmp_path, at_once):
     library = tmp_path / "library"
     library.mkdir()
     if request.param == "library":
-        return library, FromLibrary(library)
+        return library, FromLibrary(Library(library))
     url = str(tmp_path / "there") if request.param == "folder" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
-    share(library, url)
+    Library(library).register.share(url)
     return library, FromStore(url)
 
 
@@ -87,10 +86,10 @@ def test_a_name_means_its_newest_version_on_every_replica_and_under_another_numb
         new = replica.take("loracast:press")
         assert new.name == second.version and new.number != old.number and new.folder != old.folder
         assert replica.take(first.version) is old and replica.take(f"press@{first.manifest.version[:6]}") is old
-        lora, whole = LoRA(read_peft(new.folder)), open_adapter(library, "press").lora()
+        lora, whole = LoRA(read_peft(new.folder)), Library(library).open("press").lora()
         for module in whole.names:
             torch.testing.assert_close(lora.delta(module).float(), whole.delta(module).float())
-    remove_adapter(library, "press")
+    Library(library).remove("press")
     assert all(replica.take(name) is None for replica in replicas for name in ("press", first.version))
 
 
@@ -119,7 +118,7 @@ def test_numbers_do_not_meet():
 def test_of_a_store_out_of_reach_known_names_go_on(tmp_path, make, at_once):
     library, url = tmp_path / "library", tmp_path / "there"
     library.mkdir()
-    share(library, str(url))
+    Library(library).register.share(str(url))
     adapter, _ = write(library, name="press"), write(library, name="lathe", seed=1)
     replica = make(FromStore(str(url)))
     replica.give_back(replica.take("press"))
@@ -132,7 +131,7 @@ def test_of_a_store_out_of_reach_known_names_go_on(tmp_path, make, at_once):
 def test_damaged_files_are_not_served(tmp_path, make, at_once):
     library, url = tmp_path / "library", tmp_path / "there"
     library.mkdir()
-    share(library, str(url))
+    Library(library).register.share(str(url))
     adapter = write(library, name="press")
     factors = next(url.glob(f"??/{adapter.manifest.version}/*.safetensors"))
     content = bytearray(factors.read_bytes())
@@ -151,7 +150,7 @@ def test_the_least_recently_used_go_but_never_one_in_use(tmp_path, make, at_once
     library = tmp_path / "library"
     for i in range(5):
         write(library, name=f"doc-{i}", seed=i)
-    probe = make(FromLibrary(library), "probe")
+    probe = make(FromLibrary(Library(library)), "probe")
     size = probe.take("doc-0").n_bytes
     dropped: list[str] = []
 
@@ -159,7 +158,7 @@ def test_the_least_recently_used_go_but_never_one_in_use(tmp_path, make, at_once
         assert (replica._folder / name).is_dir()  # its name goes before its files
         dropped.append(name.partition("@")[0])
 
-    replica = make(FromLibrary(library), max_bytes=2 * size + size // 2, on_drop=on_drop)
+    replica = make(FromLibrary(Library(library)), max_bytes=2 * size + size // 2, on_drop=on_drop)
     in_use = replica.take("doc-0")
     for i in (1, 2):
         replica.give_back(replica.take(f"doc-{i}"))
@@ -176,7 +175,7 @@ def test_the_least_recently_used_go_but_never_one_in_use(tmp_path, make, at_once
 def test_files_stay_for_a_moment_after_the_last_request(tmp_path, make, at_once, monkeypatch):
     monkeypatch.setattr(replica_module, "_GRACE_S", 60.0)
     library = tmp_path / "library"
-    replica = make(FromLibrary(library), max_bytes=1)
+    replica = make(FromLibrary(Library(library)), max_bytes=1)
     for i in range(3):
         write(library, name=f"doc-{i}", seed=i)
         replica.give_back(replica.take(f"doc-{i}"))
@@ -187,24 +186,24 @@ def test_a_server_that_starts_again_exports_nothing_anew(tmp_path, make, at_once
     library = tmp_path / "library"
     for i in range(3):
         write(library, name=f"doc-{i}", seed=i)
-    first = make(FromLibrary(library))
+    first = make(FromLibrary(Library(library)))
     kept = [first.take(f"doc-{i}") for i in (2, 0, 1)]
     with pytest.raises(ConfigError, match="another server uses"):
-        make(FromLibrary(library))
+        make(FromLibrary(Library(library)))
     first.close()
     monkeypatch.setattr(replica_module, "export_adapter", None)
-    again = make(FromLibrary(library), max_bytes=sum(one.n_bytes for one in kept))
+    again = make(FromLibrary(Library(library)), max_bytes=sum(one.n_bytes for one in kept))
     assert again.n_bytes == first.n_bytes and [*again._kept] == [one.name for one in kept]
     assert [again.take(one.name).number for one in kept] == [one.number for one in kept]
     again.close()
     monkeypatch.undo()
-    assert not names_on_disk(make(FromLibrary(library), max_rank=8))  # of another rank
+    assert not names_on_disk(make(FromLibrary(Library(library)), max_rank=8))  # of another rank
 
 
 def test_many_threads_export_once(tmp_path, make, at_once, monkeypatch):
     library = tmp_path / "library"
     write(library, name="press")
-    replica, exported = make(FromLibrary(library)), []
+    replica, exported = make(FromLibrary(Library(library))), []
     export = replica_module.export_adapter
     monkeypatch.setattr(replica_module, "export_adapter", lambda *a, **k: exported.append(1) or export(*a, **k))
     threads = [threading.Thread(target=lambda: replica.give_back(replica.take("press"))) for _ in range(8)]
@@ -230,7 +229,7 @@ def test_a_rank_above_the_servers_is_compressed_where_that_loses_little(tmp_path
     monkeypatch.setattr(adapters, "random_factors", fading)
     faint = write(library, 8, name="faint")
     assert faint.lora().rank == 16
-    replica = make(FromLibrary(library), max_rank=8)
+    replica = make(FromLibrary(Library(library)), max_rank=8)
     kept = replica.take("faint")
     assert json.loads((kept.folder / "adapter_config.json").read_text())["r"] == 8
     lora, whole = LoRA(read_peft(kept.folder)), faint.lora().to(dtype=torch.float32)
@@ -239,7 +238,7 @@ def test_a_rank_above_the_servers_is_compressed_where_that_loses_little(tmp_path
     with pytest.raises(AdapterError, match=r"has the rank 16.* takes 8.*--max-lora-rank 16.*loracast serve --engine"):
         replica.take("even")
     assert "even" not in {name.partition("@")[0] for name in names_on_disk(replica)}
-    assert make(FromLibrary(library), "wide").take("even").folder.is_dir()
+    assert make(FromLibrary(Library(library)), "wide").take("even").folder.is_dir()
 
 
 # ---- the middleware
@@ -357,7 +356,7 @@ def test_requests_name_adapters_and_versions(library):
 def test_the_store_of_the_environment(library, tmp_path, monkeypatch):
     other = tmp_path / "elsewhere"
     other.mkdir()
-    share(other, str(tmp_path / "there"))
+    Library(other).register.share(str(tmp_path / "there"))
     adapter = write(other, name="press")
     monkeypatch.setenv("LORACAST_STORE", str(tmp_path / "there"))
     with server() as client:

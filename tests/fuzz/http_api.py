@@ -16,6 +16,7 @@ from fuzz import mutate
 from fuzz.targets import Files, tiny_base
 from loracast.errors import LoracastError
 from loracast.hypernets.store import save_pretrained
+from loracast.library.library import Library
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
@@ -94,7 +95,7 @@ class Http:
         self.library, self.first = folder / "library", folder / "first"
         self.model = loracast.load(folder / "base", folder / "hypernetwork", library=self.first, device="cpu")
         fill(self.model)
-        self.model.library = self.library
+        self.model.library = Library(self.library)
         self.loop = asyncio.new_event_loop()
         self.running: tuple[Any, LocalEngine] | None = None
         self.n_cases = 0

@@ -23,7 +23,7 @@ from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multitask
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe, read_text_recipe, train_text
-from loracast.library.library import adapter_names
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, LoRABatch, inject
 from loracast.lora.peft_format import read_peft
 from other_processes import digests_in_another_process, digests_of_loras
@@ -139,7 +139,7 @@ def test_no_deeper_than_asked_for(base):
 def test_an_adapter_is_the_best_of_rank_12_and_descent_starts_from_all_of_it(base, tmp_path):
     hypernet = make_attention_delta(base, rank=6, shared_rank=16)
     save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
-    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
+    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
     sentence = DESCRIPTIONS[0]
     whole = caster.hypernetwork(caster.caster.encode([sentence]).states[:, 0]).row(0)
     kept = caster.loras([sentence])[0]
@@ -158,12 +158,12 @@ def test_an_adapter_is_the_best_of_rank_12_and_descent_starts_from_all_of_it(bas
 def test_what_is_cast_without_being_finite_is_refused_and_nothing_is_kept(base, tmp_path):
     hypernet = make_attention_delta(base, rank=6, shared_rank=16)
     save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
-    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
+    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
     caster.hypernetwork.up.data[0] = float("inf")  # as an overflow gives; a file with it is refused
     for examples in ((), [("hot", "cold"), ("big", "small")]):
         with pytest.raises(AdapterError, match="these descriptions"):
             caster.task(DESCRIPTIONS[0], "opposite", examples=examples)
-    assert adapter_names(tmp_path / "library") == []
+    assert Library(tmp_path / "library").names() == []
 
 
 def test_reading_leaves_the_base_as_it_was(base):
@@ -263,7 +263,7 @@ def test_kept_and_read_again(base, tmp_path):
 def test_a_user_casts_a_description(base, tmp_path):
     hypernet = make_attention_delta(base)
     save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
-    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
+    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
     adapter = caster.task(DESCRIPTIONS[0], "opposite", storage="bf16")
     assert adapter.manifest.ranks == {"q_proj": 3, "o_proj": 8, "down_proj": 3}
     (lora,) = caster.loras([DESCRIPTIONS[0]])

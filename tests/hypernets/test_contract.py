@@ -21,7 +21,6 @@ from loracast.hypernets.config import ModuleRow
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import from_pretrained, read_made_for, save_pretrained, with_config
-from loracast.library.library import versions
 from loracast.lora.target import Target, TargetModule, target_from_config
 from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet, make_model, make_tokenizer
 
@@ -313,5 +312,5 @@ def test_adapters_of_a_former_id_are_asked_and_found_again(model, base, tmp_path
     assert isinstance(later.ask("What?", "text"), str)
     monkeypatch.setattr(type(later.documents), "cast", lambda *_: pytest.fail("cast anew"))
     later.learn(page, "again", storage="int8")
-    again, kept = (versions(model.library, name) for name in ("again", "kept"))
+    again, kept = (model.library.versions(name) for name in ("again", "kept"))
     assert [entry.version for entry in again] == [entry.version for entry in kept]

@@ -16,6 +16,7 @@ from loracast.hypernets import attention_delta
 from loracast.hypernets.attention_deltas import POSITIONS
 from loracast.hypernets.descriptions import TaskReader
 from loracast.hypernets.example_fit import RANK, behind_the_others, ridge, two_views
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
 
@@ -127,7 +128,7 @@ def test_a_text_and_turns_count_half_each_where_both_are_known(base):
 @pytest.mark.parametrize("kinds", [("o_proj",), ("q_proj", "o_proj", "down_proj")])
 def test_it_joins_what_is_cast(base, tmp_path, kinds):
     hypernet = make_attention_delta(base, kinds, examples_at_once=5)
-    caster = TaskCaster(hypernet.bind(base), tmp_path)
+    caster = TaskCaster(hypernet.bind(base), Library(tmp_path))
     batch = hypernet.loras(_rows(caster, TOLD))
     cast, (fitted,) = batch.row(0), caster.loras([TOLD])
     encoder, weights, ys = hypernet.text_encoder(base), [], []
@@ -164,7 +165,7 @@ def _rows(caster, spec):
 @pytest.mark.parametrize("spec", [TaskSpec(DESCRIPTIONS[0]), TaskSpec("", EXAMPLES[:1])])
 def test_a_description_or_one_example_is_cast_without(base, tmp_path, spec):
     hypernet = make_attention_delta(base)
-    caster = TaskCaster(hypernet.bind(base), tmp_path)
+    caster = TaskCaster(hypernet.bind(base), Library(tmp_path))
     (lora,) = caster.loras([spec])
     expected = hypernet.loras(_rows(caster, spec)).row(0)
     assert all(torch.equal(lora.factors[name].b, expected.factors[name].b) for name in expected.names)
@@ -173,7 +174,7 @@ def test_a_description_or_one_example_is_cast_without(base, tmp_path, spec):
 def test_examples_so_long_that_each_is_read_alone_are_cast_without(base, tmp_path):
     long = as_examples([(" ".join(["word"] * 150), "a"), (" ".join(["other"] * 150), "b")])
     hypernet = make_attention_delta(base)
-    caster = TaskCaster(hypernet.bind(base), tmp_path)
+    caster = TaskCaster(hypernet.bind(base), Library(tmp_path))
     assert [len(group.examples) for group in caster.caster.encoder.groups(TaskSpec("", long))] == [1, 1]
     (lora,) = caster.loras([TaskSpec("", long)])
     assert {name: pair.rank for name, pair in lora.factors.items()} == {
@@ -182,7 +183,7 @@ def test_examples_so_long_that_each_is_read_alone_are_cast_without(base, tmp_pat
 
 
 def test_kept_and_opened_again(base, tmp_path):
-    caster = TaskCaster(make_attention_delta(base, depth=2).bind(base), tmp_path)
+    caster = TaskCaster(make_attention_delta(base, depth=2).bind(base), Library(tmp_path))
     adapter = caster.task(TOLD.description, "opposites", examples=TOLD.examples, storage="bf16")
     (expected,) = caster.loras([TOLD])
     opened = adapter.lora()

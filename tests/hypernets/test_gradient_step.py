@@ -12,6 +12,7 @@ from loracast.cast.task import TaskCaster
 from loracast.documents.task_spec import Example, TaskSpec, as_examples
 from loracast.hypernets import attention_delta
 from loracast.hypernets import example_fit as gradient_step
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, LoRABatch, concat, inject, stack
 from loracast.lora.factors import Factors
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
@@ -101,7 +102,7 @@ def test_answers_that_are_certain_have_no_step(base, monkeypatch):
 
 @pytest.mark.parametrize("n_examples", [1, 3])
 def test_what_is_cast_from_examples_has_the_step(base, tmp_path, monkeypatch, n_examples):
-    caster = TaskCaster(make_attention_delta(base, ("o_proj", "down_proj"), examples_at_once=5).bind(base), tmp_path)
+    caster = TaskCaster(make_attention_delta(base, ("o_proj", "down_proj"), examples_at_once=5).bind(base), Library(tmp_path))
     task = TaskSpec(DESCRIPTIONS[0], EXAMPLES[:n_examples])
     (cast,) = caster.loras([task])
     monkeypatch.setattr(attention_delta, "gradient_step", lambda *given: LoRA())

@@ -13,6 +13,7 @@ from loracast.cast.task import TaskCaster
 from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.hypernets import attention_delta
 from loracast.hypernets.example_fit import fitted_bias, label_bias
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, LoRABatch, inject, stack
 from loracast.lora.factors import Factors
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
@@ -93,7 +94,7 @@ def test_answers_that_are_no_labels_have_no_bias(base, answers):
 
 def test_what_is_cast_for_labels_has_the_bias(base, tmp_path, monkeypatch):
     hypernet = make_attention_delta(base, ("o_proj", "down_proj"), examples_at_once=5)
-    caster = TaskCaster(hypernet.bind(base), tmp_path)
+    caster = TaskCaster(hypernet.bind(base), Library(tmp_path))
     (cast,) = caster.loras([TaskSpec(DESCRIPTIONS[0], LABELS)])
     monkeypatch.setattr(attention_delta, "label_bias", lambda *given: LoRA())
     (without,) = caster.loras([TaskSpec(DESCRIPTIONS[0], LABELS)])

@@ -24,7 +24,7 @@ from loracast.documents import Document
 from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.library.adapter import Adapter, factors_in_memory
 from loracast.library.index import read_chunks
-from loracast.library.library import adapter_names, open_adapter, remove_adapter
+from loracast.library.library import Library
 from loracast.library.manifest import check_name, name_from
 from loracast.library.writer import AdapterWriter
 from loracast.lora.algebra import LoRA, concat
@@ -88,7 +88,7 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
     path.write_text(PROSE * 4)
     document = read_document(path)
     adapter = learn_document(
-        hypernet.bind(base), base, document, tmp_path / "library", "text", max_chunk_tokens=50, storage=storage
+        hypernet.bind(base), base, document, Library(tmp_path / "library"), "text", max_chunk_tokens=50, storage=storage
     )
     adapter = Adapter(adapter.folder)
     assert not adapter.faults()
@@ -211,11 +211,11 @@ def test_numbers_that_are_not_finite_are_refused_on_both_sides(bad, tmp_path):
     factors["q_proj"][0][2, 1, 0, 0] = bad
     with (
         pytest.raises(AdapterError, match="not finite"),
-        AdapterWriter(tmp_path, some_manifest(3, name="other"), some_chunks(3)) as w,
+        AdapterWriter(Library(tmp_path), some_manifest(3, name="other"), some_chunks(3)) as w,
     ):
         w.open_factors({})
         w.add(factors)
-    assert adapter_names(tmp_path) == ["doc"]
+    assert Library(tmp_path).names() == ["doc"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "pickle", "header", "missing", "directory"])
@@ -271,17 +271,17 @@ def test_damaged_manifests_are_refused(change, message, tmp_path):
     change(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(AdapterError, match=message):
-        open_adapter(tmp_path, "doc")
+        Library(tmp_path).open("doc")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe\x00", b"3"])
 def test_what_is_no_manifest_is_refused_but_can_be_removed(content, tmp_path):
     (write(tmp_path).folder / "adapter.json").write_bytes(content)
     with pytest.raises(AdapterError):
-        open_adapter(tmp_path, "doc")
-    assert adapter_names(tmp_path) == ["doc"]
-    remove_adapter(tmp_path, "doc")
-    assert adapter_names(tmp_path) == []
+        Library(tmp_path).open("doc")
+    assert Library(tmp_path).names() == ["doc"]
+    Library(tmp_path).remove("doc")
+    assert Library(tmp_path).names() == []
     assert [path.name for path in tmp_path.iterdir()] == ["register.sqlite"]
 
 
@@ -310,9 +310,9 @@ def test_bad_names_are_refused_everywhere(name, tmp_path):
     library = tmp_path / "library"
     for use in (
         check_name,
-        lambda n: open_adapter(library, n),
-        lambda n: remove_adapter(library, n),
-        lambda n: AdapterWriter(library, some_manifest(0, name=n), []),
+        lambda n: Library(library).open(n),
+        lambda n: Library(library).remove(n),
+        lambda n: AdapterWriter(Library(library), some_manifest(0, name=n), []),
     ):
         with pytest.raises(AdapterError) as caught:
             use(name)
@@ -428,7 +428,7 @@ def test_an_adapter_of_format_1_is_opened_as_it_always_was(storage, is_early, tm
             del stored[key]
         path.write_text(json.dumps(stored))
     assert Adapter(tmp_path / "doc").faults() == []
-    adapter = open_adapter(tmp_path, "doc")  # the library takes it in
+    adapter = Library(tmp_path).open("doc")  # the library takes it in
     assert adapter.manifest.version == VERSIONS[storage] and adapter.manifest.title == "A manual"
     assert [chunk.text for chunk in read_chunks(adapter.index)] == [f"word{i} in chunk {i}" for i in range(3)]
     if storage == "text":

@@ -15,7 +15,7 @@ from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError
 from loracast.library.adapter import Adapter
 from loracast.library.combine import Part, combined
-from loracast.library.library import open_adapter
+from loracast.library.library import Library
 from loracast.library.save import save_lora, target_of
 from loracast.lora.algebra import LoRA, concat, inject
 from loracast.lora.factors import Factors
@@ -45,7 +45,7 @@ def run(*arguments):
 
 
 def test_the_sum_is_the_weighted_sum_of_the_deltas(library):
-    one, two = (open_adapter(library, name) for name in ("one", "two"))
+    one, two = (Library(library).open(name) for name in ("one", "two"))
     for weight in (math.nan, math.inf):
         with pytest.raises(AdapterError, match="finite"):
             combined([Part(one), Part(two, weight)])
@@ -89,7 +89,13 @@ def test_the_static_lora_comes_in_once_whatever_the_order_the_weights_and_the_co
         assert_sum([both.lora, both.static], (1, -1))
         assert_sum([both.lora], (1, -1), n_static=0)
     kept = save_lora(
-        both.lora, tmp_path, "both", kind="combined", title="a + b:-1", made_for=a.manifest.made_for, static=both.static
+        both.lora,
+        Library(tmp_path),
+        "both",
+        kind="combined",
+        title="a + b:-1",
+        made_for=a.manifest.made_for,
+        static=both.static,
     )
     assert kept.faults() == []
     assert_sum([Adapter(kept.folder).lora()], (1, -1))
@@ -107,10 +113,10 @@ def test_the_static_lora_comes_in_once_whatever_the_order_the_weights_and_the_co
 
 def test_adapters_of_different_bases_do_not_add_up(library, tmp_path, base):
     made_for = type(base.fingerprint)("other", "c" * 16, "n" * 16, "m" * 16)
-    lora = open_adapter(library, "one").lora()
-    other = save_lora(lora, tmp_path, "other", kind="imported", title="other", made_for=made_for)
+    lora = Library(library).open("one").lora()
+    other = save_lora(lora, Library(tmp_path), "other", kind="imported", title="other", made_for=made_for)
     with pytest.raises(BaseModelError, match="cannot work on"):
-        combined([Part(open_adapter(library, "one")), Part(other)])
+        combined([Part(Library(library).open("one")), Part(other)])
 
 
 def test_the_command(library, tiny_folder):
@@ -118,7 +124,7 @@ def test_the_command(library, tiny_folder):
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["parts"] == ["one", "two:0.5"] and set(report["ranks"].values()) == {3} and report["error"] > 0
-    both = open_adapter(library, "both")
+    both = Library(library).open("both")
     assert both.manifest.kind == "combined" and both.manifest.title == "one + two:0.5"
     shown = run("show", "both", "--library", library)
     assert shown.exit_code == 0 and "one + two:0.5" in shown.stdout and "combined" in shown.stdout
@@ -150,7 +156,7 @@ def test_a_lora_that_peft_trained_is_taken_in(library, tiny_folder, tmp_path):
     done = run("import", tmp_path / "Trained elsewhere", "--base", tiny_folder, "--library", library, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["name"] == "trained-elsewhere"
-    adapter = open_adapter(library, "trained-elsewhere")
+    adapter = Library(library).open("trained-elsewhere")
     assert adapter.manifest.kind == "imported" and adapter.manifest.source == "Trained elsewhere"
     model = make_model()
     with torch.no_grad():

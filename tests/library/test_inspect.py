@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from loracast.cli import app
 from loracast.documents import Document
 from loracast.library.combine import differences, sizes
+from loracast.library.library import Library
 from loracast.library.save import save_lora
 from loracast.lora.algebra import LoRA, svd
 from loracast.lora.factors import Factors, effective_rank
@@ -109,7 +110,7 @@ def test_inspect_shows_norms_probes_and_the_whole_text(model, tiny_folder):
 
 def test_the_commands(tmp_path, base):
     for name in ("one", "two"):
-        save_lora(make(), tmp_path, name, kind="task", title=name, made_for=base.fingerprint)
+        save_lora(make(), Library(tmp_path), name, kind="task", title=name, made_for=base.fingerprint)
 
     def run(*arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "--library", str(tmp_path)])

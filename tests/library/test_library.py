@@ -19,33 +19,19 @@ import torch
 from typer.testing import CliRunner
 
 from adapters import TARGET, Killed, random_factors, refuse_writes, some_chunks, some_manifest, write
+from loracast import work_folders as workfolders
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library import folders as library_files
-from loracast.library import folders as workfolders
-from loracast.library import library as library_module
+from loracast.library import files as library_files
 from loracast.library import register
 from loracast.library import register as schema
 from loracast.library import writer as writer_module
-from loracast.library.folders import recover, tidy
 from loracast.library.index import read_chunks
-from loracast.library.library import (
-    adapter_names,
-    check_free,
-    describe_adapter,
-    entries,
-    find,
-    find_cached,
-    open_adapter,
-    remove_adapter,
-    rename_adapter,
-    search,
-    versions,
-)
-from loracast.library.shared import share
+from loracast.library.library import Library
 from loracast.library.upkeep import collect_garbage, verify
 from loracast.library.writer import AdapterWriter
+from loracast.work_folders import tidy
 from tiny import PROSE
 
 
@@ -74,9 +60,9 @@ def anywhere(request, tmp_path) -> Path:
     library = tmp_path / "library"
     library.mkdir()
     if request.param == "shared folder":
-        share(library, str(tmp_path / "there"))
+        Library(library).register.share(str(tmp_path / "there"))
     elif request.param == "s3":
-        share(library, f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+        Library(library).register.share(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
     return library
 
 
@@ -84,88 +70,88 @@ def anywhere(request, tmp_path) -> Path:
 
 
 def test_list_open_replace_and_remove(anywhere):
-    assert adapter_names(anywhere / "nothing") == []
+    assert Library(anywhere / "nothing").names() == []
     first = write(anywhere, seed=1)
     with pytest.raises(AdapterError, match="--replace"):
         write(anywhere, seed=2)
-    assert has_factors_of(open_adapter(anywhere, "doc"), 1)
+    assert has_factors_of(Library(anywhere).open("doc"), 1)
     second = write(anywhere, 2, seed=2, replace=True)
-    new = open_adapter(anywhere, "doc")
+    new = Library(anywhere).open("doc")
     assert new.manifest.n_chunks == 2 and has_factors_of(new, 2, 2)
     assert first.manifest.n_chunks == 3 and first.version != second.version == new.version
-    assert [open_adapter(anywhere, name).name for name in adapter_names(anywhere)] == ["doc"]
-    assert [entry.version for entry in versions(anywhere, "doc")] == [
+    assert [Library(anywhere).open(name).name for name in Library(anywhere).names()] == ["doc"]
+    assert [entry.version for entry in Library(anywhere).versions("doc")] == [
         second.manifest.version,
         first.manifest.version,
     ]
     for digits in (4, 12, 64):
-        old = open_adapter(anywhere, f"doc@{first.manifest.version[:digits]}")
+        old = Library(anywhere).open(f"doc@{first.manifest.version[:digits]}")
         assert has_factors_of(old, 1) and old.version == first.version
     with pytest.raises(AdapterError, match=f"none of its versions: {second.version.partition('@')[2]}, "):
-        open_adapter(anywhere, "doc@" + "0" * 12)
+        Library(anywhere).open("doc@" + "0" * 12)
     for bad in ("doc@", "doc@12", "doc@xyzw", "doc@../x", "doc@" + "a" * 65, "@abcd"):
         with pytest.raises(AdapterError, match=r"names no version|cannot name"):
-            open_adapter(anywhere, bad)
+            Library(anywhere).open(bad)
     with pytest.raises(AdapterError, match="there are: doc"):
-        open_adapter(anywhere, "other")
-    remove_adapter(anywhere, "doc")
+        Library(anywhere).open("other")
+    Library(anywhere).remove("doc")
     assert files_in(anywhere) == {"register.sqlite"}
-    for gone in (open_adapter, remove_adapter, versions):
+    for gone in (Library.open, Library.remove, Library.versions):
         with pytest.raises(AdapterError, match="none yet"):
-            gone(anywhere, "doc")
+            gone(Library(anywhere), "doc")
 
 
 def test_one_version_is_removed_and_the_others_stay(anywhere):
     first, second, third = (write(anywhere, seed=seed, replace=True) for seed in (1, 2, 3))
-    remove_adapter(anywhere, second.version)
-    assert [e.version for e in versions(anywhere, "doc")] == [third.manifest.version, first.manifest.version]
-    remove_adapter(anywhere, third.version)
-    assert has_factors_of(open_adapter(anywhere, "doc"), 1)  # the one before is the newest again
-    remove_adapter(anywhere, first.version)
-    assert adapter_names(anywhere) == [] and files_in(anywhere) == {"register.sqlite"}
+    Library(anywhere).remove(second.version)
+    assert [e.version for e in Library(anywhere).versions("doc")] == [third.manifest.version, first.manifest.version]
+    Library(anywhere).remove(third.version)
+    assert has_factors_of(Library(anywhere).open("doc"), 1)  # the one before is the newest again
+    Library(anywhere).remove(first.version)
+    assert Library(anywhere).names() == [] and files_in(anywhere) == {"register.sqlite"}
 
 
 def test_a_version_that_is_named_again_is_the_newest_again(anywhere):
     first, second = (write(anywhere, seed=seed, replace=True) for seed in (1, 2))
     write(anywhere, seed=1, replace=True)  # back to the first
-    assert open_adapter(anywhere, "doc").version == first.version
-    assert [e.version for e in versions(anywhere, "doc")] == [first.manifest.version, second.manifest.version]
-    assert collect_garbage(anywhere, keep=1).versions == (second.manifest.version,)
-    assert has_factors_of(open_adapter(anywhere, "doc"), 1)
+    assert Library(anywhere).open("doc").version == first.version
+    assert [e.version for e in Library(anywhere).versions("doc")] == [first.manifest.version, second.manifest.version]
+    assert collect_garbage(Library(anywhere), keep=1).versions == (second.manifest.version,)
+    assert has_factors_of(Library(anywhere).open("doc"), 1)
 
 
 def test_the_same_adapter_is_kept_once(anywhere):
     one = write(anywhere, name="one")
     other = write(anywhere, name="other", created="2027-01-01T00:00:00+00:00", learn_s=9.0)
     assert one.folder == other.folder and (one.name, other.name) == ("one", "other")
-    assert [open_adapter(anywhere, name).name for name in ("one", "other")] == ["one", "other"]
+    assert [Library(anywhere).open(name).name for name in ("one", "other")] == ["one", "other"]
     write(anywhere, name="one")  # again: it is the same, nothing is replaced
-    assert [e.n_versions for e in entries(anywhere)[0]] == [1, 1]
-    remove_adapter(anywhere, "one")
-    open_adapter(anywhere, "other").verify()
-    remove_adapter(anywhere, "other")
+    assert [e.n_versions for e in Library(anywhere).entries()[0]] == [1, 1]
+    Library(anywhere).remove("one")
+    Library(anywhere).open("other").verify()
+    Library(anywhere).remove("other")
     assert not one.folder.exists()
 
 
 def test_names_that_are_not_there_tell_which_come_near(tmp_path):
     adapter = write(tmp_path)
-    with register.Register.writing(tmp_path) as r:
+    with register.Register.writing(tmp_path / "register.sqlite") as r:
         for i in range(30):
             r.name_version(f"manual-{i}", adapter.manifest.version)
     with pytest.raises(AdapterError, match="near it are: manual-7"):
-        open_adapter(tmp_path, "manual7")
+        Library(tmp_path).open("manual7")
     with pytest.raises(AdapterError, match="`loracast list` shows the 31 there are"):
-        open_adapter(tmp_path, "qqqq")
+        Library(tmp_path).open("qqqq")
 
 
 def test_what_is_noted_about_a_name_goes_along_with_it(anywhere):
     write(anywhere, name="press")
     write(anywhere, name="lamp", seed=2)
-    describe_adapter(anywhere, "press", note="second floor", owner="mia", tags=("machine", "old"))
-    describe_adapter(anywhere, "press", untag=("old",))
+    Library(anywhere).describe("press", note="second floor", owner="mia", tags=("machine", "old"))
+    Library(anywhere).describe("press", untag=("old",))
     write(anywhere, name="press", seed=3, replace=True)
-    rename_adapter(anywhere, "press", "press-2")
-    entry = find(anywhere, "press-2")
+    Library(anywhere).rename("press", "press-2")
+    entry = Library(anywhere).find("press-2")
     assert (entry.note, entry.owner, entry.tags, entry.n_versions) == ("second floor", "mia", ("machine",), 2)
     for wanted in (
         {"tag": "machine"},
@@ -174,45 +160,45 @@ def test_what_is_noted_about_a_name_goes_along_with_it(anywhere):
         {"like": "press"},
         {"kind": "document", "like": "2"},
     ):
-        found, n = entries(anywhere, **wanted)
+        found, n = Library(anywhere).entries(**wanted)
         assert [e.name for e in found] == ["press-2"] and n == 1
-    assert entries(anywhere, like="%")[1] == 0 == entries(anywhere, kind="task")[1]
-    assert [e.name for e in entries(anywhere, limit=1, offset=1)[0]] == ["press-2"] and entries(anywhere, limit=1)[
-        1
-    ] == 2
+    assert Library(anywhere).entries(like="%")[1] == 0 == Library(anywhere).entries(kind="task")[1]
+    assert [e.name for e in Library(anywhere).entries(limit=1, offset=1)[0]] == ["press-2"] and Library(
+        anywhere
+    ).entries(limit=1)[1] == 2
     with pytest.raises(AdapterError, match="already"):
-        rename_adapter(anywhere, "lamp", "press-2")
+        Library(anywhere).rename("lamp", "press-2")
     with pytest.raises(AdapterError, match="cannot name"):
-        rename_adapter(anywhere, "lamp", "../x")
+        Library(anywhere).rename("lamp", "../x")
     with pytest.raises(AdapterError, match="cannot name"):
-        describe_adapter(anywhere, "lamp", tags=("a b",))
-    for change in (lambda: rename_adapter(anywhere, "no", "new"), lambda: describe_adapter(anywhere, "no", note="x")):
+        Library(anywhere).describe("lamp", tags=("a b",))
+    for change in (lambda: Library(anywhere).rename("no", "new"), lambda: Library(anywhere).describe("no", note="x")):
         with pytest.raises(AdapterError, match="no adapter is called 'no'"):
             change()
-    remove_adapter(anywhere, "press-2")
+    Library(anywhere).remove("press-2")
     write(anywhere, name="press-2")
-    assert find(anywhere, "press-2").tags == ()
+    assert Library(anywhere).find("press-2").tags == ()
 
 
 def test_words_are_found_in_all_that_was_learned(anywhere):
     texts = {"pump": ["The valve is red.", "Turn the valves off first."], "lamp": ["Größe XL is here.", "A red lamp."]}
     for i, (name, some) in enumerate(texts.items()):
         write(anywhere, 2, name=name, seed=i, chunks=[Chunk(t, 0, len(t), f"{name} / part", 5) for t in some])
-    assert [(h.name, h.chunk) for h in search(anywhere, "valve first")] == [("pump", 1)]
-    assert {(h.name, h.chunk) for h in search(anywhere, "RED")} == {("pump", 0), ("lamp", 1)}
-    assert [h.snippet for h in search(anywhere, "red lamp")] == ["A [red] [lamp]."]
-    assert [(h.name, h.chunk) for h in search(anywhere, "Gro\u0308ße")] == [("lamp", 0)]
-    assert len(search(anywhere, "part", limit=3)) == 3
-    assert search(anywhere, "absent") == [] == search(anywhere / "nothing", "red")
+    assert [(h.name, h.chunk) for h in Library(anywhere).search("valve first")] == [("pump", 1)]
+    assert {(h.name, h.chunk) for h in Library(anywhere).search("RED")} == {("pump", 0), ("lamp", 1)}
+    assert [h.snippet for h in Library(anywhere).search("red lamp")] == ["A [red] [lamp]."]
+    assert [(h.name, h.chunk) for h in Library(anywhere).search("Gro\u0308ße")] == [("lamp", 0)]
+    assert len(Library(anywhere).search("part", limit=3)) == 3
+    assert Library(anywhere).search("absent") == [] == Library(anywhere / "nothing").search("red")
     for text in ('"', "AND OR", "red* (", "' OR 1=1 --"):
-        assert len(search(anywhere, text + " zzz")) == 0
+        assert len(Library(anywhere).search(text + " zzz")) == 0
     with pytest.raises(AdapterError, match="no word"):
-        search(anywhere, "?!")
+        Library(anywhere).search("?!")
     write(anywhere, 1, name="pump", seed=7, chunks=[Chunk("All is blue.", 0, 9, "", 5)], replace=True)
-    assert [h.name for h in search(anywhere, "red")] == ["lamp"]  # only newest versions
-    assert [h.name for h in search(anywhere, "blue")] == ["pump"]
-    remove_adapter(anywhere, "pump")
-    assert search(anywhere, "blue") == []
+    assert [h.name for h in Library(anywhere).search("red")] == ["lamp"]  # only newest versions
+    assert [h.name for h in Library(anywhere).search("blue")] == ["pump"]
+    Library(anywhere).remove("pump")
+    assert Library(anywhere).search("blue") == []
 
 
 def test_the_same_document_is_answered_from_the_library(model, tmp_path, monkeypatch):
@@ -225,12 +211,12 @@ def test_the_same_document_is_answered_from_the_library(model, tmp_path, monkeyp
         assert model.learn(path, "other").folder == learned.folder
         path.touch()
         model.learn(path, "lamp", replace=True)
-    assert find(model.library, "lamp").n_versions == 1
-    check_free(model.library, "lamp", unless_from=learned.manifest.source_sha256)
+    assert model.library.find("lamp").n_versions == 1
+    model.library.check_free("lamp", unless_from=learned.manifest.source_sha256)
     with pytest.raises(AdapterError, match="already"):
-        check_free(model.library, "lamp", unless_from="0" * 64)
+        model.library.check_free("lamp", unless_from="0" * 64)
     model.learn(path, "lamp", max_chunk_tokens=32, replace=True)  # other options, another adapter
-    assert find(model.library, "lamp").n_versions == 2
+    assert model.library.find("lamp").n_versions == 2
     with pytest.raises(AdapterError, match="already"):
         model.learn(path, "lamp")
 
@@ -252,16 +238,16 @@ def old_library(folder: Path, names=("doc", "other")) -> None:
 
 def test_adapters_from_before_the_register_are_taken_in(tmp_path):
     old_library(tmp_path)
-    assert adapter_names(tmp_path) == ["doc", "other"] and verify(tmp_path) == []
-    assert has_factors_of(open_adapter(tmp_path, "other"), 1)
-    assert [h.name for h in search(tmp_path, "word1")] == ["doc", "other"]
+    assert Library(tmp_path).names() == ["doc", "other"] and verify(Library(tmp_path)) == []
+    assert has_factors_of(Library(tmp_path).open("other"), 1)
+    assert [h.name for h in Library(tmp_path).search("word1")] == ["doc", "other"]
     old_library(tmp_path, ["late"])  # put there by hand
-    assert adapter_names(tmp_path) == ["doc", "late", "other"]
-    assert files_in(tmp_path) == {"register.sqlite", *(e.version for e in entries(tmp_path)[0])}
+    assert Library(tmp_path).names() == ["doc", "late", "other"]
+    assert files_in(tmp_path) == {"register.sqlite", *(e.version for e in Library(tmp_path).entries()[0])}
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter.json").write_text("{")
-    (problem,) = verify(tmp_path)
-    assert "cannot be taken into the register" in problem and adapter_names(tmp_path) == ["doc", "late", "other"]
+    (problem,) = verify(Library(tmp_path))
+    assert "cannot be taken into the register" in problem and Library(tmp_path).names() == ["doc", "late", "other"]
 
 
 def test_a_lost_register_is_made_again(tmp_path):
@@ -269,19 +255,19 @@ def test_a_lost_register_is_made_again(tmp_path):
     write(tmp_path, seed=2, replace=True, created="2026-02-01T00:00:00+00:00")
     write(tmp_path, seed=3, name="other")
     (tmp_path / "register.sqlite").unlink()
-    assert adapter_names(tmp_path) == ["doc", "other"] and has_factors_of(open_adapter(tmp_path, "doc"), 2)
-    assert find(tmp_path, "doc").n_versions == 2 and verify(tmp_path) == []
-    assert len(search(tmp_path, "word1")) == 2
+    assert Library(tmp_path).names() == ["doc", "other"] and has_factors_of(Library(tmp_path).open("doc"), 2)
+    assert Library(tmp_path).find("doc").n_versions == 2 and verify(Library(tmp_path)) == []
+    assert len(Library(tmp_path).search("word1")) == 2
     (tmp_path / "register.sqlite").write_bytes(b"not a database, but long enough to look like one" * 20)
     with pytest.raises(AdapterError, match="move it away"):
-        adapter_names(tmp_path)
+        Library(tmp_path).names()
 
 
 def test_a_register_of_a_newer_loracast_is_left_alone(tmp_path):
     write(tmp_path)
     with sqlite3.connect(tmp_path / "register.sqlite") as database:
         database.execute("PRAGMA user_version = 99")
-    for use in (adapter_names, lambda library: write(library, seed=2, replace=True)):
+    for use in (lambda folder: Library(folder).names(), lambda library: write(library, seed=2, replace=True)):
         with pytest.raises(AdapterError, match="newer loracast"):
             use(tmp_path)
 
@@ -290,7 +276,7 @@ def test_a_register_of_an_older_loracast_is_brought_up_to_date(tmp_path, monkeyp
     write(tmp_path)
     more = "CREATE TABLE later (x TEXT); INSERT INTO later VALUES ('new')"
     monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, more))
-    assert adapter_names(tmp_path) == ["doc"]
+    assert Library(tmp_path).names() == ["doc"]
     with sqlite3.connect(tmp_path / "register.sqlite") as database:
         assert database.execute("SELECT * FROM later").fetchall() == [("new",)]
         assert database.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS),)
@@ -328,29 +314,29 @@ def test_a_register_of_the_first_schemas_opens_with_everything_in_it(tmp_path):
             database.execute("INSERT INTO texts (rowid, heading, text) VALUES (1, 'Manual', 'the valve is red')")
             database.execute("INSERT INTO texts_of VALUES (?, 1, 1)", (m.version,))
             database.execute("INSERT INTO unsettled VALUES (?)", ("ab" * 32,))
-        assert adapter_names(tmp_path) == ["mine"] and has_factors_of(open_adapter(tmp_path, "mine"), 1)
-        entry = find(tmp_path, "mine")
+        assert Library(tmp_path).names() == ["mine"] and has_factors_of(Library(tmp_path).open("mine"), 1)
+        entry = Library(tmp_path).find("mine")
         assert (entry.owner, entry.note, entry.tags, entry.n_versions) == ("mia", "second floor", ("machine",), 1)
-        assert [hit.name for hit in search(tmp_path, "valve")] == ["mine"] and verify(tmp_path) == []
-        assert find_cached(tmp_path, ["unknown", *m.cache_keys()]) == m.version
-        with register.Register.reading(tmp_path) as r:
+        assert [hit.name for hit in Library(tmp_path).search("valve")] == ["mine"] and verify(Library(tmp_path)) == []
+        assert Library(tmp_path).find_cached(["unknown", *m.cache_keys()]) == m.version
+        with register.Register.reading(tmp_path / "register.sqlite") as r:
             assert r.unrecovered() == ["ab" * 32]
-        recover(tmp_path)
-        rename_adapter(tmp_path, "mine", "ours")
+        Library(tmp_path).files.recover()
+        Library(tmp_path).rename("mine", "ours")
         write(tmp_path, seed=2, name="ours", replace=True)
-        assert find(tmp_path, "ours").n_versions == 2
-        remove_adapter(tmp_path, find(tmp_path, "ours").name + "@" + find(tmp_path, "ours").version)
-        assert find(tmp_path, "ours").version == m.version
+        assert Library(tmp_path).find("ours").n_versions == 2
+        Library(tmp_path).remove(Library(tmp_path).find("ours").name + "@" + Library(tmp_path).find("ours").version)
+        assert Library(tmp_path).find("ours").version == m.version
 
 
 def test_an_adapter_is_found_under_an_earlier_id_of_its_hypernetwork(tmp_path):
     made = write(tmp_path, hypernetwork="of the weights alone")
     now = dataclasses.replace(made.manifest, hypernetwork="of weights and config")
-    assert find_cached(tmp_path, now.cache_keys()) is None
-    assert find_cached(tmp_path, now.cache_keys(["another", "of the weights alone"])) == made.manifest.version
+    assert Library(tmp_path).find_cached(now.cache_keys()) is None
+    assert Library(tmp_path).find_cached(now.cache_keys(["another", "of the weights alone"])) == made.manifest.version
     for changes in ({"max_chunk_tokens": 64}, {"storage": "int8"}, {"strength": 0.5}, {"source_sha256": "t" * 64}):
         other = dataclasses.replace(now, **changes)
-        assert find_cached(tmp_path, other.cache_keys(["of the weights alone"])) is None
+        assert Library(tmp_path).find_cached(other.cache_keys(["of the weights alone"])) is None
 
 
 def test_a_library_that_cannot_be_written_can_be_read(tmp_path, monkeypatch):
@@ -358,8 +344,8 @@ def test_a_library_that_cannot_be_written_can_be_read(tmp_path, monkeypatch):
     refuse_writes(monkeypatch, tmp_path)
     with pytest.raises(AdapterError, match="readonly"):
         write(tmp_path, seed=2, name="other")
-    assert adapter_names(tmp_path) == ["doc"]
-    assert has_factors_of(open_adapter(tmp_path, "doc"), 1)
+    assert Library(tmp_path).names() == ["doc"]
+    assert has_factors_of(Library(tmp_path).open("doc"), 1)
 
 
 def test_a_register_that_another_process_holds_is_waited_for(tmp_path, monkeypatch):
@@ -367,11 +353,11 @@ def test_a_register_that_another_process_holds_is_waited_for(tmp_path, monkeypat
     monkeypatch.setattr(register, "_WAIT_S", 0.05)
     other = sqlite3.connect(tmp_path / "register.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    assert adapter_names(tmp_path) == ["doc"]
+    assert Library(tmp_path).names() == ["doc"]
     with pytest.raises(AdapterError, match="another process is writing"):
-        remove_adapter(tmp_path, "doc")
+        Library(tmp_path).remove("doc")
     other.execute("ROLLBACK")
-    remove_adapter(tmp_path, "doc")
+    Library(tmp_path).remove("doc")
 
 
 # ---- upkeep
@@ -380,21 +366,21 @@ def test_a_register_that_another_process_holds_is_waited_for(tmp_path, monkeypat
 def test_garbage_is_what_no_name_has(tmp_path):
     made = [write(tmp_path, seed=seed, replace=True) for seed in (1, 2, 3)]
     write(tmp_path, seed=1, name="other")
-    assert collect_garbage(tmp_path) == collect_garbage(tmp_path / "nothing")
-    would = collect_garbage(tmp_path, keep=1, dry_run=True)
+    assert collect_garbage(Library(tmp_path)) == collect_garbage(Library(tmp_path / "nothing"))
+    would = collect_garbage(Library(tmp_path), keep=1, dry_run=True)
     assert (
         would.versions == (made[1].manifest.version,) and would.n_bytes == made[1].n_bytes
     )  # the first is "other" too
-    assert collect_garbage(tmp_path, keep=1) == would
-    assert find(tmp_path, "doc").n_versions == 1 and has_factors_of(open_adapter(tmp_path, "doc"), 3)
+    assert collect_garbage(Library(tmp_path), keep=1) == would
+    assert Library(tmp_path).find("doc").n_versions == 1 and has_factors_of(Library(tmp_path).open("doc"), 3)
     orphan = tmp_path / "objects" / "ab" / ("ab" * 32)
     orphan.mkdir(parents=True)
     (orphan / "factors.safetensors").write_bytes(b"123")
-    (problem,) = verify(tmp_path)
+    (problem,) = verify(Library(tmp_path))
     assert "belongs to no name" in problem
-    assert collect_garbage(tmp_path).n_bytes == 3 and verify(tmp_path) == [] and not orphan.exists()
+    assert collect_garbage(Library(tmp_path)).n_bytes == 3 and verify(Library(tmp_path)) == [] and not orphan.exists()
     with pytest.raises(AdapterError, match="at least one"):
-        collect_garbage(tmp_path, keep=0)
+        collect_garbage(Library(tmp_path), keep=0)
 
 
 @pytest.mark.parametrize("file", ["factors.safetensors", "chunks.sqlite", "adapter.json"])
@@ -410,7 +396,10 @@ def test_damage_is_found(file, damage, tmp_path):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-    assert len(verify(tmp_path)) == 1 == len(verify(tmp_path, ["bad"])) and verify(tmp_path, ["good"]) == []
+    assert (
+        len(verify(Library(tmp_path))) == 1 == len(verify(Library(tmp_path), ["bad"]))
+        and verify(Library(tmp_path), ["good"]) == []
+    )
 
 
 # ---- crashes
@@ -418,23 +407,23 @@ def test_damage_is_found(file, damage, tmp_path):
 
 def test_an_adapter_in_use_survives_its_replacement_and_removal(anywhere):
     write(anywhere, seed=1)
-    using = open_adapter(anywhere, "doc")
+    using = Library(anywhere).open("doc")
     using.lora([0])
     write(anywhere, seed=2, replace=True)
-    remove_adapter(anywhere, "doc")
+    Library(anywhere).remove("doc")
     assert using.lora([2]).rank == 2 and has_factors_of(using, 1)
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(Killed), AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as writer:
+    with pytest.raises(Killed), AdapterWriter(Library(tmp_path), some_manifest(3), some_chunks(3)) as writer:
         writer.open_factors({})
         writer.add(random_factors(2))
-        assert len(files_in(tmp_path)) == 2 and adapter_names(tmp_path) == []
+        assert len(files_in(tmp_path)) == 2 and Library(tmp_path).names() == []
         raise Killed
     assert files_in(tmp_path) == {"register.sqlite"}
     with (
         pytest.raises(AdapterError, match="2 of 3 chunks"),
-        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as w,
+        AdapterWriter(Library(tmp_path), some_manifest(3), some_chunks(3)) as w,
     ):
         w.open_factors({})
         w.add(random_factors(2))
@@ -446,7 +435,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     with (
         pytest.raises(OSError, match="disk full"),
-        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3), index=full),
+        AdapterWriter(Library(tmp_path), some_manifest(3), some_chunks(3), index=full),
     ):
         pass
     assert files_in(tmp_path) == {"register.sqlite"}
@@ -461,14 +450,14 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="disk full"):
                 write(tmp_path, seed=2, replace=True)
         assert files_in(tmp_path) == {"register.sqlite", kept.manifest.version}, step
-        assert has_factors_of(open_adapter(tmp_path, "doc"), 1) and verify(tmp_path) == []
+        assert has_factors_of(Library(tmp_path).open("doc"), 1) and verify(Library(tmp_path)) == []
 
 
 def test_two_writers_of_one_name(anywhere):
     with (
-        AdapterWriter(anywhere, some_manifest(3), some_chunks(3)) as one,
-        AdapterWriter(anywhere, some_manifest(3), some_chunks(3)) as other,
-        AdapterWriter(anywhere, some_manifest(3), some_chunks(3)) as same,
+        AdapterWriter(Library(anywhere), some_manifest(3), some_chunks(3)) as one,
+        AdapterWriter(Library(anywhere), some_manifest(3), some_chunks(3)) as other,
+        AdapterWriter(Library(anywhere), some_manifest(3), some_chunks(3)) as same,
     ):
         for writer, seed in ((one, 1), (other, 2), (same, 1)):
             writer.open_factors({})
@@ -492,7 +481,7 @@ def in_child(target, *args, kill_after_s: float | None = None) -> int:
 
 
 def die_while_writing(library: Path) -> None:
-    writer = AdapterWriter(library, some_manifest(3), some_chunks(3)).__enter__()
+    writer = AdapterWriter(Library(library), some_manifest(3), some_chunks(3)).__enter__()
     writer.open_factors({})
     writer.add(random_factors(1))
     os._exit(9)
@@ -504,8 +493,8 @@ def die_before_the_commit(library: Path) -> None:
 
 
 def die_while_removing(library: Path) -> None:
-    library_module.recover = lambda *_: os._exit(9)
-    remove_adapter(library, "doc")
+    library_files.LibraryFiles.recover = lambda *_: os._exit(9)
+    Library(library).remove("doc")
 
 
 def test_a_work_folder_is_left_until_its_process_can_have_locked_it(tmp_path, monkeypatch):
@@ -525,21 +514,23 @@ def test_a_work_folder_is_left_until_its_process_can_have_locked_it(tmp_path, mo
 def test_the_next_run_clears_up_after_a_killed_one(tmp_path):
     assert in_child(die_while_writing, tmp_path) == 9
     (left,) = tmp_path.glob(".loracast-*")
-    assert adapter_names(tmp_path) == []
-    with AdapterWriter(tmp_path, some_manifest(1, name="other"), some_chunks(1)):
+    assert Library(tmp_path).names() == []
+    with AdapterWriter(Library(tmp_path), some_manifest(1, name="other"), some_chunks(1)):
         assert not left.exists()
         (living,) = tmp_path.glob(".loracast-*")
         tidy(tmp_path)
         assert living.exists()  # another process is writing it: not ours to delete
     kept = write(tmp_path, seed=1)
     assert in_child(die_before_the_commit, tmp_path) == 9
-    assert len(files_in(tmp_path)) == 4 and verify(tmp_path) == []  # files that no row names, and a work folder
+    assert (
+        len(files_in(tmp_path)) == 4 and verify(Library(tmp_path)) == []
+    )  # files that no row names, and a work folder
     write(tmp_path, seed=1)
     assert files_in(tmp_path) == {"register.sqlite", kept.manifest.version}
-    assert has_factors_of(open_adapter(tmp_path, "doc"), 1)
+    assert has_factors_of(Library(tmp_path).open("doc"), 1)
     assert in_child(die_while_removing, tmp_path) == 9
-    assert adapter_names(tmp_path) == []  # what was removed does not come back
-    recover(tmp_path)
+    assert Library(tmp_path).names() == []  # what was removed does not come back
+    Library(tmp_path).files.recover()
     assert files_in(tmp_path) == {"register.sqlite"}
 
 
@@ -551,7 +542,7 @@ def test_tidying_touches_nothing_of_the_users(tmp_path, monkeypatch):
     (tmp_path / ".loracast-old-file").write_text("not a folder")
     before = files_in(tmp_path)
     tidy(tmp_path)
-    recover(tmp_path)
+    Library(tmp_path).files.recover()
     assert files_in(tmp_path) == before
 
 
@@ -565,9 +556,9 @@ def at_work_for_ever(library: Path, seed: int) -> None:
             rng.choice(
                 (
                     lambda name=name: write(library, 2, seed=rng.randrange(5), name=name, replace=True),
-                    lambda name=name: rename_adapter(library, name, rng.choice(("doc", "lamp", "pump"))),
-                    lambda name=name: remove_adapter(library, name),
-                    lambda name=name: collect_garbage(library, keep=2),
+                    lambda name=name: Library(library).rename(name, rng.choice(("doc", "lamp", "pump"))),
+                    lambda name=name: Library(library).remove(name),
+                    lambda name=name: collect_garbage(Library(library), keep=2),
                 )
             )()
         except AdapterError as error:
@@ -581,12 +572,12 @@ def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
     for i in range(int(os.environ.get("LORACAST_KILLS", "8"))):
         ended = in_child(at_work_for_ever, tmp_path, i, kill_after_s=0.05 + 0.4 * random.Random(i).random())
         assert ended == -signal.SIGKILL
-        assert [problem for problem in verify(tmp_path) if "belongs to no name" not in problem] == []
-        for adapter in [open_adapter(tmp_path, name) for name in adapter_names(tmp_path)]:
+        assert [problem for problem in verify(Library(tmp_path)) if "belongs to no name" not in problem] == []
+        for adapter in [Library(tmp_path).open(name) for name in Library(tmp_path).names()]:
             assert adapter.lora().rank == 4 and len(read_chunks(adapter.index)) == 2
-        assert open_adapter(tmp_path, "kept").version == kept.version
-        collect_garbage(tmp_path)
-        named = {entry.version for name in adapter_names(tmp_path) for entry in versions(tmp_path, name)}
+        assert Library(tmp_path).open("kept").version == kept.version
+        collect_garbage(Library(tmp_path))
+        named = {entry.version for name in Library(tmp_path).names() for entry in Library(tmp_path).versions(name)}
         assert files_in(tmp_path) == {"register.sqlite", *named}
 
 
@@ -602,8 +593,8 @@ def test_several_processes_write_at_once(anywhere):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
-    assert len(adapter_names(anywhere)) == 20 and verify(anywhere) == []
-    assert len({entry.version for entry in entries(anywhere)[0]}) == 7
+    assert len(Library(anywhere).names()) == 20 and verify(Library(anywhere)) == []
+    assert len({entry.version for entry in Library(anywhere).entries()[0]}) == 7
 
 
 # ---- many
@@ -612,13 +603,13 @@ def test_several_processes_write_at_once(anywhere):
 def test_thousands_of_adapters_are_opened_and_listed_at_once(tmp_path):
     adapter = write(tmp_path)
     stored = json.loads((adapter.folder / "adapter.json").read_text())
-    with register.Register.writing(tmp_path) as r:
+    with register.Register.writing(tmp_path / "register.sqlite") as r:
         for i in range(3_000):
             manifest = some_manifest(3, name=f"manual-{i:05d}", title=f"Manual {i}", source_sha256=f"{i:064d}")
             r.add_version(manifest, 1000, [("", f"the text of number {i}")])
             r.name_version(manifest.name, manifest.version)
             if i == 2_000:
-                home = library_files.home_of(tmp_path, manifest.version)
+                home = Library(tmp_path).files.home(manifest.version)
                 shutil.copytree(adapter.folder, home)
                 changed = {**stored, "name": manifest.name, "title": manifest.title, "source_sha256": f"{i:064d}"}
                 (home / "adapter.json").write_text(json.dumps(changed))
@@ -631,13 +622,13 @@ def test_thousands_of_adapters_are_opened_and_listed_at_once(tmp_path):
             times.append(time.perf_counter() - started)
         return sorted(times)[2]
 
-    assert seconds(lambda: open_adapter(tmp_path, "manual-02000")) < 0.02
+    assert seconds(lambda: Library(tmp_path).open("manual-02000")) < 0.02
     for page in (0, 2_900):
-        listed, n = entries(tmp_path, limit=100, offset=page)
+        listed, n = Library(tmp_path).entries(limit=100, offset=page)
         assert len(listed) == 100 and n == 3_001
-        assert seconds(lambda page=page: entries(tmp_path, limit=100, offset=page)) < 0.2
-    assert seconds(lambda: entries(tmp_path, like="manual 27", limit=100)) < 0.2
-    assert seconds(lambda: search(tmp_path, "number 2321")) < 0.2
+        assert seconds(lambda page=page: Library(tmp_path).entries(limit=100, offset=page)) < 0.2
+    assert seconds(lambda: Library(tmp_path).entries(like="manual 27", limit=100)) < 0.2
+    assert seconds(lambda: Library(tmp_path).search("number 2321")) < 0.2
 
 
 # ---- commands
@@ -673,7 +664,7 @@ def test_commands_of_the_library(anywhere):
     assert "would delete 1 version," in run(anywhere, "gc", "--keep", "1", "--dry-run").stdout
     assert json.loads(run(anywhere, "gc", "--keep", "1", "--json").stdout)["versions"] == [first.manifest.version]
     assert run(anywhere, "verify").stdout == "2 adapters whole\n"
-    (open_adapter(anywhere, "lamp").folder / "factors.safetensors").write_bytes(b"")
+    (Library(anywhere).open("lamp").folder / "factors.safetensors").write_bytes(b"")
     damaged = run(anywhere, "verify")
     assert damaged.exit_code == 1 and "factors.safetensors is damaged" in damaged.stdout
     assert run(anywhere, "rm", "lamp", "--yes").stdout == "removed lamp\n"

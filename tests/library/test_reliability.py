@@ -17,7 +17,7 @@ from adapters import write
 from loracast.base.chat import ChatFormat
 from loracast.documents import read_document
 from loracast.errors import BaseModelError
-from loracast.library.library import open_adapter
+from loracast.library.library import Library
 from tiny import PROSE, make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -151,7 +151,7 @@ def test_the_newest_version_is_that_which_was_made_last_whatever_the_clock_says(
         write(tmp_path, seed=i, replace=True, created=f"{year}-01-01T00:00:00+00:00")
         for i, year in enumerate((2038, 1970))
     ]
-    assert open_adapter(tmp_path, "doc").manifest.version == made[1].manifest.version
+    assert Library(tmp_path).open("doc").manifest.version == made[1].manifest.version
 
 
 def test_the_same_document_becomes_the_same_bits(model, tiny_folder, tiny_hypernet_folder, tmp_path):

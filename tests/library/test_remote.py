@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
-from loracast.library.folders import home_of, recover
-from loracast.library.library import adapter_names, open_adapter, remove_adapter, search
+from loracast.library.library import Library
 from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
 from loracast.library.store import Store
 from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
@@ -36,19 +35,19 @@ def place(request, tmp_path) -> str:
 def test_what_was_pushed_is_pulled(place, tmp_path):
     adapter = write(tmp_path / "one", name="press", title="The press")
     push_adapter(adapter, place)
-    pulled = pull_adapter(tmp_path / "two", place)
-    assert pulled.version == adapter.version and verify(tmp_path / "two") == []
+    pulled = pull_adapter(Library(tmp_path / "two"), place)
+    assert pulled.version == adapter.version and verify(Library(tmp_path / "two")) == []
     for name in adapter.lora().names:
         assert torch.equal(pulled.lora([1]).delta(name), adapter.lora([1]).delta(name))
-    assert [hit.name for hit in search(tmp_path / "two", "word1")] == ["press"]
-    assert pull_adapter(tmp_path / "two", place, "other").folder == pulled.folder
+    assert [hit.name for hit in Library(tmp_path / "two").search("word1")] == ["press"]
+    assert pull_adapter(Library(tmp_path / "two"), place, "other").folder == pulled.folder
     with fsspec.open(f"{place}/README.md", "rt") as file:
         assert file.read() == model_card(adapter)
     newer = write(tmp_path / "one", name="press", seed=2, replace=True)
     push_adapter(newer, place)
     with pytest.raises(AdapterError, match="--replace"):
-        pull_adapter(tmp_path / "two", place)
-    assert pull_adapter(tmp_path / "two", place, replace=True).version == newer.version
+        pull_adapter(Library(tmp_path / "two"), place)
+    assert pull_adapter(Library(tmp_path / "two"), place, replace=True).version == newer.version
 
 
 def files_at(place: str) -> set[str]:
@@ -61,70 +60,70 @@ def files_at(place: str) -> set[str]:
 def test_a_library_lies_at_a_store(place, tmp_path):
     library = tmp_path / "library"
     first = write(library, name="press", seed=1)
-    assert store_url(library) is None and use_store(library, place) == 1
+    assert store_url(Library(library)) is None and use_store(Library(library), place) == 1
     second = write(library, name="lamp", seed=2)
-    assert files_at(place) == {a.manifest.version for a in (first, second)} and verify(library) == []
+    assert files_at(place) == {a.manifest.version for a in (first, second)} and verify(Library(library)) == []
     n_bytes = first.n_bytes + second.n_bytes
-    assert evict(library) == n_bytes
-    assert not first.folder.exists() and verify(library) == [] and len(search(library, "word1")) == 2
-    assert verify(library, ["press", "lamp"]) == []
-    opened = open_adapter(library, "press")
+    assert evict(Library(library)) == n_bytes
+    assert not first.folder.exists() and verify(Library(library)) == [] and len(Library(library).search("word1")) == 2
+    assert verify(Library(library), ["press", "lamp"]) == []
+    opened = Library(library).open("press")
     assert opened.faults() == [] and opened.folder == first.folder and not second.folder.exists()
     write(library, name="lamp", seed=3, replace=True)
-    remove_adapter(library, second.version)
+    Library(library).remove(second.version)
     assert second.manifest.version not in files_at(place) and len(files_at(place)) == 2
-    collect_garbage(library, keep=1)
-    evict(library)
-    leave_store(library)
-    assert store_url(library) is None and len(files_at(place)) == 2
-    assert [open_adapter(library, name).faults() for name in adapter_names(library)] == [[], []]
+    collect_garbage(Library(library), keep=1)
+    evict(Library(library))
+    leave_store(Library(library))
+    assert store_url(Library(library)) is None and len(files_at(place)) == 2
+    assert [Library(library).open(name).faults() for name in Library(library).names()] == [[], []]
 
 
 def test_a_store_is_one_library_s(place, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     adapter = write(one, name="press", seed=1)
-    use_store(one, place)
-    use_store(one, place)  # again: it is its own
+    use_store(Library(one), place)
+    use_store(Library(one), place)  # again: it is its own
     write(other, name="lamp", seed=2)
     with pytest.raises(AdapterError, match="--take-over"):
-        use_store(other, place)
-    assert store_url(other) is None
+        use_store(Library(other), place)
+    assert store_url(Library(other)) is None
     shutil.rmtree(one)  # the machine is lost
-    assert use_store(other, place, take_over=True) == 2
-    assert adapter_names(other) == ["lamp", "press"] and open_adapter(other, "press").version == adapter.version
+    assert use_store(Library(other), place, take_over=True) == 2
+    assert Library(other).names() == ["lamp", "press"] and Library(other).open("press").version == adapter.version
 
 
 def test_the_version_made_last_is_the_newest_after_a_take_over(tmp_path):
     one, there = tmp_path / "one", str(tmp_path / "there")
     for seed in range(1, 6):
         last = write(one, name="press", seed=seed, created=f"2026-01-0{seed}T00:00:00+00:00", replace=True)
-    use_store(one, there)
-    assert use_store(tmp_path / "other", there, take_over=True) == 5
-    assert open_adapter(tmp_path / "other", "press").version == last.version
+    use_store(Library(one), there)
+    assert use_store(Library(tmp_path / "other"), there, take_over=True) == 5
+    assert Library(tmp_path / "other").open("press").version == last.version
 
 
 def test_damage_at_a_store_is_found(place, tmp_path):
     library = tmp_path / "library"
     adapter = write(library, name="press")
-    use_store(library, place)
-    evict(library)
+    use_store(Library(library), place)
+    evict(Library(library))
     fs, root = fsspec.core.url_to_fs(place)
     there = f"{root}/{adapter.manifest.version[:2]}/{adapter.manifest.version}"
     fs.pipe_file(f"{there}/factors.safetensors", b"other")
     with pytest.raises(AdapterError, match=r"is damaged: factors\.safetensors"):
-        open_adapter(library, "press")
+        Library(library).open("press")
     assert not adapter.folder.exists()
     fs.rm_file(f"{there}/adapter.json")
     fs.invalidate_cache()
     with pytest.raises(AdapterError, match="neither on this machine nor at"):
-        open_adapter(library, "press")
-    assert len(verify(library)) == 1 and verify(library, ["press"]) == verify(library)
+        Library(library).open("press")
+    assert len(verify(Library(library))) == 1 and verify(Library(library), ["press"]) == verify(Library(library))
 
 
 def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
     library = tmp_path / "library"
     write(library, name="press")
-    use_store(library, str(tmp_path / "there"))
+    use_store(Library(library), str(tmp_path / "there"))
 
     def down(self, version, folder):
         raise LoracastError("the store is down")
@@ -133,36 +132,36 @@ def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
         patch.setattr("loracast.library.store.Store.put", down)
         with pytest.raises(LoracastError, match="is down"):
             write(library, name="lamp", seed=2)
-    assert adapter_names(library) == ["press"] and verify(library) == []
+    assert Library(library).names() == ["press"] and verify(Library(library)) == []
     write(library, name="lamp", seed=2)
     with pytest.raises(AdapterError, match="no store"):
-        evict(tmp_path / "another")
+        evict(Library(tmp_path / "another"))
 
 
 def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypatch):
     library, there = tmp_path / "library", tmp_path / "there"
-    use_store(library, str(there))
+    use_store(Library(library), str(there))
     put = Store.put
 
     def put_slowly(self, version, folder):
         put(self, version, folder)
-        recover(library)  # as another process does that begins to learn
-        collect_garbage(library)
+        Library(library).files.recover()  # as another process does that begins to learn
+        collect_garbage(Library(library))
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "put", put_slowly)
         version = write(library, name="press").manifest.version
-    assert verify(library) == [] and Store(str(there)).versions() == {version}
+    assert verify(Library(library)) == [] and Store(str(there)).versions() == {version}
     odd = Store(str(there.with_name("team [a]*")))
-    odd.put(version, home_of(library, version))
+    odd.put(version, Library(library).files.home(version))
     assert odd.versions() == {version}
-    evict(library)
-    assert open_adapter(library, "press").faults() == []
+    evict(Library(library))
+    assert Library(library).open("press").faults() == []
 
 
 def test_what_a_killed_process_was_sending_is_deleted(tmp_path):
     library, there = tmp_path / "library", tmp_path / "there"
-    use_store(library, str(there))
+    use_store(Library(library), str(there))
     child = os.fork()
     if child == 0:
         put = Store.put
@@ -171,7 +170,7 @@ def test_what_a_killed_process_was_sending_is_deleted(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert len(Store(str(there)).versions()) == 1
     kept = write(library, name="lamp", seed=2).manifest.version
-    assert Store(str(there)).versions() == {kept} and verify(library) == []
+    assert Store(str(there)).versions() == {kept} and verify(Library(library)) == []
 
 
 def test_the_store_command(tmp_path):
@@ -205,8 +204,8 @@ def test_what_is_damaged_is_not_taken(tmp_path):
             (place / name).write_bytes(content)
         damage()
         with pytest.raises(AdapterError, match=message):
-            pull_adapter(tmp_path / "two", str(place))
-    assert adapter_names(tmp_path / "two") == []
+            pull_adapter(Library(tmp_path / "two"), str(place))
+    assert Library(tmp_path / "two").names() == []
     assert factor_bytes(adapter.manifest) == 2 * 3 * 2 * 2 * (48 + 64 + 96 + 48)
 
 
@@ -222,7 +221,7 @@ def test_what_is_damaged_is_not_taken(tmp_path):
 def test_places_that_are_none_are_reported_in_a_line(place, why, tmp_path):
     adapter, expected = write(tmp_path / "one"), f"^{re.escape(place)} cannot be used: .*{why}"
     with pytest.raises(LoracastError, match=expected) as caught:
-        pull_adapter(tmp_path / "two", place)
+        pull_adapter(Library(tmp_path / "two"), place)
     assert "\n" not in str(caught.value)
     if "nowhere" not in place and ":x" not in place:
         with pytest.raises(LoracastError, match=expected):
@@ -255,11 +254,11 @@ def test_the_hub(tmp_path, monkeypatch):
     adapter = write(tmp_path / "one", name="press")
     push_adapter(adapter, "team/press")
     assert calls == [("team/press", True, True)]
-    assert pull_adapter(tmp_path / "two", "team/press").version == adapter.version
+    assert pull_adapter(Library(tmp_path / "two"), "team/press").version == adapter.version
     shutil.rmtree(hub)
     hub.mkdir()
     with pytest.raises(AdapterError, match="there is no adapter"):
-        pull_adapter(tmp_path / "two", "team/press")
+        pull_adapter(Library(tmp_path / "two"), "team/press")
 
 
 def test_the_commands(tmp_path):
@@ -271,6 +270,6 @@ def test_the_commands(tmp_path):
     assert done.exit_code == 0 and done.stdout.startswith(f"{adapter.version} (")
     done = run("pull-adapter", tmp_path / "there", "--name", "mine", "--library", tmp_path / "two")
     assert done.exit_code == 0 and done.stdout.startswith("pulled mine@") and "The press" in done.stdout
-    assert open_adapter(tmp_path / "two", "mine").faults() == []
+    assert Library(tmp_path / "two").open("mine").faults() == []
     again = run("pull-adapter", tmp_path / "nowhere", "--library", tmp_path / "two")
     assert again.exit_code == 1 and again.stderr.count("\n") == 1

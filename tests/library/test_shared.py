@@ -20,18 +20,8 @@ from loracast.errors import AdapterError, LoracastError, NameTakenError, NoSuchA
 from loracast.files import create_once
 from loracast.library import shared
 from loracast.library import store as shared_store
-from loracast.library.library import (
-    adapter_names,
-    describe_adapter,
-    find,
-    open_adapter,
-    remove_adapter,
-    rename_adapter,
-    search,
-    versions,
-)
+from loracast.library.library import Library
 from loracast.library.register import Register
-from loracast.library.shared import share
 from loracast.library.store import SharedStore
 from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
 
@@ -46,7 +36,7 @@ def machines(url, tmp_path, monkeypatch) -> tuple[Path, Path]:
     """Two machines that look for new names whenever they are asked."""
     monkeypatch.setattr(shared, "REFRESH_S", 0.0)
     for name in ("one", "two"):
-        share(tmp_path / name, url)
+        Library(tmp_path / name).register.share(url)
     return tmp_path / "one", tmp_path / "two"
 
 
@@ -69,22 +59,22 @@ def stored_versions(url: str) -> set[str]:
 def test_names_tags_and_notes_are_seen_by_all(machines):
     one, two = machines
     first = write(one, name="press", seed=1)
-    describe_adapter(one, "press", note="second floor", owner="mia", tags=("machine",))
+    Library(one).describe("press", note="second floor", owner="mia", tags=("machine",))
     second = write(two, name="press", seed=2, replace=True)
     assert not (two / "objects" / first.manifest.version[:2] / first.manifest.version).exists()  # fetched when opened
-    assert [e.version for e in versions(one, "press")] == [second.manifest.version, first.manifest.version]
-    rename_adapter(two, "press", "press-2")
-    entry = find(one, "press-2")
+    assert [e.version for e in Library(one).versions("press")] == [second.manifest.version, first.manifest.version]
+    Library(two).rename("press", "press-2")
+    entry = Library(one).find("press-2")
     assert (entry.note, entry.owner, entry.tags, entry.n_versions) == ("second floor", "mia", ("machine",), 2)
     assert entry.n_bytes == second.n_bytes and entry.title == second.manifest.title
-    assert open_adapter(two, first.version.replace("press", "press-2")).faults() == []
-    assert {hit.name for hit in search(two, "word1")} == {"press-2"} and adapter_names(one) == ["press-2"]
+    assert Library(two).open(first.version.replace("press", "press-2")).faults() == []
+    assert {hit.name for hit in Library(two).search("word1")} == {"press-2"} and Library(one).names() == ["press-2"]
     with pytest.raises(NameTakenError):
         write(one, name="press-2", seed=3)
-    remove_adapter(one, "press-2")
-    assert adapter_names(two) == [] and verify(one) == verify(two) == []
+    Library(one).remove("press-2")
+    assert Library(two).names() == [] and verify(Library(one)) == verify(Library(two)) == []
     write(two, name="press-2", seed=4)
-    assert find(one, "press-2").tags == () and find(one, "press-2").n_versions == 1
+    assert Library(one).find("press-2").tags == () and Library(one).find("press-2").n_versions == 1
 
 
 def test_an_overtaken_writer_tries_again(machines, monkeypatch):
@@ -92,8 +82,8 @@ def test_an_overtaken_writer_tries_again(machines, monkeypatch):
     write(one, seed=1)
     before_publishing(monkeypatch, "doc", lambda: write(two, seed=2, replace=True))
     third = write(one, seed=3, replace=True)
-    assert find(one, "doc").n_versions == 3 and find(two, "doc").version == third.manifest.version
-    assert verify(one) == verify(two) == []
+    assert Library(one).find("doc").n_versions == 3 and Library(two).find("doc").version == third.manifest.version
+    assert verify(Library(one)) == verify(Library(two)) == []
 
 
 def test_a_new_name_belongs_to_one_of_two_machines(machines, monkeypatch):
@@ -101,26 +91,26 @@ def test_a_new_name_belongs_to_one_of_two_machines(machines, monkeypatch):
     before_publishing(monkeypatch, "doc", lambda: write(two, seed=2))
     with pytest.raises(NameTakenError):
         write(one, seed=3)
-    assert find(one, "doc").n_versions == 1 and verify(one) == verify(two) == []
+    assert Library(one).find("doc").n_versions == 1 and verify(Library(one)) == verify(Library(two)) == []
 
 
 def test_a_rename_takes_along_what_is_added_meanwhile(machines, monkeypatch):
     one, two = machines
     write(one, name="old", seed=1)
     before_publishing(monkeypatch, "old", lambda: write(two, name="old", seed=2, replace=True))
-    rename_adapter(one, "old", "new")  # "new" is there when "old" turns out to be another
+    Library(one).rename("old", "new")  # "new" is there when "old" turns out to be another
     for library in machines:
-        assert adapter_names(library) == ["new"] and find(library, "new").n_versions == 2
+        assert Library(library).names() == ["new"] and Library(library).find("new").n_versions == 2
 
 
 def test_a_rename_that_comes_too_late_leaves_no_half_of_itself(machines, monkeypatch):
     one, two = machines
     write(one, name="old", seed=1)
-    before_publishing(monkeypatch, "old", lambda: remove_adapter(two, "old"))
+    before_publishing(monkeypatch, "old", lambda: Library(two).remove("old"))
     with pytest.raises(NoSuchAdapterError):
-        rename_adapter(one, "old", "new")  # "new" is there when "old" turns out to be gone
+        Library(one).rename("old", "new")  # "new" is there when "old" turns out to be gone
     for library in machines:
-        assert adapter_names(library) == [] and verify(library) == []
+        assert Library(library).names() == [] and verify(Library(library)) == []
 
 
 def test_a_rename_moves_what_the_name_means_in_the_end(machines, monkeypatch, url):
@@ -128,15 +118,15 @@ def test_a_rename_moves_what_the_name_means_in_the_end(machines, monkeypatch, ur
     first = write(one, name="old", seed=1)
 
     def mean_another() -> None:
-        remove_adapter(two, "old")
+        Library(two).remove("old")
         write(two, name="old", seed=2)
 
     before_publishing(monkeypatch, "old", mean_another)
-    rename_adapter(one, "old", "new")
+    Library(one).rename("old", "new")
     for library in machines:
-        (only,) = versions(library, "new")
-        assert only.version != first.manifest.version and adapter_names(library) == ["new"]
-        assert open_adapter(library, "new").faults() == [] and verify(library) == []
+        (only,) = Library(library).versions("new")
+        assert only.version != first.manifest.version and Library(library).names() == ["new"]
+        assert Library(library).open("new").faults() == [] and verify(Library(library)) == []
     states = [SharedStore(url).read("new", number).versions for number in (1, 2, 3)]
     assert [len(found) for found in states] == [1, 0, 1]  # no state takes a version away from the one before
 
@@ -154,12 +144,12 @@ def test_a_machine_that_dies_before_it_commits_has_changed_the_name_or_not(machi
             with pytest.raises(Killed):
                 write(one, seed=2, replace=True)
         expected = 1 if target is SharedStore.publish else 2
-        assert [find(library, "doc").n_versions for library in machines] == [expected] * 2
-        assert open_adapter(one, "doc").faults() == [] and verify(one) == verify(two) == []
+        assert [Library(library).find("doc").n_versions for library in machines] == [expected] * 2
+        assert Library(one).open("doc").faults() == [] and verify(Library(one)) == verify(Library(two)) == []
 
 
 def test_an_answer_that_is_lost_is_no_conflict(tmp_path, monkeypatch):
-    share(tmp_path / "one", str(tmp_path / "there"))
+    Library(tmp_path / "one").register.share(str(tmp_path / "there"))
 
     def create(path, content):
         create_once(path, content)
@@ -167,65 +157,72 @@ def test_an_answer_that_is_lost_is_no_conflict(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shared_store, "create_once", create)
     write(tmp_path / "one")
-    rename_adapter(tmp_path / "one", "doc", "manual")
-    assert adapter_names(tmp_path / "one") == ["manual"] and verify(tmp_path / "one") == []
+    Library(tmp_path / "one").rename("doc", "manual")
+    assert Library(tmp_path / "one").names() == ["manual"] and verify(Library(tmp_path / "one")) == []
 
 
 def test_a_lost_register_is_made_again_with_all_that_was_noted(machines):
     one, _ = machines
     write(one, seed=1)
     write(one, seed=2, replace=True)
-    describe_adapter(one, "doc", note="second floor", owner="mia", tags=("machine",))
-    rename_adapter(one, "doc", "manual")
-    before = versions(one, "manual")
+    Library(one).describe("doc", note="second floor", owner="mia", tags=("machine",))
+    Library(one).rename("doc", "manual")
+    before = Library(one).versions("manual")
     (one / "register.sqlite").unlink()
-    assert adapter_names(one) == ["manual"] and versions(one, "manual") == before and verify(one) == []
+    assert (
+        Library(one).names() == ["manual"] and Library(one).versions("manual") == before and verify(Library(one)) == []
+    )
     write(one, seed=3, name="manual", replace=True)
-    assert find(one, "manual").n_versions == 3
+    assert Library(one).find("manual").n_versions == 3
 
 
 def test_a_name_is_looked_for_before_it_is_missed(machines, monkeypatch):
     one, two = machines
     monkeypatch.setattr(shared, "REFRESH_S", 1000.0)
-    assert adapter_names(two) == []
+    looking = Library(two)
+    assert looking.names() == []
     write(one)
-    assert adapter_names(two) == []  # looked at a moment ago
-    assert find(two, "doc").n_versions == 1
+    assert looking.names() == []  # looked at a moment ago
+    assert looking.find("doc").n_versions == 1
 
 
 def test_without_the_store_reading_goes_on_and_writing_fails(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shared, "REFRESH_S", 0.0)
     library, there = tmp_path / "one", tmp_path / "there"
-    share(library, str(there))
+    Library(library).register.share(str(there))
     write(library)
     there.rename(tmp_path / "away")  # as a drive that is not mounted
-    assert adapter_names(library) == ["doc"] and open_adapter(library, "doc").faults() == []
+    assert Library(library).names() == ["doc"] and Library(library).open("doc").faults() == []
     assert caplog.messages and "the names of the library are those of 20" in caplog.text
     with pytest.raises(LoracastError, match="no shared library at"):
-        remove_adapter(library, "doc")
+        Library(library).remove("doc")
     with pytest.raises(LoracastError, match="no shared library at"):
         write(library, seed=2, replace=True)
     (tmp_path / "away").rename(there) if not there.exists() else (tmp_path / "away" / "names").rename(there / "names")
-    assert find(library, "doc").n_versions == 1
+    assert Library(library).find("doc").n_versions == 1
 
 
 def test_garbage_stays_for_a_day(machines, url, monkeypatch):
     one, two = machines
     gone, kept = write(one, name="gone", seed=1).manifest.version, write(one, name="kept", seed=2).manifest.version
-    remove_adapter(one, "gone")
-    assert collect_garbage(two).versions == () and stored_versions(url) == {gone, kept} and verify(two) == []
+    Library(one).remove("gone")
+    assert (
+        collect_garbage(Library(two)).versions == ()
+        and stored_versions(url) == {gone, kept}
+        and verify(Library(two)) == []
+    )
     write(two, name="again", seed=1)  # it needs not be sent
-    remove_adapter(two, "again")
+    Library(two).remove("again")
     monkeypatch.setattr(shared_store, "_GRACE", timedelta(seconds=-1))  # times of S3 are whole seconds
-    assert collect_garbage(one, dry_run=True).versions == (gone,)
-    assert collect_garbage(one).versions == (gone,) and stored_versions(url) == {kept}
+    assert collect_garbage(Library(one), dry_run=True).versions == (gone,)
+    assert collect_garbage(Library(one)).versions == (gone,) and stored_versions(url) == {kept}
     fs, root = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
     assert len(fs.find(f"{root}/names/gone")) == 1  # the state that says that it is deleted
     write(one, name="gone", seed=3)
-    assert adapter_names(two) == ["gone", "kept"] and verify(two) == []
-    evict(two)
-    assert open_adapter(two, "kept").faults() == []
+    assert Library(two).names() == ["gone", "kept"] and verify(Library(two)) == []
+    evict(Library(two))
+    assert Library(two).open("kept").faults() == []
 
 
 def test_a_version_that_is_collected_while_it_gets_a_name_is_sent_again(machines, url, monkeypatch):
@@ -242,13 +239,13 @@ def test_a_version_that_is_collected_while_it_gets_a_name_is_sent_again(machines
 
     monkeypatch.setattr(SharedStore, "mark_used", marked)
     write(one, name="again", seed=1)
-    assert verify(one) == []
+    assert verify(Library(one)) == []
 
 
 def test_a_version_that_gets_a_name_right_before_it_is_deleted_stays(machines, url, monkeypatch):
     one, two = machines
     version = write(one, name="gone", seed=1).manifest.version
-    remove_adapter(one, "gone")
+    Library(one).remove("gone")
     create, waiting = SharedStore._create, [lambda: write(two, name="again", seed=1)]
 
     def created(self, fs, path, content):
@@ -263,14 +260,14 @@ def test_a_version_that_gets_a_name_right_before_it_is_deleted_stays(machines, u
 
     monkeypatch.setattr(SharedStore, "_create", created)
     monkeypatch.setattr(SharedStore, "_is_older", is_old_but_for_the_last_second)
-    assert collect_garbage(one).versions == () and stored_versions(url) == {version}
-    assert verify(one) == verify(two) == [] and find(one, "again").version == version
+    assert collect_garbage(Library(one)).versions == () and stored_versions(url) == {version}
+    assert verify(Library(one)) == verify(Library(two)) == [] and Library(one).find("again").version == version
 
 
 def test_who_names_a_version_waits_for_its_deletion_and_sends_it_again(machines, url, monkeypatch):
     one, two = machines
     version = write(one, name="gone", seed=1).manifest.version
-    remove_adapter(one, "gone")
+    Library(one).remove("gone")
     monkeypatch.setattr(shared_store, "_GRACE", timedelta(seconds=-1))
     delete, written = SharedStore.delete, []
     naming = threading.Thread(target=lambda: written.append(write(two, name="again", seed=1)))
@@ -283,17 +280,17 @@ def test_who_names_a_version_waits_for_its_deletion_and_sends_it_again(machines,
         delete(self, which)
 
     monkeypatch.setattr(SharedStore, "delete", deleted_slowly)
-    assert collect_garbage(one).versions == (version,)
+    assert collect_garbage(Library(one)).versions == (version,)
     naming.join(60)
-    assert written and verify(one) == verify(two) == [] and stored_versions(url) == {version}
-    evict(two)
-    assert open_adapter(two, "again").faults() == []
+    assert written and verify(Library(one)) == verify(Library(two)) == [] and stored_versions(url) == {version}
+    evict(Library(two))
+    assert Library(two).open("again").faults() == []
 
 
 def test_what_a_killed_collector_began_to_delete_can_be_named_an_hour_later(machines, monkeypatch):
     one, two = machines
     write(one, name="gone", seed=1)
-    remove_adapter(one, "gone")
+    Library(one).remove("gone")
     monkeypatch.setattr(shared_store, "_GRACE", timedelta(seconds=-1))
     monkeypatch.setattr(shared_store, "_PATIENCE_S", 0.2)
 
@@ -302,75 +299,83 @@ def test_what_a_killed_collector_began_to_delete_can_be_named_an_hour_later(mach
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(SharedStore, "delete", die)
-        collect_garbage(one)
+        collect_garbage(Library(one))
     with pytest.raises(LoracastError, match="another machine is deleting"):
         write(two, name="again", seed=1)
     monkeypatch.setattr(shared_store, "_LONGEST_DELETION", timedelta(seconds=-1))
     write(two, name="again", seed=1)
-    assert verify(one) == verify(two) == []
+    assert verify(Library(one)) == verify(Library(two)) == []
 
 
 def test_damage_at_the_store_is_found(machines, url):
     one, two = machines
     adapter = write(one, name="press", seed=1)
     write(one, name="lamp", seed=2)
-    assert adapter_names(two) == ["lamp", "press"]
+    assert Library(two).names() == ["lamp", "press"]
     fs, root = fsspec.core.url_to_fs(url)
     fs.rm_file(f"{root}/names/press/00000001.json")
-    assert any("press is not here what it is at" in problem for problem in verify(two))
+    assert any("press is not here what it is at" in problem for problem in verify(Library(two)))
     fs.pipe_file(f"{root}/names/press/00000001.json", b'{"versions": [["../x", ""]], "owner": "", "note": ""}')
     (two / "register.sqlite").unlink()
     with pytest.raises(LoracastError, match="is damaged"):
-        verify(two)
+        verify(Library(two))
     fs.rm(f"{root}/names/press", recursive=True)
     write(two, name="press", seed=3)
     fs.rm_file(f"{root}/{adapter.manifest.version[:2]}/{adapter.manifest.version}/adapter.json")
-    assert f"the version {adapter.manifest.version[:12]} is not at {url}" in verify(one)
+    assert f"the version {adapter.manifest.version[:12]} is not at {url}" in verify(Library(one))
 
 
 def test_machines_join_with_names_of_their_own(tmp_path, url, monkeypatch):
     monkeypatch.setattr(shared, "REFRESH_S", 0.0)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     write(one, name="press", seed=1)
-    describe_adapter(one, "press", tags=("machine",))
-    use_store(one, url)
-    assert share(one, url) == 1 and share(one, url) == 1
+    Library(one).describe("press", tags=("machine",))
+    use_store(Library(one), url)
+    assert Library(one).register.share(url) == 1 and Library(one).register.share(url) == 1
     write(two, name="press", seed=2)
     write(two, name="lamp", seed=3)
     with pytest.raises(AdapterError, match="press mean other adapters"):
-        share(two, url)
-    assert store_url(two) is None and adapter_names(two) == ["lamp", "press"] and adapter_names(one) == ["press"]
-    rename_adapter(two, "press", "press-2")
-    assert share(two, url) == 3 and adapter_names(one) == ["lamp", "press", "press-2"]
-    assert find(two, "press").tags == ("machine",)
+        Library(two).register.share(url)
+    assert (
+        store_url(Library(two)) is None
+        and Library(two).names() == ["lamp", "press"]
+        and Library(one).names() == ["press"]
+    )
+    Library(two).rename("press", "press-2")
+    assert Library(two).register.share(url) == 3 and Library(one).names() == ["lamp", "press", "press-2"]
+    assert Library(two).find("press").tags == ("machine",)
     with pytest.raises(AdapterError, match="shared by"):
-        use_store(three, url, take_over=True)
-    for use in (share, use_store):
+        use_store(Library(three), url, take_over=True)
+    for use in (lambda library, url: library.register.share(url), use_store):
         with pytest.raises(AdapterError, match="--leave"):
-            use(two, str(tmp_path / "elsewhere"))
-    leave_store(two)
-    remove_adapter(one, "press")
-    assert adapter_names(two) == ["lamp", "press", "press-2"] and store_url(two) is None and verify(two) == []
-    assert all(open_adapter(two, name).faults() == [] for name in adapter_names(two))
-    use_store(three, str(tmp_path / "another"))
+            use(Library(two), str(tmp_path / "elsewhere"))
+    leave_store(Library(two))
+    Library(one).remove("press")
+    assert (
+        Library(two).names() == ["lamp", "press", "press-2"]
+        and store_url(Library(two)) is None
+        and verify(Library(two)) == []
+    )
+    assert all(Library(two).open(name).faults() == [] for name in Library(two).names())
+    use_store(Library(three), str(tmp_path / "another"))
     with pytest.raises(AdapterError, match="belongs to another library"):
-        share(tmp_path / "four", str(tmp_path / "another"))
+        Library(tmp_path / "four").register.share(str(tmp_path / "another"))
 
 
 def test_a_place_that_cannot_create_on_condition_is_refused(tmp_path, monkeypatch):
     with pytest.raises(LoracastError, match="cannot be shared over memory"):
-        share(tmp_path / "one", "memory://somewhere")
+        Library(tmp_path / "one").register.share("memory://somewhere")
     with monkeypatch.context() as patch, pytest.raises(LoracastError, match="on condition"):
 
         def no_links(*_):
             raise PermissionError("no links on this drive")
 
         patch.setattr(os, "link", no_links)
-        share(tmp_path / "one", str(tmp_path / "there"))
+        Library(tmp_path / "one").register.share(str(tmp_path / "there"))
     monkeypatch.setattr(shared_store, "create_once", lambda path, content: path.write_bytes(content))
     with pytest.raises(LoracastError, match="overwrites files"):
-        share(tmp_path / "one", str(tmp_path / "there"))
-    assert store_url(tmp_path / "one") is None
+        Library(tmp_path / "one").register.share(str(tmp_path / "there"))
+    assert store_url(Library(tmp_path / "one")) is None
 
 
 def test_machines_that_are_killed_lose_no_name(url, tmp_path, monkeypatch):
@@ -390,4 +395,4 @@ def test_the_command(tmp_path):
     assert run(tmp_path / "there", "--shared").stdout == f"1 adapters lie at {tmp_path / 'there'}, shared\n"
     assert json.loads(run("--json").stdout)["store"] == str(tmp_path / "there")
     assert run("--shared").exit_code == 2 and run(tmp_path / "there", "--shared", "--take-over").exit_code == 2
-    assert run("--leave").exit_code == 0 and adapter_names(tmp_path / "one") == ["doc"]
+    assert run("--leave").exit_code == 0 and Library(tmp_path / "one").names() == ["doc"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from adapters import some_chunks, write
 from loracast.cli import app
 from loracast.errors import AdapterError, PackageError
-from loracast.library.library import adapter_names, remove_adapter
+from loracast.library.library import Library
 from loracast.library.remote import SIGNATURE, pull_adapter, push_adapter
 from loracast.library.upkeep import evict, use_store
 
@@ -78,13 +78,13 @@ def drop_hashes(there: Path) -> None:
 
 @pytest.mark.parametrize("by_file", [True, False])
 def test_a_signed_adapter_is_taken(signed, keys, by_file, tmp_path):
-    pulled = pull_adapter(tmp_path / "two", str(signed), signed_by=str(keys.public) if by_file else keys.text)
+    pulled = pull_adapter(Library(tmp_path / "two"), str(signed), signed_by=str(keys.public) if by_file else keys.text)
     assert sorted(path.name for path in pulled.folder.iterdir()) == [
         "adapter.json",
         "chunks.sqlite",
         "factors.safetensors",
     ]
-    assert pull_adapter(tmp_path / "three", str(signed)).version == pulled.version  # nobody has to look
+    assert pull_adapter(Library(tmp_path / "three"), str(signed)).version == pulled.version  # nobody has to look
 
 
 @pytest.mark.parametrize(
@@ -101,17 +101,17 @@ def test_a_signed_adapter_is_taken(signed, keys, by_file, tmp_path):
 def test_what_was_changed_is_refused(signed, keys, damage, message, tmp_path):
     damage(signed)
     with pytest.raises(AdapterError, match=message):
-        pull_adapter(tmp_path / "two", str(signed), signed_by=keys.text)
-    assert adapter_names(tmp_path / "two") == []
+        pull_adapter(Library(tmp_path / "two"), str(signed), signed_by=keys.text)
+    assert Library(tmp_path / "two").names() == []
 
 
 def test_another_key_is_refused(signed, tmp_path):
     other = Keys(tmp_path / "other")
     with pytest.raises(AdapterError, match="not signed with this key"):
-        pull_adapter(tmp_path / "two", str(signed), signed_by=other.text)
+        pull_adapter(Library(tmp_path / "two"), str(signed), signed_by=other.text)
     for key in (other.text[:-4], str(other.secret), str(tmp_path / "none.pub")):
         with pytest.raises(AdapterError, match="no public key of minisign"):
-            pull_adapter(tmp_path / "two", str(signed), signed_by=key)
+            pull_adapter(Library(tmp_path / "two"), str(signed), signed_by=key)
 
 
 @pytest.mark.parametrize("has_store", [False, True])
@@ -119,18 +119,18 @@ def test_a_copy_with_another_text_is_not_vouched_for(signed, keys, has_store, tm
     two = tmp_path / "two"
     copy = write(two, name="mine", chunks=[replace(one, text="Forged.") for one in some_chunks(3)])
     if has_store:
-        use_store(two, str(tmp_path / "store"))
-        evict(two)
+        use_store(Library(two), str(tmp_path / "store"))
+        evict(Library(two))
     with pytest.raises(AdapterError, match=f"another text.*loracast rm {copy.version}"):
-        pull_adapter(two, str(signed), signed_by=keys.text)
-    assert adapter_names(two) == ["mine"]
-    remove_adapter(two, copy.version)
+        pull_adapter(Library(two), str(signed), signed_by=keys.text)
+    assert Library(two).names() == ["mine"]
+    Library(two).remove(copy.version)
     for _ in range(2):
-        pulled = pull_adapter(two, str(signed), signed_by=keys.text)
+        pulled = pull_adapter(Library(two), str(signed), signed_by=keys.text)
         assert pulled.version == f"press@{copy.manifest.version[:12]}" and not pulled.faults()
     flip_a_byte(pulled.folder)
     with pytest.raises(AdapterError, match="another text"):
-        pull_adapter(two, str(signed), signed_by=keys.text)
+        pull_adapter(Library(two), str(signed), signed_by=keys.text)
 
 
 def test_a_password_opens_a_key(tmp_path):
@@ -139,7 +139,9 @@ def test_a_password_opens_a_key(tmp_path):
         push_adapter(adapter, str(tmp_path / "there"), signing_key=keys.secret, ask_password=lambda: "a guess")
     assert not (tmp_path / "there").exists()
     push_adapter(adapter, str(tmp_path / "there"), signing_key=keys.secret, ask_password=lambda: "a secret")
-    assert pull_adapter(tmp_path / "two", str(tmp_path / "there"), signed_by=keys.text).version == adapter.version
+    assert (
+        pull_adapter(Library(tmp_path / "two"), str(tmp_path / "there"), signed_by=keys.text).version == adapter.version
+    )
 
 
 @pytest.mark.skipif(not shutil.which("minisign"), reason="the minisign program is not installed")
@@ -150,7 +152,7 @@ def test_the_program_minisign_reads_and_writes_the_same(signed, keys, tmp_path):
     run("-Vm", signed / "adapter.json", "-P", keys.text)
     run("-G", "-W", "-p", tmp_path / "its.pub", "-s", tmp_path / "its.key")
     run("-Sm", signed / "adapter.json", "-s", tmp_path / "its.key")
-    assert pull_adapter(tmp_path / "two", str(signed), signed_by=str(tmp_path / "its.pub")).name == "press"
+    assert pull_adapter(Library(tmp_path / "two"), str(signed), signed_by=str(tmp_path / "its.pub")).name == "press"
     adapter = write(tmp_path / "one", name="other")
     push_adapter(adapter, str(tmp_path / "again"), signing_key=tmp_path / "its.key")
     run("-Vm", tmp_path / "again" / "adapter.json", "-p", tmp_path / "its.pub")
@@ -173,4 +175,4 @@ def test_the_commands(keys, tmp_path):
 def test_without_the_package_the_remedy_is_reported(signed, keys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "minisign", None)
     with pytest.raises(PackageError, match=r"pip install 'loracast\[sign\]'"):
-        pull_adapter(tmp_path / "two", str(signed), signed_by=keys.text)
+        pull_adapter(Library(tmp_path / "two"), str(signed), signed_by=keys.text)

@@ -15,9 +15,8 @@ from bulk import NOT_LEARNED
 from loracast.cli import app
 from loracast.documents import Document, read_document
 from loracast.errors import AdapterError, DocumentError
-from loracast.library import sync
 from loracast.library.index import read_chunks
-from loracast.library.library import adapter_names, describe_adapter, open_adapter, versions
+from loracast.library.library import Library
 from loracast.library.sync import BulkReport, learn_folder, names_for
 from other_processes import Forked, loracast_command
 
@@ -90,8 +89,8 @@ def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, hom
     assert (first["learned"], first["unchanged"], first["failed"], first["ignored"]) == (4, 0, 2, 1)
     assert len(first["ignored_files"]) == 1 and (folder / first["ignored_files"][0]).is_file()
     assert done.exit_code == 1 and "failed: broken.pdf: " in done.stderr and "empty (0 bytes)" in done.stderr
-    assert adapter_names(library_dir()) == ["lamp", "old-lamp", "old-prices", "readme"]
-    assert open_adapter(library_dir(), "old-lamp").manifest.title == "Lamp"
+    assert Library(library_dir()).names() == ["lamp", "old-lamp", "old-prices", "readme"]
+    assert Library(library_dir()).open("old-lamp").manifest.title == "Lamp"
 
     with monkeypatch.context() as nothing_loads:
         nothing_loads.setattr("loracast.cli.folder.open_model", lambda *a: pytest.fail("nothing has changed"))
@@ -154,7 +153,7 @@ def test_a_folder_is_kept_equal(folder, tiny_folder, tiny_hypernet_folder, home)
     assert new.startswith("lamp-")  # the name is still that of the file that is gone
     _, synced = run(folder, tiny_folder, tiny_hypernet_folder, command="sync")
     assert [file["name"] for file in synced["files"] if file["outcome"] == "removed"] == ["lamp"]
-    assert adapter_names(library_dir()) == sorted(
+    assert Library(library_dir()).names() == sorted(
         [new, "old-lamp", "old-prices", "readme"]
     )  # readme is somebody's own by now
     _, again = run(folder, tiny_folder, tiny_hypernet_folder, command="sync")
@@ -170,11 +169,15 @@ def test_an_adapter_that_is_gone_is_learned_again(tmp_path, folder):
         learned.append(name)
 
     for _ in range(2):  # nothing is in the library, whatever the journal says
-        report = learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it")
+        report = learn_folder(
+            folder, Library(tmp_path / "library"), learn, journals=tmp_path / "journals", made_by="it"
+        )
     assert report.count("learned") == 4 and report.count("failed") == 2 and len(learned) == 8
     next((tmp_path / "journals").iterdir()).write_text("{damaged")
     assert (
-        learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it").count("learned")
+        learn_folder(folder, Library(tmp_path / "library"), learn, journals=tmp_path / "journals", made_by="it").count(
+            "learned"
+        )
         == 4
     )
 
@@ -191,13 +194,15 @@ def test_a_failure_that_is_not_the_files_own_is_tried_again(tmp_path, folder):
     def learn(path: Path, name: str) -> None:
         asked.append(path.name)
 
-    first = learn_folder(folder, tmp_path / "library", locked, journals=tmp_path / "journals", made_by="it")
+    first = learn_folder(folder, Library(tmp_path / "library"), locked, journals=tmp_path / "journals", made_by="it")
     assert first.count("failed") == 6
-    second = learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it")
+    second = learn_folder(folder, Library(tmp_path / "library"), learn, journals=tmp_path / "journals", made_by="it")
     assert [file.path for file in second.files if file.outcome == "failed"] == ["broken.pdf"]
     assert len(asked) == 5 and "broken.pdf" not in asked
-    third = learn_folder(folder, tmp_path / "library", locked, journals=tmp_path / "journals", made_by="it", again=True)
-    fourth = learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it")
+    third = learn_folder(
+        folder, Library(tmp_path / "library"), locked, journals=tmp_path / "journals", made_by="it", again=True
+    )
+    fourth = learn_folder(folder, Library(tmp_path / "library"), learn, journals=tmp_path / "journals", made_by="it")
     assert third.count("failed") == 6 and fourth.count("learned") == 5
     assert [file.name for file in fourth.files] == [file.name for file in first.files]
 
@@ -207,12 +212,12 @@ def test_an_interrupted_run_says_so_and_goes_on(tmp_path, folder):
         if path.name == "prices.csv":
             raise KeyboardInterrupt
 
-    report = learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it")
+    report = learn_folder(folder, Library(tmp_path / "library"), learn, journals=tmp_path / "journals", made_by="it")
     assert not report.is_complete and len(report.files) < 6
     (journal,) = (tmp_path / "journals").iterdir()
     assert len(json.loads(journal.read_text())["entries"]) == len(report.files) + 1
     with pytest.raises(AdapterError, match="is not a folder"):
-        learn_folder(folder / "lamp.txt", tmp_path, learn, journals=tmp_path, made_by="it")
+        learn_folder(folder / "lamp.txt", Library(tmp_path), learn, journals=tmp_path, made_by="it")
 
 
 def test_a_file_that_goes_while_another_is_learned_is_forgotten_by_the_next_run(model, notes):
@@ -221,7 +226,7 @@ def test_a_file_that_goes_while_another_is_learned_is_forgotten_by_the_next_run(
     report = synced(model, notes, before=lambda path: (notes / "old" / "lamp.txt").unlink())
     assert outcomes(report) == {"kettle.txt": "learned", "old/lamp.txt": "failed"}
     assert outcomes(synced(model, notes)) == {"kettle.txt": "unchanged", "old/lamp.txt": "removed"}
-    assert adapter_names(model.library) == ["kettle"]
+    assert model.library.names() == ["kettle"]
 
 
 def test_a_file_that_grows_before_it_is_read_keeps_its_adapter(model, notes):
@@ -236,21 +241,21 @@ def test_a_file_that_grows_before_it_is_read_keeps_its_adapter(model, notes):
         assert outcomes(synced(model, notes))["kettle.txt"] == expected
     kettle.write_text("The kettle is gone.")
     assert outcomes(synced(model, notes))["kettle.txt"] == "learned"
-    assert adapter_names(model.library) == ["kettle", "old-lamp"]
+    assert model.library.names() == ["kettle", "old-lamp"]
     assert "gone" in read_chunks(model.adapter("kettle").index)[0].text
 
 
 def test_a_file_of_another_ending_or_case_takes_the_name_of_the_one_before(model, notes):
     synced(model, notes)
-    describe_adapter(model.library, "kettle", note="in the hall", tags=("kitchen",))
+    model.library.describe("kettle", note="in the hall", tags=("kitchen",))
     (notes / "kettle.txt").rename(notes / "Kettle.md")
     (notes / "old").rename(notes / "older")
     found = outcomes(synced(model, notes))
     assert found == {"Kettle.md": "learned", "older/lamp.txt": "learned", "old/lamp.txt": "removed"}
     for _ in range(2):
         assert set(outcomes(synced(model, notes)).values()) == {"unchanged"}
-    assert adapter_names(model.library) == ["kettle", "older-lamp"]
-    (newest, *_) = versions(model.library, "kettle")
+    assert model.library.names() == ["kettle", "older-lamp"]
+    (newest, *_) = model.library.versions("kettle")
     assert (newest.note, newest.tags) == ("in the hall", ("kitchen",))
 
     (notes / "Kettle.md").rename(notes / "kettle.csv")
@@ -283,12 +288,12 @@ def test_an_adapter_that_cannot_be_deleted_is_reported_and_deleted_by_the_next_r
     (notes / "kettle.txt").unlink()
     received = []
     with monkeypatch.context() as patch:
-        patch.setattr(sync, "remove_adapter", locked)
+        patch.setattr(Library, "remove", locked)
         report = synced(model, notes, on_file=lambda done, total, file: received.append(file))
     assert outcomes(report) == {"old/lamp.txt": "unchanged", "kettle.txt": "failed"}
     assert "another process" in report.files[1].error and received == report.files
     assert outcomes(synced(model, notes)) == {"old/lamp.txt": "unchanged", "kettle.txt": "removed"}
-    assert adapter_names(model.library) == ["old-lamp"]
+    assert model.library.names() == ["old-lamp"]
 
 
 def test_a_folder_that_cannot_be_listed_is_reported_and_nothing_below_it_is_forgotten(model, notes, monkeypatch):
@@ -316,7 +321,7 @@ def test_a_folder_that_cannot_be_listed_is_reported_and_nothing_below_it_is_forg
             patch.setattr(os, name, refusing(getattr(os, name), lambda path: path.startswith(locked + os.sep)))
         report = synced(model, notes)
     assert outcomes(report) == {"old/lamp.txt": "failed", "old/older": "failed"}
-    assert adapter_names(model.library) == ["old-lamp", "old-older-bridge"]
+    assert model.library.names() == ["old-lamp", "old-older-bridge"]
     assert outcomes(synced(model, notes)) == {"old/lamp.txt": "unchanged", "old/older/bridge.txt": "unchanged"}
 
 
@@ -330,13 +335,13 @@ def test_a_drive_that_is_not_mounted_takes_no_adapters_along(model, notes, monke
     for _ in range(2):
         (report,) = synced(model, notes).files
         assert (report.path, report.outcome) == (".", "failed") and "mount the drive" in report.error
-    assert adapter_names(model.library) == ["kettle", "old-lamp"]
+    assert model.library.names() == ["kettle", "old-lamp"]
     notes.rmdir()
     drive.rename(notes)
     assert set(outcomes(synced(model, notes)).values()) == {"unchanged"}
     shutil.rmtree(notes)
     notes.mkdir()  # on the same file system: all files were deleted
-    assert set(outcomes(synced(model, notes)).values()) == {"removed"} and adapter_names(model.library) == []
+    assert set(outcomes(synced(model, notes)).values()) == {"removed"} and model.library.names() == []
 
 
 def names_of(report: BulkReport) -> dict[str, str]:
@@ -345,7 +350,7 @@ def names_of(report: BulkReport) -> dict[str, str]:
 
 def sources(model, name: str) -> list[str]:
     """The hashes of what a name's versions were made from, newest first."""
-    return [one.source_sha256 for one in versions(model.library, name)]
+    return [one.source_sha256 for one in model.library.versions(name)]
 
 
 def test_an_adapter_of_somebodys_own_keeps_its_name_and_versions(model, notes):
@@ -356,10 +361,10 @@ def test_an_adapter_of_somebodys_own_keeps_its_name_and_versions(model, notes):
     assert names_of(synced(model, notes)) == names_of(first)
     (notes / "kettle.txt").write_text("The kettle holds two litres.")
     assert outcomes(synced(model, notes)) == {"kettle.txt": "learned", "old/lamp.txt": "unchanged"}
-    assert len(versions(model.library, name)) == 2
+    assert len(model.library.versions(name)) == 2
     (notes / "kettle.txt").unlink()
     synced(model, notes)
-    assert adapter_names(model.library) == ["kettle", "old-lamp"]
+    assert model.library.names() == ["kettle", "old-lamp"]
     assert sources(model, "kettle") == [own.source_sha256]
 
 
@@ -370,7 +375,7 @@ def test_a_name_that_somebody_replaced_is_left_to_him(model, notes):
     assert first["kettle.txt"].startswith("kettle-") and names_of(synced(model, notes)) == first
     (notes / "kettle.txt").unlink()
     synced(model, notes)
-    assert sources(model, "kettle")[0] == own.source_sha256 and len(adapter_names(model.library)) == 2
+    assert sources(model, "kettle")[0] == own.source_sha256 and len(model.library.names()) == 2
 
 
 def test_a_name_that_is_taken_during_a_run_is_left_alone(model, notes):
@@ -379,7 +384,7 @@ def test_a_name_that_is_taken_during_a_run_is_left_alone(model, notes):
     assert outcomes(report) == {"kettle.txt": "learned", "old/lamp.txt": "failed"}
     assert "called 'old-lamp' meanwhile" in report.files[1].error
     assert names_of(synced(model, notes))["old/lamp.txt"].startswith("old-lamp-")
-    assert len(versions(model.library, "old-lamp")) == 1
+    assert len(model.library.versions("old-lamp")) == 1
 
 
 @pytest.mark.parametrize("is_same", [True, False])
@@ -395,7 +400,7 @@ def test_folders_with_files_of_one_name_leave_each_other_alone(model, tmp_path, 
         assert (file.name, file.outcome) == (name, "unchanged")
     (folders[0] / "README.md").unlink()
     synced(model, folders[0])
-    assert adapter_names(model.library) == sorted(names[1:])
+    assert model.library.names() == sorted(names[1:])
     assert [synced(model, folder).files[0].outcome for folder in folders[1:]] == ["unchanged"] * 2
 
 
@@ -406,11 +411,11 @@ def test_a_lost_journal_doubles_and_deletes_nothing(model, notes):
     assert names_of(synced(model, notes)) == {"kettle.txt": "kettle", "old/lamp.txt": "old-lamp"}
     (notes / "kettle.txt").write_text("The kettle holds two litres.")
     synced(model, notes)
-    assert adapter_names(model.library) == ["kettle", "old-lamp"] and sources(model, "kettle")[1:] == before
+    assert model.library.names() == ["kettle", "old-lamp"] and sources(model, "kettle")[1:] == before
     (notes / "kettle.txt").unlink()
     (notes / "old" / "lamp.txt").unlink()
     synced(model, notes)  # nobody knows any more whose these are
-    assert adapter_names(model.library) == ["kettle", "old-lamp"] and sources(model, "kettle") == before
+    assert model.library.names() == ["kettle", "old-lamp"] and sources(model, "kettle") == before
 
 
 def test_a_folder_that_is_cast_otherwise_keeps_its_names_and_forgets_all_versions(model, notes):
@@ -418,13 +423,13 @@ def test_a_folder_that_is_cast_otherwise_keeps_its_names_and_forgets_all_version
     (notes / "kettle.txt").write_text("The kettle holds two litres.")
     otherwise = synced(model, notes, made_by="other")
     assert names_of(otherwise) == names_of(first) and otherwise.count("learned") == 2
-    assert len(versions(model.library, "kettle")) == 2
+    assert len(model.library.versions("kettle")) == 2
     (notes / "kettle.txt").unlink()
     assert outcomes(synced(model, notes, made_by="other"))["kettle.txt"] == "removed"
-    assert adapter_names(model.library) == ["old-lamp"]
+    assert model.library.names() == ["old-lamp"]
     own = model.learn(Document.from_text("The kettle holds 1.7 litres."), "kettle")
     assert own.manifest.version and outcomes(synced(model, notes)) == {"old/lamp.txt": "unchanged"}
-    assert adapter_names(model.library) == ["kettle", "old-lamp"]  # no journal says that it is the folder's
+    assert model.library.names() == ["kettle", "old-lamp"]  # no journal says that it is the folder's
 
 
 def test_what_a_killed_run_learned_is_still_the_folders(model, notes):
@@ -435,7 +440,7 @@ def test_what_a_killed_run_learned_is_still_the_folders(model, notes):
     assert set(outcomes(synced(model, notes)).values()) == {"learned"}
     (notes / "kettle.txt").unlink()
     synced(model, notes)
-    assert adapter_names(model.library) == ["old-lamp"]
+    assert model.library.names() == ["old-lamp"]
 
 
 def test_a_file_that_broke_before_it_went_is_forgotten(model, notes):
@@ -444,7 +449,7 @@ def test_a_file_that_broke_before_it_went_is_forgotten(model, notes):
     assert outcomes(synced(model, notes))["kettle.txt"] == "failed"
     (notes / "kettle.txt").unlink()
     assert outcomes(synced(model, notes))["kettle.txt"] == "removed"
-    assert adapter_names(model.library) == ["old-lamp"]
+    assert model.library.names() == ["old-lamp"]
 
 
 def test_a_journal_of_an_earlier_release_is_gone_on_with(model, notes):

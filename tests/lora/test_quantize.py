@@ -18,7 +18,7 @@ from loracast.errors import AdapterError, HypernetworkError
 from loracast.export.adapter import export_adapter
 from loracast.hypernets.store import save_pretrained
 from loracast.library.adapter import Adapter, first_with_static
-from loracast.library.library import find, open_adapter, versions
+from loracast.library.library import Library
 from loracast.library.upkeep import collect_garbage, verify
 from loracast.lora.algebra import concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, pack, packed, quantise, unpack
@@ -72,9 +72,9 @@ def test_half_bytes_come_back_but_for_half_a_step_of_their_group(d):
 def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):
     shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
     whole = write(tmp_path, 40, shared=shared)
-    small = compact(tmp_path, "doc", "int8")
+    small = compact(Library(tmp_path), "doc", "int8")
     factors = [(a.folder / "factors.safetensors").stat().st_size for a in (whole, small)]
-    assert factors[1] < 0.56 * factors[0] and small.manifest.storage == "int8" and verify(tmp_path) == []
+    assert factors[1] < 0.56 * factors[0] and small.manifest.storage == "int8" and verify(Library(tmp_path)) == []
     for chunks in ([0], [3, 39], {1: 1.0, 7: 0.5}):
         one, other = (a.lora(chunks).to(dtype=torch.float32) for a in (whole, small))
         for name in one.names:
@@ -132,7 +132,7 @@ def test_an_older_adapter_made_smaller_merges_the_rows_that_it_merged_before(tmp
     shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
     for older in (2, 3):
         whole = write(tmp_path, 40, name=f"doc{older}", shared=shared, format=older, seed=older)
-        small = compact(tmp_path, f"doc{older}", "int8")
+        small = compact(Library(tmp_path), f"doc{older}", "int8")
         assert small.manifest.format == older and small.manifest.merging == whole.manifest.merging
         one, other = (a.lora().to(dtype=torch.float32) for a in (whole, small))
         assert all((other.delta(n) - one.delta(n)).norm() < 0.02 * one.delta(n).norm() for n in one.names)
@@ -145,7 +145,7 @@ def test_a_document_learned_small_is_that_of_16_bits_made_smaller(model, documen
     learned = model.learn(document, "small", max_chunk_tokens=64, storage=storage)
     assert learned.manifest.storage == storage and DEFAULT_STORAGE == "int4"
     assert learned.manifest.version == made_smaller.manifest.version
-    assert find(model.library, "whole").n_versions == 2
+    assert model.library.find("whole").n_versions == 2
     before = collect_garbage(model.library, keep=1).n_bytes
     assert before > learned.n_bytes and isinstance(model.ask(QUESTION, "whole"), str)
 
@@ -165,7 +165,7 @@ def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_
     assert answerer.ask(QUESTION, "text") == model.ask(QUESTION, whole)
 
     with pytest.raises(AdapterError, match=r"keeps only its text.*--storage bf16"):
-        export_adapter(open_adapter(model.library, "text"), "peft", tmp_path / "out")
+        export_adapter(model.library.open("text"), "peft", tmp_path / "out")
     other = make_hypernet(model.base, seed=5)
     save_pretrained(for_base(other, model.base.fingerprint), tmp_path / "other")
     with pytest.raises(HypernetworkError, match="not the hypernetwork that it was learned with"):
@@ -177,20 +177,20 @@ def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_
 def test_nothing_becomes_larger_or_what_it_cannot_be(tmp_path):
     write(tmp_path, name="task", kind="task")
     with pytest.raises(AdapterError, match="only a document's factors"):
-        compact(tmp_path, "task", "text")
-    compact(tmp_path, "task", "int8")
+        compact(Library(tmp_path), "task", "text")
+    compact(Library(tmp_path), "task", "int8")
     for storage, fault in (("bf16", "kept as int8 and cannot become bf16"), ("int8", "kept as int8 already$")):
         with pytest.raises(AdapterError, match=fault):
-            compact(tmp_path, "task", storage)
+            compact(Library(tmp_path), "task", storage)
 
 
 def test_an_older_version_is_not_made_the_newest_by_being_made_smaller(tmp_path):
     write(tmp_path, name="task", kind="task")
-    newest = compact(tmp_path, "task", "int8")
-    older = versions(tmp_path, "task")[1].version
+    newest = compact(Library(tmp_path), "task", "int8")
+    older = Library(tmp_path).versions("task")[1].version
     with pytest.raises(AdapterError, match="not the newest version of 'task'"):
-        compact(tmp_path, f"task@{older[:12]}", "int4")
-    assert find(tmp_path, "task").version == newest.manifest.version
+        compact(Library(tmp_path), f"task@{older[:12]}", "int4")
+    assert Library(tmp_path).find("task").version == newest.manifest.version
 
 
 def test_storage_on_the_command_line(model, document, tiny_folder, tiny_hypernet_folder):
@@ -208,6 +208,6 @@ def test_storage_on_the_command_line(model, document, tiny_folder, tiny_hypernet
     assert "as int8" in run("compact", "whole", "-s", "int8") and "as int4" in run("compact", "whole")
     again = CliRunner().invoke(app, ["compact", "whole", "--library", str(model.library)])
     assert again.exit_code == 1 and "kept as int4 already; --storage text" in again.output
-    assert [e.n_bytes for e in versions(model.library, "whole")] == sorted(
-        e.n_bytes for e in versions(model.library, "whole")
+    assert [e.n_bytes for e in model.library.versions("whole")] == sorted(
+        e.n_bytes for e in model.library.versions("whole")
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import loracast
-from loracast.library.library import describe_adapter, versions
+from loracast.library.library import Library
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -89,8 +89,8 @@ def test_every_block_of_the_page_about_python_runs(folder, tiny_folder, capsys):
 def test_the_block_of_the_page_about_the_library_runs(folder):
     for name in ("manual", "manuals-dehumidifier"):
         loracast.load().learn("examples/manual.pdf", name)
-    describe_adapter(folder / "library", "manuals-dehumidifier", tags=["machine", "kitchen"])
-    digits = versions(folder / "library", "manual")[0].version[:8]
+    Library(folder / "library").describe("manuals-dehumidifier", tags=["machine", "kitchen"])
+    digits = Library(folder / "library").versions("manual")[0].version[:8]
     names = {"loracast": loracast, "folder": folder / "library"}
     (block,) = blocks("library.md")
     exec(block.replace("3f9a12c0", digits), names)

@@ -20,7 +20,7 @@ from loracast.base.load import Base, load_base
 from loracast.hypernets.store import from_pretrained
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
-from loracast.library.library import open_adapter
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 from loracast.reading.routing import route_adapter
 
@@ -40,7 +40,7 @@ def unpacked(name: str, library: Path) -> Adapter:
     kind = name.rpartition("/")[2]
     shutil.unpack_archive(GOLDEN / f"{name}.tar.gz", library / kind, filter="data")
     assert Adapter(library / kind).faults() == []
-    return open_adapter(library, kind)
+    return Library(library).open(kind)
 
 
 def parts(adapter: Adapter) -> dict[str, LoRA]:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from loracast.answering.model import load
 from loracast.cli import app
 from loracast.export.adapter import export_adapter
-from loracast.library.library import open_adapter
+from loracast.library.library import Library
 from loracast.library.save import save_lora
 from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
@@ -25,8 +25,8 @@ def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
     for name, text in (("lamp", "The lamp on the desk was made in the north."), ("prose", PROSE * 2)):
         (folder / f"{name}.txt").write_text(text)
         model.learn(folder / f"{name}.txt", name, max_chunk_tokens=40)
-    lora = open_adapter(folder, "lamp").lora()
-    save_lora(lora, folder, "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
+    lora = Library(folder).open("lamp").lora()
+    save_lora(lora, Library(folder), "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
     return folder
 
 
@@ -40,7 +40,7 @@ def test_the_chunks_of_an_adapter_are_those_that_ask_takes(library):
     question = "Who built the bridge over the river?"
     report = json.loads(run(library, question, "-a", "prose", "-a", "shout", "--route", 2, "--json").stdout)
     prose, shout = report["adapters"]
-    expected = route_adapter(open_adapter(library, "prose"), question, 2)
+    expected = route_adapter(Library(library).open("prose"), question, 2)
     assert [chunk["chunk"] for chunk in prose["chunks"]] == list(expected.chunks)
     assert [chunk["weight"] for chunk in prose["chunks"]] == pytest.approx(list(expected.weights), abs=1e-3)
     assert "bridge" in prose["chunks"][0]["text"] and prose["reason"] == expected.reason
@@ -72,7 +72,7 @@ def test_without_an_adapter_the_whole_library_is_looked_through(library):
 
 
 def test_the_adapters_of_an_exported_document(library, tmp_path):
-    adapter = open_adapter(library, "prose")
+    adapter = Library(library).open("prose")
     export_adapter(adapter, "peft", tmp_path / "out", each_chunk=True)
     question = "Who built the bridge over the river?"
     (found,) = json.loads(run(library, question, "--exported", tmp_path / "out", "--route", 2, "--json").stdout)[

@@ -48,9 +48,9 @@ def server(tmp_path_factory, model):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    home = model.library.parent / "home"
+    home = model.library.folder.parent / "home"
     home.mkdir()
-    (home / "adapters").symlink_to(model.library)
+    (home / "adapters").symlink_to(model.library.folder)
     environment = {
         **os.environ, "LORACAST_HOME": str(home), "HF_HUB_OFFLINE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",

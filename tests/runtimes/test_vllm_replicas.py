@@ -27,8 +27,9 @@ from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, _generate
 from loracast.documents import Document
 from loracast.export.adapter import export_adapter
-from loracast.library.folders import size_of
-from loracast.library.shared import REFRESH_S, share
+from loracast.library.files import size_of
+from loracast.library.library import Library
+from loracast.library.shared import REFRESH_S
 
 N = int(os.environ.get("LORACAST_REPLICA_ADAPTERS", "20"))
 N_TOKENS, N_BOTH = 12, 4
@@ -97,7 +98,7 @@ def start(folder: Path, store: Path, dtype: str, max_bytes: int):
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     (folder / "library").mkdir()
-    share(folder / "library", str(folder / "store"))
+    Library(folder / "library").register.share(str(folder / "store"))
     return load(library=folder / "library", device="cpu")
 
 
@@ -121,7 +122,7 @@ def servers(model, notes, tmp_path_factory):
     budget = max(N // 2, 8) * size_of(made.path)
     print(f"an exported LoRA has the rank {made.rank} and {size_of(made.path) / 1e6:.1f} MB")
     dtype = str(model.base.model.dtype).removeprefix("torch.")
-    running = [start(folder / name, model.library.parent / "store", dtype, budget) for name in ("a", "b")]
+    running = [start(folder / name, model.library.folder.parent / "store", dtype, budget) for name in ("a", "b")]
     try:
         for process, url, place in running:
             wait_until_it_answers(process, url, place / "log.txt")

@@ -10,7 +10,6 @@ import pytest
 
 from browser import Page, chromium
 from loracast.documents import Document
-from loracast.library.library import adapter_names, describe_adapter, find
 from loracast.reading.routing import route_adapter
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
@@ -98,11 +97,11 @@ def test_a_file_that_cannot_be_read_says_why_and_ends_nothing(page, folder):
 
 
 def test_a_name_that_is_taken_can_be_replaced(page, folder, model):
-    before = find(model.library, "lamp").version
+    before = model.library.find("lamp").version
     (folder / "lamp.txt").write_text("The lamp is now made in the south.")
     page.open().one("#files").send_keys(str(folder / "lamp.txt"))
     page.until(lambda: [one for one in page.all("#jobs button") if one.text == "Replace it"], "the offer")[0].click()
-    page.until(lambda: find(model.library, "lamp").version != before, "the new version")
+    page.until(lambda: model.library.find("lamp").version != before, "the new version")
 
 
 def test_a_task_is_cast_from_its_description_and_examples(page, model, hypernetwork):
@@ -164,10 +163,9 @@ def test_columns_can_be_left_out_and_nothing_chosen_asks_the_base(page):
 
 
 def test_an_error_of_the_server_is_a_sentence_in_its_column(page, model):
-    from loracast.library.library import remove_adapter
 
     choose(page.open(), "lamp")
-    remove_adapter(model.library, "lamp")
+    model.library.remove("lamp")
     ask(page, "How long is the warranty?")
     page.until(lambda: "does not exist" in page.text("#answer-adapter .note"), "the error")
     assert page.text("#answer-adapter .note")[0].isupper()
@@ -230,11 +228,11 @@ def test_the_library_is_searched_tagged_and_filtered(page, model):
     page.until(lambda: rows() == ["kettle", "lamp"], "the table")
     page.one("#library-table tbody tr:nth-child(2) button.link").click()
     page.one("#details .joined input").send_keys("desk", ENTER)
-    page.until(lambda: find(model.library, "lamp").tags == ("desk",), "the tag")
+    page.until(lambda: model.library.find("lamp").tags == ("desk",), "the tag")
     page.until(lambda: page.all("#library-tag option[value=desk]"), "the filter")[0].click()
     page.until(lambda: rows() == ["lamp"], "the filtered table")
     page.one("#details .chips button").click()
-    page.until(lambda: find(model.library, "lamp").tags == (), "no tag")
+    page.until(lambda: model.library.find("lamp").tags == (), "no tag")
     page.one("#library-search").send_keys("kett")
     page.until(lambda: rows() == ["kettle"], "what was searched")
     assert not page.complaints()
@@ -246,7 +244,7 @@ def test_an_adapter_goes_only_when_that_is_confirmed(page, model):
         page.one("#details button.danger").click()
         assert page.text("#confirm-title") == "Delete kettle?"
         page.one(f"#confirm button[value={answer}]").click()
-        page.until(lambda left=left: adapter_names(model.library) == left, str(left))
+        page.until(lambda left=left: model.library.names() == left, str(left))
     page.until(lambda: len(page.all("#library-table tbody tr")) == 1, "the table")
 
 
@@ -256,7 +254,7 @@ def test_adapters_are_combined_with_the_weights_of_the_sliders(page, model):
         box.click()
     page.one("#combine input[type=range]").send_keys(LEFT * 3)  # left: three tenths less
     page.one("#combine-name").send_keys("both", ENTER)
-    page.until(lambda: "both" in adapter_names(model.library), "the combination")
+    page.until(lambda: "both" in model.library.names(), "the combination")
     assert model.adapter("both").manifest.title == "kettle:0.7 + lamp"
 
 
@@ -274,7 +272,7 @@ def test_versions_are_listed_newest_first(page, model):
     model.learn(Document.from_text("The kettle holds two litres."), "kettle", replace=True)
     page.open("library").one("#library-table tbody button.link").click()
     shown = page.until(lambda: [one.text for one in page.all("#details .versions code")], "versions")
-    assert len(shown) == 2 and find(model.library, "kettle").version.startswith(shown[0])
+    assert len(shown) == 2 and model.library.find("kettle").version.startswith(shown[0])
 
 
 def test_watched_folders_are_listed_with_what_failed(driver, model, home, tmp_path):
@@ -372,7 +370,7 @@ def test_escape_stops_the_answers(page):
 
 @pytest.mark.parametrize(("width", "dark"), [(320, False), (390, True), (800, False), (1280, True)])
 def test_every_view_is_readable_and_named(page, model, width, dark):
-    describe_adapter(model.library, "lamp", tags=["desk", "home"])
+    model.library.describe("lamp", tags=["desk", "home"])
     page.open(width=width, dark=dark)
     if width < 960:
         page.one("#fold summary").click()

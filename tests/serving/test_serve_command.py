@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import loracast
 from loracast.cli import app
 from loracast.documents import Document
-from loracast.library.library import adapter_names, open_adapter
+from loracast.library.library import Library
 from loracast.library.save import save_lora
 from loracast.serving import app as serving_run
 from loracast.serving import client as discovery
@@ -52,7 +52,7 @@ def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory) -> Path:
     for name, text in TEXTS.items():
         model.learn(Document.from_text(text, title=name.title()), name, max_chunk_tokens=24)
     lora = model.adapter("museum").lora()
-    save_lora(lora, folder, "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
+    save_lora(lora, Library(folder), "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
     return folder
 
 
@@ -185,7 +185,7 @@ def test_learn_goes_through_the_server_and_prints_the_same(run, running, library
     file.write_text("# Lantern\n\nThe amber lantern of hall 4 has the code 4711. It is lit at nine.\n")
     through = run("learn", file, "--chunk-tokens", "24", "-s", "int8", "--json")
     assert through.exit_code == 0 and not loads, through.output
-    learned = open_adapter(library, "lantern-of-hall-4")
+    learned = Library(library).open("lantern-of-hall-4")
     assert learned.manifest.storage == "int8" and learned.manifest.max_chunk_tokens == 24
     alone = run("learn", file, "--chunk-tokens", "24", "-s", "int8", "--json", "--local", "--replace")
     assert without_times(through) == without_times(alone)
@@ -209,8 +209,8 @@ def test_a_task_is_cast_through_the_server_and_prints_the_same(
     through = task("Turn words around.", "--name", "turn")
     code, said, faults = without_times(alone)
     assert without_times(through) == (code, said.replace(str(tmp_path / "library"), str(library)), faults)
-    version = open_adapter(tmp_path / "library", "turn").manifest.version
-    assert open_adapter(library, "turn").manifest.version == version
+    version = Library(tmp_path / "library").open("turn").manifest.version
+    assert Library(library).open("turn").manifest.version == version
     assert task("Answer in capitals.").stdout.startswith("cast answer-in-capitals (Answer in capitals.)\n")
     refused = task("Say it twice.", "--name", "turn")
     assert refused.exit_code == 1 and "--replace" in refused.stderr
@@ -223,7 +223,7 @@ def test_a_folder_is_learned_through_the_server(run, running, library, tmp_path,
     (tmp_path / "texts" / "empty.md").write_text(" ")
     result = run("learn", tmp_path / "texts")
     assert result.exit_code == 1 and "empty.md" in result.stderr and "3 learned, 0 unchanged, 1 failed" in result.stdout
-    assert not loads and {"hall-0", "hall-1", "hall-2"} <= set(adapter_names(library))
+    assert not loads and {"hall-0", "hall-1", "hall-2"} <= set(Library(library).names())
 
 
 # ---- which server
@@ -435,13 +435,13 @@ def test_watched_folders_are_learned_and_forgotten(start, library, tmp_path):
     for folder in folders:
         folder.mkdir()
         (folder / f"{folder.name}.txt").write_text(f"The {folder.name} are in the drawer.")
-    before = adapter_names(library)
+    before = Library(library).names()
     missing = tmp_path / "missing"
     process, server = start(*(word for folder in (*folders, missing) for word in ("--watch", str(folder))))
     assert f"there is no folder {missing} yet" in " ".join(process.err.split())
-    eventually(lambda: adapter_names(library) == sorted([*before, "invoices", "letters"]))
+    eventually(lambda: Library(library).names() == sorted([*before, "invoices", "letters"]))
     watched = server.client().get("/v1/server")["watched"]
     assert [one["folder"] for one in watched] == ["invoices", "letters", "missing"]
     for folder in folders:
         (folder / f"{folder.name}.txt").unlink()
-    eventually(lambda: adapter_names(library) == before)
+    eventually(lambda: Library(library).names() == before)

@@ -7,8 +7,6 @@ import torch
 from fastapi.testclient import TestClient
 
 from loracast.documents import Document
-from loracast.library.library import describe_adapter, find, remove_adapter
-from loracast.serving import resolve
 from loracast.serving.app import create_app
 from loracast.serving.batch import token_bytes
 from loracast.serving.engine import LocalEngine
@@ -55,7 +53,9 @@ def test_an_answer_says_what_its_lora_takes_in_memory(model):
 
 def test_a_name_is_looked_up_again_only_when_the_library_has_changed(model, monkeypatch):
     names, looked_up = Names(model, 8), []
-    monkeypatch.setattr(resolve, "find", lambda *given: looked_up.append(given) or find(*given))
+    find, adapter = model.library.find, model.adapter
+    monkeypatch.setattr(model.library, "find", lambda name: looked_up.append(name) or find(name))
+    monkeypatch.setattr(model, "adapter", lambda name: (adapter(name), looked_up.pop())[0])  # which looks it up too
     first = model.learn(Document.from_text("The kettle holds 1.7 litres."), "doc").manifest.version
     for _ in range(3):
         assert names.adapter("doc").manifest.version == names.adapter(f"doc@{first[:8]}").manifest.version == first
@@ -64,9 +64,9 @@ def test_a_name_is_looked_up_again_only_when_the_library_has_changed(model, monk
     assert names.adapter("doc").manifest.version == second != first
     assert names.adapter(f"doc@{first[:8]}").manifest.version == first
     assert len(looked_up) == 4
-    describe_adapter(model.library, "doc", tags=["kitchen"])
+    model.library.describe("doc", tags=["kitchen"])
     assert names.adapter("doc").manifest.version == second and len(looked_up) == 5
-    remove_adapter(model.library, "doc")
+    model.library.remove("doc")
     for _ in range(2):
         with pytest.raises(ApiError, match="does not exist"):
             names.adapter("doc")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import loracast
-from loracast.library.library import adapter_names, entries
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from servers import eventually, manual, served
@@ -62,7 +61,7 @@ def test_the_calls_of_curl(url, model):
     assert done.returncode == 0, done.stderr
     events = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("data: ")]
     assert (events[-1]["status"], events[-1]["adapter"]) == ("completed", "manual")
-    (entry,), _ = entries(model.library, tag="new")
+    (entry,), _ = model.library.entries(tag="new")
     assert (entry.name, entry.tags) == ("kettle", ("kitchen", "new"))
     assert Path("kettle-peft.zip").stat().st_size > 1000
-    eventually(lambda: "french" in adapter_names(model.library))
+    eventually(lambda: "french" in model.library.names())

@@ -21,7 +21,7 @@ import loracast
 from loracast.cast.compact import compact
 from loracast.errors import LoracastError
 from loracast.library.adapter import factors_in_memory
-from loracast.library.library import adapter_names, open_adapter, remove_adapter, rename_adapter
+from loracast.library.library import Library
 from loracast.library.upkeep import collect_garbage
 from loracast.serving import state, uploads, vector_stores
 from loracast.serving.app import create_app
@@ -108,7 +108,7 @@ def test_a_file_that_expires_goes_with_its_adapter(client, model, monkeypatch, u
     kept = upload(client, manual(50), expires_after={"anchor": "created_at", "seconds": 3600})
     store = client.vector_stores.create(file_ids=[kept.id])
     client.vector_stores.files.poll(kept.id, vector_store_id=store.id)
-    name = next(one for one in adapter_names(model.library) if one.endswith(kept.id[-12:]))
+    name = next(one for one in model.library.names() if one.endswith(kept.id[-12:]))
     later = int(time.time()) + 3601
     for module in (state, uploads, vector_stores):
         monkeypatch.setattr(module, "now", lambda: later)
@@ -116,7 +116,7 @@ def test_a_file_that_expires_goes_with_its_adapter(client, model, monkeypatch, u
         f"{url}/v1/adapters", files={"file": ("other.md", manual(51))}, headers={"Authorization": f"Bearer {ADMIN}"}
     )
     assert learn_something.status_code == 202  # after a job the server tidies up
-    eventually(lambda: name not in adapter_names(model.library))
+    eventually(lambda: name not in model.library.names())
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(kept.id)
     eventually(lambda: client.vector_stores.retrieve(store.id).file_counts.total == 0)
@@ -139,8 +139,8 @@ def test_a_program_for_file_search_prepares_its_store(client, model):
     assert file.chunking_strategy.static.max_chunk_size_tokens == 192
     store = client.vector_stores.retrieve(store.id)
     assert (store.status, store.file_counts.completed, store.file_counts.total) == ("completed", 1, 1)
-    name = next(one for one in adapter_names(model.library) if one.startswith("coffee-maker-"))
-    adapter = open_adapter(model.library, name)
+    name = next(one for one in model.library.names() if one.startswith("coffee-maker-"))
+    adapter = model.library.open(name)
     assert store.usage_bytes == file.usage_bytes == adapter.n_bytes
     content = list(client.vector_stores.files.content(file.id, vector_store_id=store.id))
     assert len(content) == adapter.manifest.n_chunks
@@ -178,7 +178,7 @@ def test_a_program_for_file_search_works_unchanged(client, model):
     assert client.files.retrieve(cited[0].file_id).filename == "k82.md"
     assert "K82-1 is 92 months" in search.results[0].text
     assert search.results[0].attributes == {"number": 82}
-    name = next(one for one in adapter_names(model.library) if one.endswith(cited[0].file_id[-12:]))
+    name = next(one for one in model.library.names() if one.endswith(cited[0].file_id[-12:]))
     text = message.content[0].text
     assert text == alone(extra_body={"adapters": [{"id": name}]}) != alone()
 
@@ -309,7 +309,7 @@ def test_a_file_of_two_stores_is_cast_once_and_goes_with_the_last(client, model,
         assert client.vector_stores.files.poll(file.id, vector_store_id=store.id).status == "completed"
 
     def there():
-        return [name for name in adapter_names(model.library) if name.startswith("shared-")]
+        return [name for name in model.library.names() if name.startswith("shared-")]
 
     assert len(there()) == 1
     assert client.vector_stores.delete(stores[0].id).deleted
@@ -341,7 +341,7 @@ def test_an_adapter_that_is_deleted_is_missing_in_its_store(client, api, model):
     file = upload(client, manual(8), "lost.md")
     store = client.vector_stores.create(file_ids=[file.id])
     client.vector_stores.files.poll(file.id, vector_store_id=store.id)
-    name = next(one for one in adapter_names(model.library) if one.startswith("lost-"))
+    name = next(one for one in model.library.names() if one.startswith("lost-"))
     assert api.patch(f"/adapters/{name}", json={"name": "found"}).status_code == 200
     assert [one.filename for one in client.vector_stores.search(store.id, query="warranty")] == ["lost.md"]
     assert api.delete("/adapters/found").json()["deleted"]
@@ -362,7 +362,7 @@ def test_others_write_while_the_adapters_of_a_store_go(client, model, monkeypatc
 
     def timed(library, reference):
         began = time.monotonic()
-        remove_adapter(library, reference)
+        Library(library).remove(reference)
         took.append(time.monotonic() - began)
 
     def pause(seconds):
@@ -381,7 +381,7 @@ def test_others_write_while_the_adapters_of_a_store_go(client, model, monkeypatc
         goes_on.set()
         assert deleted.result().deleted
     assert len(pauses) == len(files) and all(pause >= s for pause, s in zip(pauses, took, strict=True))
-    assert not any(name.startswith("gone-") for name in adapter_names(model.library))
+    assert not any(name.startswith("gone-") for name in model.library.names())
 
 
 def test_an_adapter_that_could_not_be_removed_goes_later(app, client, model, monkeypatch):
@@ -393,22 +393,22 @@ def test_an_adapter_that_could_not_be_removed_goes_later(app, client, model, mon
     with monkeypatch.context() as patch:
         patch.setattr("loracast.serving.vector_stores.remove_adapter", fails)
         assert client.vector_stores.delete(store.id).deleted
-        assert any(name.startswith("stuck-") for name in adapter_names(model.library))
+        assert any(name.startswith("stuck-") for name in model.library.names())
     app.state.service.learning.tidy()
-    assert not any(name.startswith("stuck-") for name in adapter_names(model.library))
+    assert not any(name.startswith("stuck-") for name in model.library.names())
 
 
 def removed(library, name):
-    remove_adapter(library, name)
+    Library(library).remove(name)
 
 
 def renamed(library, name):
-    rename_adapter(library, name, f"{name}-renamed")
+    Library(library).rename(name, f"{name}-renamed")
 
 
 def compacted(library, name):
-    compact(library, name, "text")
-    collect_garbage(library, keep=1)
+    compact(Library(library), name, "text")
+    collect_garbage(Library(library), keep=1)
 
 
 @pytest.mark.parametrize("change", [removed, renamed, compacted])
@@ -428,7 +428,7 @@ def test_a_file_that_lost_its_adapter_on_the_command_line_is_failed_until_it_is_
         message = client.responses.create(**asked, tools=[tool]).output[-1]
         return {one.filename for one in message.content[0].annotations}
 
-    change(model.library, next(one for one in adapter_names(model.library) if one.endswith(file.id[-12:])))
+    change(model.library, next(one for one in model.library.names() if one.endswith(file.id[-12:])))
     assert answered() == set() and searched() == []
     assert client.vector_stores.retrieve(store.id).file_counts.failed == 1
     missing = client.vector_stores.files.retrieve(file.id, vector_store_id=store.id)
@@ -470,7 +470,7 @@ def test_the_library_over_http(api, model):
     version = api.get("/adapters/dish-washer").json()["version"]
     assert api.get(f"/adapters/dish-washer@{version[:12]}").json()["version"] == version
     chunks = api.get("/adapters/dish-washer/chunks").json()
-    assert chunks["total"] == open_adapter(model.library, "dish-washer").manifest.n_chunks == len(chunks["data"])
+    assert chunks["total"] == model.library.open("dish-washer").manifest.n_chunks == len(chunks["data"])
     assert "K20-0 is 20 months" in chunks["data"][0]["text"]
     changed = api.patch("/adapters/dish-washer", json={"name": "washer", "tags": ["new"], "note": "in the cellar"})
     assert {key: changed.json()[key] for key in ("name", "tags", "note")} == {
@@ -489,7 +489,7 @@ def test_a_task_comes_with_examples(api, model):
     examples = [{"input": "hot", "output": "cold"}, {"input": "big", "output": "small"}]
     body = {"description": "Say the opposite.", "examples": examples, "name": "opposite"}
     assert learned(api, api.post("/adapters", json=body))["status"] == "completed"
-    assert open_adapter(model.library, "opposite").manifest.n_examples == 2
+    assert model.library.open("opposite").manifest.n_examples == 2
     alone = learned(api, api.post("/adapters", json={"examples": examples}))
     assert (alone["adapter"], alone["status"]) == ("hot-cold", "completed")
     for bad in (
@@ -525,7 +525,7 @@ def test_adapters_are_added_up(api, model):
     parts = [{"id": "one", "scale": 0.5}, {"id": "two"}]
     job = learned(api, api.post("/adapters/combine", json={"parts": parts, "name": "sum"}))
     assert (job["status"], job["kind"]) == ("completed", "combination")
-    one, two, both = (open_adapter(model.library, name).lora() for name in ("one", "two", "sum"))
+    one, two, both = (model.library.open(name).lora() for name in ("one", "two", "sum"))
     for name in both.names:
         wanted = 0.5 * one.delta(name) + two.delta(name)
         assert torch.allclose(both.delta(name), wanted, atol=0.02 * wanted.abs().max())
@@ -543,7 +543,7 @@ def test_an_export_is_what_peft_reads(api, model, tmp_path):
         assert archive.testzip() is None
         archive.extractall(tmp_path)
     read = LoRA(read_peft(tmp_path, linear_shapes(model.base.model)))
-    kept = open_adapter(model.library, "kettle").lora(dense=False)
+    kept = model.library.open("kettle").lora(dense=False)
     for name in kept.names:
         assert torch.allclose(read.delta(name), kept.delta(name), atol=0.02 * kept.delta(name).abs().max())
     assert api.get("/adapters/kettle/export", params={"to": "pickle"}).status_code == 400
@@ -557,7 +557,7 @@ def test_an_export_is_what_peft_reads(api, model, tmp_path):
     each = api.get("/adapters/kettle/export", params={"to": "peft", "each_chunk": True})
     with zipfile.ZipFile(io.BytesIO(each.content)) as archive:
         names = archive.namelist()
-    n_chunks = open_adapter(model.library, "kettle").manifest.n_chunks
+    n_chunks = model.library.open("kettle").manifest.n_chunks
     assert n_chunks > 1 and sum(name.endswith("adapter_model.safetensors") for name in names) == n_chunks
     gguf = zipfile.ZipFile(io.BytesIO(api.get("/adapters/kettle/export", params={"to": "gguf"}).content))
     assert [name for name in gguf.namelist() if name.endswith(".gguf")]
@@ -618,7 +618,7 @@ def test_a_job_is_cancelled_over_http(api, model):
     long = api.post("/adapters", files={"file": ("very-long.md", manual(31, 60))}).json()
     api.post(f"/jobs/{long['id']}/cancel")
     assert [*events(api, long["id"])][-1][1]["status"] == "cancelled"
-    assert "very-long" not in adapter_names(model.library)
+    assert "very-long" not in model.library.names()
 
 
 # ---- what is refused
@@ -699,7 +699,7 @@ def test_an_answer_goes_on_while_its_adapter_is_replaced_and_deleted(api, model)
     ticket = engine.submit(ask)
     first = next(iter(ticket))
     learn(api, manual(41), "used", replace="true")
-    assert open_adapter(model.library, "used").version != opened.version
+    assert model.library.open("used").version != opened.version
     assert api.delete("/adapters/used").status_code == 200
     assert api.get("/adapters/used").status_code == 404 and not opened.folder.exists()
     assert ticket.text() == undisturbed

@@ -13,7 +13,7 @@ import pytest
 from adapters import write
 from loracast.errors import DocumentError, NameTakenError
 from loracast.library.index import read_chunks
-from loracast.library.library import adapter_names, entries, open_adapter, versions
+from loracast.library.library import Library
 from loracast.library.upkeep import verify
 from loracast.serving import jobs as jobs_module
 from loracast.serving.errors import ApiError
@@ -49,7 +49,7 @@ def learn(learning: Learning, data: bytes, name: str, **options):
 
 
 def test_an_upload_is_kept_under_an_id_of_the_servers_making(tmp_path):
-    uploads = Uploads(State(tmp_path), 10_000)
+    uploads = Uploads(State(Library(tmp_path)), 10_000)
     kept = uploads.add(io.BytesIO(b"some text"), "../../etc/pass\x00wd\n.md", "assistants")
     assert (kept.filename, kept.n_bytes) == ("passwd.md", 9)
     assert uploads.find(kept.id) == kept
@@ -61,7 +61,7 @@ def test_an_upload_is_kept_under_an_id_of_the_servers_making(tmp_path):
 
 
 def test_uploads_are_bounded_together_and_a_refused_one_leaves_nothing(tmp_path):
-    uploads = Uploads(State(tmp_path), 10)
+    uploads = Uploads(State(Library(tmp_path)), 10)
     uploads.add(io.BytesIO(b"12345678"), "a.md", "assistants")
     with pytest.raises(ApiError, match="2 are left") as refused:
         uploads.add(io.BytesIO(b"123"), "b.md", "assistants")
@@ -71,7 +71,7 @@ def test_uploads_are_bounded_together_and_a_refused_one_leaves_nothing(tmp_path)
 
 
 def test_uploads_at_the_same_time_are_bounded_together(tmp_path):
-    uploads = Uploads(State(tmp_path), 10)
+    uploads = Uploads(State(Library(tmp_path)), 10)
 
     class Slow(io.BytesIO):
         def read(self, *size):
@@ -85,7 +85,7 @@ def test_uploads_at_the_same_time_are_bounded_together(tmp_path):
 
 
 def test_pages_of_a_list_cover_it_once_in_either_order(tmp_path):
-    uploads = Uploads(State(tmp_path), 1000)
+    uploads = Uploads(State(Library(tmp_path)), 1000)
     ids = [uploads.add(io.BytesIO(b"."), f"{i}.md", "assistants").id for i in range(5)]
     uploads.add(io.BytesIO(b"."), "internal", INTERNAL)
     for order, wanted in (("asc", ids), ("desc", ids[::-1])):
@@ -134,7 +134,7 @@ def makers(tmp_path):
 
 @pytest.fixture
 def jobs(tmp_path, makers):
-    found = Jobs(State(tmp_path), {"document": makers}, lambda: None, 4)
+    found = Jobs(State(Library(tmp_path)), {"document": makers}, lambda: None, 4)
     yield found
     makers.may_go.set()
     found.close()
@@ -151,7 +151,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(jobs, makers):
     makers.may_go.set()
     eventually(lambda: are_done(jobs))
     assert makers.order == ["doc-0", "doc-1", "doc-2", "doc-3"]
-    assert adapter_names(makers.library) == makers.order
+    assert Library(makers.library).names() == makers.order
 
 
 def test_two_jobs_never_make_one_name_at_once(jobs):
@@ -168,8 +168,8 @@ def test_uploads_that_may_replace_each_other_take_turns_and_the_last_one_stays(m
     learning.start()
     made = [ended(learning.jobs, job.id) for job in jobs]
     assert [job.status for job in made] == ["completed"] * 3
-    assert [entry.version for entry in versions(model.library, "doc")] == [job.version for job in made][::-1]
-    assert "555-0003" in read_chunks(open_adapter(model.library, "doc").index)[0].text
+    assert [entry.version for entry in model.library.versions("doc")] == [job.version for job in made][::-1]
+    assert "555-0003" in read_chunks(model.library.open("doc").index)[0].text
     learning.close()
 
 
@@ -195,7 +195,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_soon(jobs, makers)
     makers.may_go.set()
     assert ended(jobs, first.id).status == "cancelled"
     assert makers.order == ["doc-1"]
-    assert adapter_names(makers.library) == []
+    assert Library(makers.library).names() == []
     assert jobs.cancel(first.id).revision == jobs.find(first.id).revision  # nothing changes any more
 
 
@@ -208,14 +208,14 @@ def test_a_server_that_stops_puts_its_job_off(tmp_path, jobs, makers):
     makers.may_go.set()
     closing.join(30)
     assert jobs.find(job.id).status == "queued"
-    again = Jobs(State(tmp_path), {"document": makers}, lambda: None, 4)
+    again = Jobs(State(Library(tmp_path)), {"document": makers}, lambda: None, 4)
     again.start()
     assert ended(again, job.id).status == "completed"
     again.close()
 
 
 def test_one_of_two_servers_on_a_library_works(tmp_path, jobs, makers):
-    other = Jobs(State(tmp_path), {"document": makers}, lambda: None, 4)
+    other = Jobs(State(Library(tmp_path)), {"document": makers}, lambda: None, 4)
     jobs.start()
     first = jobs.add("document", "doc-1", {})
     assert makers.begun.wait(30)
@@ -266,18 +266,20 @@ def test_a_document_becomes_an_adapter_with_progress_and_tags(model):
     job = learn(learning, data, "The Manual", tags=("kitchen",))
     job = ended(learning.jobs, job.id)
     assert (job.status, job.adapter, job.error) == ("completed", "the-manual", None)
-    adapter = open_adapter(model.library, "the-manual")
+    adapter = model.library.open("the-manual")
     assert job.done == job.total == adapter.manifest.n_chunks
     assert job.version == adapter.manifest.version
     assert adapter.manifest.source == "The Manual.md"
-    assert entries(model.library, tag="kitchen")[0][0].name == "the-manual"
-    eventually(lambda: not any((model.library / "serving" / "files").iterdir()))  # its bytes are no longer needed
+    assert model.library.entries(tag="kitchen")[0][0].name == "the-manual"
+    eventually(
+        lambda: not any((model.library.folder / "serving" / "files").iterdir())
+    )  # its bytes are no longer needed
     again = ended(learning.jobs, learn(learning, data, "The Manual").id)  # uploaded twice
     assert (again.status, again.version) == ("completed", job.version)
     with pytest.raises(NameTakenError):
         learn(learning, manual(8), "The Manual")
     newer = ended(learning.jobs, learn(learning, manual(8), "The Manual", replace=True).id)
-    assert open_adapter(model.library, "the-manual").manifest.version == newer.version != job.version
+    assert model.library.open("the-manual").manifest.version == newer.version != job.version
     learning.close()
 
 
@@ -288,7 +290,7 @@ def test_the_name_of_a_job_that_cannot_begin_takes_no_room(model):
         learn(learning, manual(2), "two")
     with pytest.raises(Exception, match="cannot name"):
         learning.learn(io.BytesIO(b"x"), "a.md", "../up", tags=(), replace=False)
-    assert len(list((model.library / "serving" / "files").iterdir())) == 1
+    assert len(list((model.library.folder / "serving" / "files").iterdir())) == 1
 
 
 BAD = {
@@ -308,7 +310,7 @@ def test_files_that_cannot_be_read_fail_with_a_reason_and_the_worker_lives(model
         assert job_found.error["code"] in ("invalid_file", "unsupported_file")
         assert len(job_found.error["message"]) > 20
         assert str(model.library) not in job_found.error["message"]
-    assert adapter_names(model.library) == ["good"]
+    assert model.library.names() == ["good"]
     learning.close()
 
 
@@ -320,10 +322,10 @@ def test_combining_is_a_job_with_the_versions_of_when_it_was_asked_for(model):
     model.learn(io.BytesIO(manual(9)), "one", replace=True)
     learning.start()
     assert ended(learning.jobs, job.id).status == "completed"
-    made = open_adapter(model.library, "both")
+    made = model.library.open("both")
     name = made.manifest.target.modules[0].name
-    wanted = open_adapter(model.library, f"one@{old}").lora().delta(name)
-    wanted = wanted - 0.5 * open_adapter(model.library, "two").lora().delta(name)
+    wanted = model.library.open(f"one@{old}").lora().delta(name)
+    wanted = wanted - 0.5 * model.library.open("two").lora().delta(name)
     assert (made.lora().delta(name) - wanted).abs().max() < 0.02 * wanted.abs().max()
     learning.close()
 
@@ -355,7 +357,7 @@ def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tin
         server = Forked(tmp_path, serve, *where, str(10 * i))
         assert len(server.lines(n_lines)) == n_lines
         if i == 2:
-            eventually(lambda: adapter_names(model.library))
+            eventually(lambda: model.library.names())
         server.send_signal(signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL
         # what it said before it died counts
@@ -369,12 +371,12 @@ def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tin
     for id, name, upload in answered:
         assert ended(learning.jobs, id).status == "completed"
         number = int(name.removeprefix("doc-"))
-        assert f"K{number}-0" in open_adapter(model.library, name).index.read_bytes().decode("utf-8", "ignore")
+        assert f"K{number}-0" in model.library.open(name).index.read_bytes().decode("utf-8", "ignore")
         assert learning.uploads.path(learning.uploads.find(upload).id).read_bytes() == manual(number)
     eventually(lambda: are_done(learning.jobs))
     learning.close()
     assert verify(model.library) == []
-    assert {name for _, name, _ in answered} <= {entry.name for entry in entries(model.library, tag="kept")[0]}
+    assert {name for _, name, _ in answered} <= {entry.name for entry in model.library.entries(tag="kept")[0]}
 
 
 def test_learning_gives_way_to_who_else_needs_the_base(model, monkeypatch):

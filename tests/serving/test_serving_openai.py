@@ -11,7 +11,6 @@ from loracast.answering.answers import NOT_SAID
 from loracast.base.generate import Sampling
 from loracast.documents import Document
 from loracast.library.adapter import MANIFEST
-from loracast.library.library import remove_adapter
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.resolve import in_window
@@ -87,7 +86,7 @@ def test_an_adapter_that_cannot_be_read_is_left_out_of_the_models(model, client,
         manifest.write_bytes(whole)
         assert "lamp" in {one.id for one in client.models.list()}
     finally:
-        remove_adapter(model.library, "lamp")
+        model.library.remove("lamp")
 
 
 def test_an_answer_is_that_of_ask(model, client):

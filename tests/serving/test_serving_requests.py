@@ -22,7 +22,6 @@ from adapters import refuse_writes
 from loracast.base.generate import Sampling
 from loracast.documents import Document
 from loracast.library import shared
-from loracast.library.shared import share
 from loracast.library.store import SharedStore
 from loracast.serving.app import create_app
 from loracast.serving.engine import EngineStats, LocalEngine
@@ -302,7 +301,7 @@ def test_no_request_waits_for_the_names_of_a_slow_store(tiny_folder, tiny_hypern
         loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / name, device="cpu") for name in "ab"
     )
     for model in (one, two):
-        share(model.library, str(tmp_path / "there"))
+        model.library.register.share(str(tmp_path / "there"))
     for model, name in ((one, "manual"), (two, "museum")):
         model.learn(Document.from_text(TEXTS[name]), name, max_chunk_tokens=24)
     monkeypatch.setattr(shared, "REFRESH_S", 0.05)
@@ -332,9 +331,9 @@ def test_a_library_that_cannot_be_written_still_answers(tiny_folder, tiny_hypern
     fill(model)
     wanted = model.ask("How long is the warranty?", "manual", sampling=Sampling(8))
     app = create_app(model, LocalEngine(model.base), ServerSettings())
-    refuse_writes(monkeypatch, model.library)
+    refuse_writes(monkeypatch, model.library.folder)
     with pytest.raises(PermissionError):
-        (model.library / "file").touch()
+        (model.library.folder / "file").touch()
     with served(app) as url:
         answer = httpx.post(f"{url}{CHAT}", json=body(max_tokens=8), timeout=30)
     assert answer.json()["choices"][0]["message"]["content"] == wanted, answer.text

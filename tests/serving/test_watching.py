@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import watchfiles
 
-from loracast.library.library import adapter_names
 from loracast.serving import learning
 from loracast.serving.learning import Watcher
 from servers import eventually
@@ -24,11 +23,11 @@ def test_files_come_and_go_while_it_watches(model, folder):
     watcher.start()
     try:
         eventually(lambda: watcher.states[0].n_documents == 1)
-        assert adapter_names(model.library) == ["kettle"]
+        assert model.library.names() == ["kettle"]
         (folder / "lamp.txt").write_text("The lamp was made in the north.")
-        eventually(lambda: adapter_names(model.library) == ["kettle", "lamp"])
+        eventually(lambda: model.library.names() == ["kettle", "lamp"])
         (folder / "kettle.txt").unlink()
-        eventually(lambda: adapter_names(model.library) == ["lamp"])
+        eventually(lambda: model.library.names() == ["lamp"])
         eventually(lambda: not watcher.states[0].is_learning)
         assert watcher.states[0].n_documents == 1
     finally:
@@ -64,7 +63,7 @@ def test_where_watching_fails_it_is_reported_and_folders_are_looked_at(model, fo
         eventually(lambda: watcher.states[0].error)
         assert "watch limit reached" in watcher.states[0].error and str(folder.parent) not in watcher.states[0].error
         (folder / "lamp.txt").write_text("The lamp was made in the north.")
-        eventually(lambda: adapter_names(model.library) == ["kettle", "lamp"])
+        eventually(lambda: model.library.names() == ["kettle", "lamp"])
         eventually(lambda: watcher.states[0].n_documents == 2 and "watch limit reached" in watcher.states[0].error)
     finally:
         watcher.close()

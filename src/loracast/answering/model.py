@@ -34,11 +34,10 @@ from loracast.documents import Document
 from loracast.documents.images import ImageFile
 from loracast.documents.task_spec import ExampleLike
 from loracast.errors import AdapterError
-from loracast.files import library_dir
 from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.hypernets.store import Modality
 from loracast.library.adapter import Adapter, factors_in_memory
-from loracast.library.library import open_adapter
+from loracast.library.library import Library
 from loracast.library.manifest import name_for
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
@@ -61,7 +60,7 @@ class Model(QuestionAnswering):
     def __init__(
         self,
         base: Base,
-        library: Path,
+        library: Library | str | Path,
         hypernetwork: str | Path | Found | Hypernetwork | None = None,
         task_hypernetwork: str | Path | Found | Hypernetwork | None = None,
         image_hypernetwork: str | Path | Found | Hypernetwork | None = None,
@@ -71,7 +70,7 @@ class Model(QuestionAnswering):
             hypernetwork, task_hypernetwork, image_hypernetwork: hypernetworks, or their folders or hub repositories;
                 the shipped ones if None.
         """
-        self.base, self.library = base, library
+        self.base, self.library = base, Library.of(library)
         self._kept = factors_in_memory()  # of all adapters, under one budget
         self._hypernetworks: dict[Modality, str | Path | Found | Hypernetwork | None] = {
             "document": hypernetwork,
@@ -101,7 +100,7 @@ class Model(QuestionAnswering):
 
     def adapter(self, name: str) -> Adapter:
         """An adapter of the library, checked against the base. Raises HypernetworkError if it needs another one."""
-        found = open_adapter(self.library, name)
+        found = self.library.open(name)
         check(found.manifest.made_for, self.base.fingerprint, f"the adapter {name!r}")
         found.kept = self._kept
         if found.manifest.storage == "text":
@@ -239,7 +238,7 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     task_hypernetwork: str | Path | Hypernetwork | None = None,
     image_hypernetwork: str | Path | Hypernetwork | None = None,
-    library: str | Path | None = None,
+    library: Library | str | Path | None = None,
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -275,7 +274,7 @@ def load(
         model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype, quantize=quantize,
         revision=revision, chat_template=chat_template or trained_template(given), say=say,
     )  # fmt: skip
-    loaded = Model(base, Path(library or library_dir()), *given)
+    loaded = Model(base, Library.of(library), *given)
     if eager:
         _ = loaded.documents
     return loaded

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Unpack, overload
 
 from loracast.answering.answers import Prepared, SourcedAnswer, least_confidence, refusal, without_model
@@ -16,6 +15,7 @@ from loracast.base.generate import OnText, Sampling, answers, pieces
 from loracast.base.load import Base
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import Adapter
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, concat
 from loracast.reading.matching import likely_together
 from loracast.reading.overview import Overview, overview
@@ -39,7 +39,7 @@ class QuestionAnswering(ABC):
     """The methods of `Model` that answer questions; they need its base and its adapters, and no hypernetwork."""
 
     base: Base
-    library: Path
+    library: Library
 
     @abstractmethod
     def adapter(self, name: str) -> Adapter:

@@ -28,7 +28,6 @@ from loracast.errors import AdapterError, ConfigError, DocumentError, LoracastEr
 from loracast.export.formats import VLLM_RANKS
 from loracast.files import move_unless_there
 from loracast.hypernets.protocol import Caster
-from loracast.library.folders import tidy, work_folder
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.store import file_system, is_local, write
 from loracast.library.sync import is_readable, names_for

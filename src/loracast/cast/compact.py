@@ -5,26 +5,25 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import SENTENCE, STATIC, Adapter
 from loracast.library.index import read_chunks, read_sentences, write_index
-from loracast.library.library import find, open_adapter
+from loracast.library.library import Library
 from loracast.library.manifest import FORMAT
 from loracast.library.writer import AdapterWriter
 from loracast.lora.quantize import STORAGE, Storage
 from loracast.reading.outline import write_document_index
 
 
-def compact(library: Path, reference: str, storage: Storage) -> Adapter:
+def compact(library: Library, reference: str, storage: Storage) -> Adapter:
     """Keep an adapter in a smaller storage, as a new version; the one that it was made from stays until it is removed.
 
     Raises:
         AdapterError: there is none, it takes no more space now, or it is not the newest version of its name, which the
         new version would then follow; only a document can be kept as text.
     """
-    adapter = open_adapter(library, reference)
+    adapter = library.open(reference)
     m = adapter.manifest
     _check_newest(library, adapter)
     if storage == m.storage:
@@ -56,8 +55,8 @@ def compact(library: Path, reference: str, storage: Storage) -> Adapter:
         return writer.finish(replace=True)
 
 
-def _check_newest(library: Path, adapter: Adapter) -> None:
-    newest = find(library, adapter.name).version
+def _check_newest(library: Library, adapter: Adapter) -> None:
+    newest = library.find(adapter.name).version
     if newest != adapter.manifest.version:
         raise AdapterError(
             f"{adapter.version} is not the newest version of {adapter.name!r}, and a smaller one would become it: "

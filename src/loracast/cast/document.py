@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from threading import Lock
 
 import torch
@@ -23,7 +22,7 @@ from loracast.documents.units import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
-from loracast.library.library import check_free, check_whole, find_cached, give_name
+from loracast.library.library import Library
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.save import save_rows, save_single, static_tensors
 from loracast.library.writer import ChunkRows, check_finite
@@ -189,7 +188,7 @@ def learn_document(
     caster: Caster,
     base: Base,
     document: Document,
-    library: Path,
+    library: Library,
     name: str,
     *,
     max_chunk_tokens: int | None = None,
@@ -223,7 +222,7 @@ def learn_chunks(
     base: Base,
     document: Document,
     chunks: Sequence[Chunk],
-    library: Path,
+    library: Library,
     name: str,
     *,
     max_chunk_tokens: int,
@@ -255,12 +254,12 @@ def learn_chunks(
         warnings=document.warnings,
         storage=storage,
     )
-    version = find_cached(library, manifest.cache_keys(hypernetwork.former_ids))
+    version = library.find_cached(manifest.cache_keys(hypernetwork.former_ids))
     if version is not None:
-        check_whole(library, version)
-        return give_name(library, name, version, replace=replace)
+        library.check_whole(version)
+        return library.give_name(name, version, replace=replace)
     if not replace:
-        check_free(library, name)  # now, not after the work
+        library.check_free(name)  # now, not after the work
     batches = cast_chunks(caster, base, [chunk.prompt for chunk in chunks], [chunk.units for chunk in chunks])
     return save_rows(
         library,
@@ -280,7 +279,7 @@ def cast_image(caster: Caster, image: ImageFile) -> LoRA:
     return caster.loras_of(caster.encode([image.image])).row(0).to(dtype=torch.bfloat16)
 
 
-def learn_image(caster: Caster, image: ImageFile, library: Path, name: str, *, replace: bool = False) -> Adapter:
+def learn_image(caster: Caster, image: ImageFile, library: Library, name: str, *, replace: bool = False) -> Adapter:
     """Cast an image into an adapter and keep it under `name`.
 
     Raises:

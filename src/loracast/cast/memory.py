@@ -24,12 +24,11 @@ from loracast.documents import Chunk, Document
 from loracast.errors import AdapterError
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
-from loracast.library.folders import exclusively, home_of
 from loracast.library.index import read_chunks
-from loracast.library.library import erase_traces, open_adapter, remove_adapter, versions
+from loracast.library.library import Library
 from loracast.library.manifest import MEMORY_SOURCE, check_name
-from loracast.library.shared import reading
 from loracast.reading.spoken import MESSAGE_GAP, messages_in, statements_in
+from loracast.work_folders import exclusively
 
 MOST_CHUNKS = 256
 """Chunks of a memory, which are messages unless those are long; the oldest messages go when more come."""
@@ -56,7 +55,7 @@ class Forgotten:
 class Memory:
     """What a user said, kept under one name of a library. Threads and processes may share it."""
 
-    def __init__(self, caster: Caster, base: Base, library: Path, name: str, recast: CachedRecast):
+    def __init__(self, caster: Caster, base: Base, library: Library, name: str, recast: CachedRecast):
         """
         Args:
             recast: casts the chunks that have been said, so that a question need not wait for it.
@@ -69,10 +68,10 @@ class Memory:
         self._newest()
 
     def _newest(self) -> Adapter | None:
-        with reading(self.library) as register:
+        with self.library.register.reading() as register:
             if register.newest(self.name) is None:
                 return None
-        adapter = open_adapter(self.library, self.name)
+        adapter = self.library.open(self.name)
         if not adapter.manifest.is_memory:
             raise AdapterError(
                 f"{self.name!r} is an adapter that no chat has made, and what is said would be mixed into it: give the "
@@ -93,26 +92,26 @@ class Memory:
         said = statements_in(message)
         if not said:
             return None
-        with exclusively(self.library, "memory"):
+        with exclusively(self.library.folder, "memory"):
             before = self.messages()
             if said in before:
                 return None
             adapter = self._learn([*before, said])
-            for entry in versions(self.library, self.name)[KEPT_VERSIONS:]:
-                remove_adapter(self.library, f"{self.name}@{entry.version}")
+            for entry in self.library.versions(self.name)[KEPT_VERSIONS:]:
+                self.library.remove(f"{self.name}@{entry.version}")
         self._recast([chunk.text for chunk in self._split(said)])
         return adapter
 
     def remember_later(self, message: str) -> Future[Adapter | None]:
         """`remember` in the background. What fails there is logged, without the message."""
         future = _BACKGROUND.submit(self.remember, message)
-        _PENDING[self.library, self.name] = future
+        _PENDING[self.library.folder, self.name] = future
         future.add_done_callback(_log_failure)
         return future
 
     def wait_for_pending(self) -> None:
         """Wait until everything that `remember_later` was given for this memory is kept, or has failed."""
-        if pending := _PENDING.get((self.library, self.name)):
+        if pending := _PENDING.get((self.library.folder, self.name)):
             wait([pending])
 
     def forget(self, number: int) -> Forgotten:
@@ -126,7 +125,7 @@ class Memory:
         Raises:
             AdapterError: there is no such message.
         """
-        with exclusively(self.library, "memory"):
+        with exclusively(self.library.folder, "memory"):
             messages = self.messages()
             if not 1 <= number <= len(messages):
                 raise AdapterError(
@@ -134,18 +133,18 @@ class Memory:
                 )
             message = messages[number - 1]
             rest = [one for one in messages if one != message]
-            there = versions(self.library, self.name)
+            there = self.library.versions(self.name)
             if rest:
                 self._learn(rest)
             holding = [entry.version for entry in there if message in self._messages_of(entry.version)]
             for version in holding:
-                remove_adapter(self.library, f"{self.name}@{version}")
-            erase_traces(self.library)
-            still_in = tuple(version for version in holding if home_of(self.library, version).exists())
+                self.library.remove(f"{self.name}@{version}")
+            self.library.erase_traces()
+            still_in = tuple(version for version in holding if self.library.files.home(version).exists())
         return Forgotten(message, len(holding) - len(still_in), still_in)
 
     def _messages_of(self, version: str) -> list[str]:
-        return messages_in(read_chunks(open_adapter(self.library, f"{self.name}@{version}").index))
+        return messages_in(read_chunks(self.library.open(f"{self.name}@{version}").index))
 
     def _learn(self, messages: Sequence[str]) -> Adapter:
         each = [self._split(message) for message in messages]

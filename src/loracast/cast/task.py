@@ -6,19 +6,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TypedDict, Unpack, cast
 
 import torch
 
 from loracast.documents.task_spec import Example, ExampleLike, TaskSpec, as_examples, as_spec
 from loracast.errors import AdapterError
-from loracast.files import library_dir
 from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.encoders import Features
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
-from loracast.library.library import check_free
+from loracast.library.library import Library
 from loracast.library.manifest import check_name, name_for_task
 from loracast.library.save import save_single
 from loracast.library.writer import check_finite
@@ -48,12 +46,12 @@ class TaskOptions(TypedDict, total=False):
 class TaskCaster:
     """Casts tasks into LoRAs and keeps them in a library; a task is given as a description, examples, or both."""
 
-    def __init__(self, caster: Caster, library: Path | None = None):
+    def __init__(self, caster: Caster, library: Library | None = None):
         """
         Args:
             library: where adapters are kept; the user's own library if None.
         """
-        self.caster, self.library = caster, library or library_dir()
+        self.caster, self.library = caster, library or Library()
 
     @property
     def hypernetwork(self) -> DescriptionHypernetwork:
@@ -160,7 +158,7 @@ class TaskCaster:
         for name, task in zip(names, given, strict=True):
             check_name(name)
             if not replace:
-                check_free(self.library, name, unless_from=task.sha256)
+                self.library.check_free(name, unless_from=task.sha256)
         started = time.perf_counter()
         if refine is None:
             features = self._encode(given)

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from io import TextIOWrapper
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +18,7 @@ from loracast.cli.client import Answerer, Remembering, open_answerer, say_source
 from loracast.cli.options import Answering, Json, MaxTokens, Question, check_question, distinct
 from loracast.cli.terminal import Stream, print_json, printable, say
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
+from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.reading.overview import overview
 from loracast.reading.wide_route import check_patterns, patterns_in
@@ -141,7 +141,7 @@ def _lines() -> Iterator[str]:
 class Talk:
     """A conversation and the adapters that it uses."""
 
-    def __init__(self, answerer: Answerer, library: Path, tag: str = "", strict: bool = False):
+    def __init__(self, answerer: Answerer, library: Library, tag: str = "", strict: bool = False):
         self.answerer, self.library, self.tag, self.strict = answerer, library, tag, strict
         self.turns: list[Message] = []
         self.used: list[str] = []
@@ -173,9 +173,7 @@ class Talk:
                 self.used.remove(name)
                 say(f"(using {' + '.join(self.used) or 'no adapter'})")
         elif command == "/list":
-            from loracast.library.library import adapter_names
-
-            for there in adapter_names(self.library):
+            for there in self.library.names():
                 print(f"{'*' if there in self.used else ' '} {there}", flush=True)
         elif command == "/memory":
             for i, message in enumerate(self._remembered().messages(), 1):

@@ -13,7 +13,6 @@ from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.options import Answering, base_of, loading, server_for
 from loracast.cli.terminal import say
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
-from loracast.library.library import adapter_names, entries, find, open_adapter
 from loracast.library.manifest import marked_name, name_from
 from loracast.reading.wide_route import Source, check_patterns, patterns_in
 
@@ -105,7 +104,7 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
                           "give one of them")  # fmt: skip
     patterns = patterns_in(answering.chosen)
     names = [name for name in answering.chosen if name not in patterns]
-    found = [open_adapter(answering.library, name) for name in names]
+    found = [answering.library.open(name) for name in names]
     template = answering.chat_template or next((one.manifest.made_for.chat_template for one in found), "")
     answering = replace(answering, base=answering.base or base_of(found), chat_template=template)
     if patterns:
@@ -130,7 +129,7 @@ def _style(answering: Answering, others: Sequence[Adapter]) -> Adapter:
     hash behind it.
     """
     library, words = answering.library, answering.style.strip()
-    there = [open_adapter(library, entry.name) for entry in entries(library, kind="task")[0] if entry.title == words]
+    there = [library.open(entry.name) for entry in library.entries(kind="task")[0] if entry.title == words]
     for style in there:
         if (_key(style) == _key(others[0])) if others else (base_of([style]) == _name_of(answering.base)):
             return style
@@ -142,7 +141,7 @@ def _style(answering: Answering, others: Sequence[Adapter]) -> Adapter:
     for style in there:  # the base may have been loaded by another name
         if _key(style) == key:
             return style
-    if name in adapter_names(library):
+    if name in library.names():
         name = marked_name(name, "\n".join((words, *key)))
     return model.task(words, name, strength=_STYLE_STRENGTH)
 
@@ -181,7 +180,7 @@ class Local:
         self._opened: dict[str, tuple[str, Adapter]] = {}  # by name, with the hash of the version
 
     def open(self, name: str) -> Adapter:
-        version = find(self._answering.library, name).version  # learned anew or added to since, in this process or not
+        version = self._answering.library.find(name).version  # learned anew or added to since, in this process or not
         if name not in self._opened or self._opened[name][0] != version:
             self._opened[name] = version, self._model.adapter(name)
         return self._opened[name][1]
@@ -220,7 +219,7 @@ class Served:
     def open(self, name: str) -> Adapter:
         from loracast.base.fingerprint import Fingerprint, check
 
-        found = open_adapter(self._answering.library, name)
+        found = self._answering.library.open(name)
         check(found.manifest.made_for, Fingerprint(**self._server.fingerprint), f"the adapter {name!r}")
         return found
 

@@ -21,7 +21,6 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.read import read_bytes, read_document
 from loracast.errors import LoracastError
 from loracast.files import file_sha256, journals_dir
-from loracast.library.library import open_adapter
 
 if TYPE_CHECKING:
     from loracast.answering.model import Model
@@ -135,7 +134,7 @@ def _made_there(
             f"the server did not finish {job['adapter']!r} (it is {job['status']}); it goes on when the server runs "
             "again, and `loracast list` shows it then"
         )
-    return open_adapter(library, f"{job['adapter']}@{job['version']}")
+    return library.open(f"{job['adapter']}@{job['version']}")
 
 
 def made_by(learning: Learning) -> str:

@@ -316,7 +316,7 @@ def task(
     print_result(as_json, facts, _task_summary(adapter, library))
 
 
-def _cast_served(server: Running, library: Path, spec: TaskSpec, naming: options.Naming) -> Adapter | None:
+def _cast_served(server: Running, library: Library, spec: TaskSpec, naming: options.Naming) -> Adapter | None:
     """Have a running server cast a task; None where it does not."""
 
     adapter = cast_task(server, library, spec, naming.name, replace=naming.replace)
@@ -325,7 +325,7 @@ def _cast_served(server: Running, library: Path, spec: TaskSpec, naming: options
     return adapter
 
 
-def _task_summary(adapter: Adapter, library: Path) -> str:
+def _task_summary(adapter: Adapter, library: Library) -> str:
     """What is printed about a task that was cast."""
     manifest = adapter.manifest
     read = f", {plural(manifest.n_examples, 'example')}" if manifest.n_examples else ""
@@ -349,13 +349,13 @@ def _made(adapter: Adapter) -> dict[str, Any]:
     return {"name": adapter.name, "n_bytes": adapter.n_bytes, "warnings": warnings, "folder": str(adapter.folder)}
 
 
-def named(adapter: Adapter, library: Path) -> str:
+def named(adapter: Adapter, library: Library) -> str:
     """An adapter for the next command, with its library where that is not the user's own."""
-    is_own = library.resolve() == library_dir().resolve()
+    is_own = library.folder.resolve() == library_dir().resolve()
     return adapter.name if is_own else f"{adapter.name} --library {shlex.quote(str(library))}"
 
 
-def learned(adapter: Adapter, library: Path) -> str:
+def learned(adapter: Adapter, library: Library) -> str:
     """What is printed about an adapter that was learned."""
     manifest = adapter.manifest
     title = f" ({manifest.title})" if manifest.title else ""

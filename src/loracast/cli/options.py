@@ -18,7 +18,7 @@ from loracast.cli.terminal import progress_bar, say, stderr, warn
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import BaseModelError
 from loracast.files import library_dir
-from loracast.library.library import check_free
+from loracast.library.library import Library as AdapterLibrary
 from loracast.library.manifest import check_name
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.reading.routing import DEFAULT_ROUTE
@@ -75,8 +75,12 @@ Base = Annotated[str | None, "Language model: an embedded base, a local folder o
 Hypernetwork = Annotated[str | None, "Folder or hub id of a hypernetwork; the one shipped for the base by default."]
 Encoder = Annotated[str | None, "Folder or hub id of the hypernetwork's encoder, if it has moved since training."]
 Library = Annotated[
-    Path, typer.Option(default_factory=library_dir, show_default="your own library", help="Folder of adapters.")
-]
+    AdapterLibrary,
+    typer.Option(
+        parser=AdapterLibrary.of, metavar="<path>", default_factory=library_dir, show_default="your own library",
+        help="Folder of adapters.",
+    ),
+]  # fmt: skip
 Device = Annotated[
     str | None, typer.Option(callback=check_device, help="cpu, cuda, cuda:N or mps; the fastest there is by default.")
 ]
@@ -111,7 +115,7 @@ class Naming:
     name: Annotated[str | None, "Name of the new adapter; made from its source by default."] = None
     replace: Replace = False
 
-    def checked(self, library: Path, default: str, source_sha256: str | None = None) -> str:
+    def checked(self, library: AdapterLibrary, default: str, source_sha256: str | None = None) -> str:
         """The name, or the default one. A taken name is refused here, before a model is loaded for nothing.
 
         Args:
@@ -119,7 +123,7 @@ class Naming:
         """
         name = check_name(self.name or default)
         if not self.replace:
-            check_free(library, name, unless_from=source_sha256)
+            library.check_free(name, unless_from=source_sha256)
         return name
 
 
@@ -235,7 +239,7 @@ def loading(device: str | None) -> Iterator[Callable[[str], None]]:
         yield tell
 
 
-def open_model(models: Models, library: Path | None = None) -> Model:
+def open_model(models: Models, library: AdapterLibrary | None = None) -> Model:
     """Load the base with its hypernetwork, to learn documents."""
     with loading(models.device) as tell:
         from loracast.answering.model import load
@@ -280,7 +284,7 @@ def _default_fingerprint() -> tuple[str, str]:
     return made_for["config"], made_for["norms"]
 
 
-def what_loads(choice: BaseChoice, library: Path, hypernetworks: Mapping[str, str | None]) -> Loaded:
+def what_loads(choice: BaseChoice, library: AdapterLibrary, hypernetworks: Mapping[str, str | None]) -> Loaded:
     """What a command with these options loads, to be compared with what a running server has loaded.
 
     Args:
@@ -295,11 +299,11 @@ def what_loads(choice: BaseChoice, library: Path, hypernetworks: Mapping[str, st
         template = template_text(choice.chat_template)
     given = {modality: source_key(where) for modality, where in hypernetworks.items()}
     how = {option: value for option, value in choice.how.items() if value is not None and option != "chat_template"}
-    return Loaded(str(library.resolve()), source_key(choice.base), given, template, how)
+    return Loaded(str(library.folder.resolve()), source_key(choice.base), given, template, how)
 
 
 def server_for(
-    choice: BaseChoice, library: Path, modality: Modality, hypernetwork: str | None, *, local: bool
+    choice: BaseChoice, library: AdapterLibrary, modality: Modality, hypernetwork: str | None, *, local: bool
 ) -> Running | None:
     """A running server that does what a command with these options would do by itself; None also with --local."""
     if local:

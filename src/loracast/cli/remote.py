@@ -14,8 +14,6 @@ from loracast.cli.terminal import loss, print_result, printable, say, size
 from loracast.export import FORMATS
 from loracast.files import exports_dir
 from loracast.library import upkeep
-from loracast.library.library import open_adapter
-from loracast.library.shared import share
 
 
 def export(
@@ -44,7 +42,6 @@ def export(
     from loracast.base.load import load_base
     from loracast.errors import ConfigError
     from loracast.export.adapter import export_adapter
-    from loracast.library.library import open_adapter
 
     asked = (
         []
@@ -55,7 +52,7 @@ def export(
         raise ConfigError(f"{questions} holds no question; give one per line")
     folder = out or Path(f"{name}-{to}")
     made = export_adapter(
-        open_adapter(library, name), to, folder,
+        library.open(name), to, folder,
         max_rank=rank, each_chunk=each_chunk, base=base, say=say,
         questions=asked,
         load=lambda wanted: load_base(wanted, dtype="bfloat16", say=say),
@@ -114,7 +111,7 @@ def store(
     if shared and (url is None or take_over):
         raise typer.BadParameter("--shared needs a URL and cannot be combined with --take-over")
     if shared and url is not None:
-        text = f"{share(library, url):,} adapters lie at {url}, shared"
+        text = f"{library.register.share(url):,} adapters lie at {url}, shared"
     elif url is not None:
         text = f"{upkeep.use_store(library, url, take_over=take_over):,} adapters lie at {url}"
     elif evict:
@@ -140,7 +137,7 @@ def push_adapter(
     """Upload an adapter, with the text it was made from and a model card, so that others can pull it."""
     from loracast.library.remote import push_adapter as push
 
-    adapter = open_adapter(library, name)
+    adapter = library.open(name)
     push(adapter, where, private=not public, signing_key=sign)
     print(f"{adapter.version} ({size(adapter.n_bytes)}) is at {where}{', signed' if sign else ''}")
 
@@ -202,6 +199,6 @@ def deploy(
     """Load an adapter into a running vLLM server, and check that the server's answers really change."""
     from loracast.export.deploy import deploy as load_there
 
-    served = load_there(open_adapter(library, name), vllm, exports_dir(), path_there=path_there)
+    served = load_there(library.open(name), vllm, exports_dir(), path_there=path_there)
     text = f'{name} is served: ask with "model": "{served}"'
     print_result(as_json, {"name": name, "model": served, "server": vllm}, text)

@@ -143,7 +143,7 @@ def _serve_in_background() -> None:
     say(f"page   {server.url}/\nAPI    {server.url}/v1\nlog    {log}\n`loracast stop` ends it")
 
 
-def _say_status(library: Path, as_json: bool) -> None:
+def _say_status(library: options.Library, as_json: bool) -> None:
     from loracast.serving.client import running
 
     servers = running(library)

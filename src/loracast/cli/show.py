@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +14,6 @@ from loracast.cli import options
 from loracast.cli.terminal import plural, print_json, print_table, printable, say, size, stdout
 from loracast.errors import AdapterError
 from loracast.library.index import read_chunks
-from loracast.library.library import entries, find, open_adapter, versions
-from loracast.library.library import search as search_library
 from loracast.reading.outline import read_outline
 from loracast.reading.routing import DEFAULT_ROUTE
 from loracast.reading.wide_route import route_adapters
@@ -41,7 +38,7 @@ def list_(
 ) -> None:
     """List the adapters of the library, by name and with their newest versions."""
     wanted = {"like": text, "tag": tag, "owner": owner, "kind": kind}
-    found, n_found = entries(library, **wanted, limit=per_page, offset=(page - 1) * per_page)
+    found, n_found = library.entries(**wanted, limit=per_page, offset=(page - 1) * per_page)
     if as_json:
         listed = [{**asdict(entry), "tags": list(entry.tags)} for entry in found]
         print_json({"library": str(library), "n_adapters": n_found, "page": page, "adapters": listed})
@@ -75,7 +72,7 @@ def search(
     Names and titles are found by `loracast list TEXT`.
     """
     wanted = " ".join(words)
-    found = search_library(library, wanted, limit)
+    found = library.search(wanted, limit)
     if as_json:
         print_json({"words": wanted, "hits": [asdict(hit) for hit in found]})
     elif not found:
@@ -103,7 +100,7 @@ def show(
 
     Where it comes from, its size, chunks and norms; its factors are verified against their hash.
     """
-    adapter, entry = open_adapter(library, name), find(library, name)
+    adapter, entry = library.open(name), library.find(name)
     adapter.verify()
     manifest = adapter.manifest
     places = read_chunks(adapter.index) if chunks else []
@@ -118,7 +115,7 @@ def show(
         _draw(modules, ("norm", "effective_rank"), plot, adapter.name, ("norm of the delta", "effective rank"))
     if as_json:
         report: dict[str, Any] = {"manifest": asdict(manifest), "name": adapter.name, "version": entry.version}
-        report["versions"] = [other.version for other in versions(library, adapter.name)]
+        report["versions"] = [other.version for other in library.versions(adapter.name)]
         report |= {"owner": entry.owner, "note": entry.note, "tags": list(entry.tags)}
         report |= {"folder": str(adapter.folder), "n_bytes": adapter.n_bytes, "norms": norms}
         report["outline"] = outline and asdict(outline)
@@ -202,7 +199,7 @@ def inspect(
     from loracast.library.combine import sizes
     from loracast.reading.probes import probe
 
-    adapter = open_adapter(library, name)
+    adapter = library.open(name)
     if faults := adapter.faults():
         raise AdapterError(f"the adapter {name!r} is damaged: {'; '.join(faults)}")
     lora = adapter.lora()
@@ -269,7 +266,7 @@ def diff(
     from loracast.base.fingerprint import check
     from loracast.library.combine import differences, total
 
-    first, second = open_adapter(library, name), open_adapter(library, other)
+    first, second = library.open(name), library.open(other)
     check(first.manifest.made_for, second.manifest.made_for, f"the adapter {name!r}")
     found = differences(first.lora(), second.lora())
     a, b, d = (total([getattr(m, field) for m in found]) for field in ("norm", "other_norm", "distance"))
@@ -336,7 +333,7 @@ def route(
         found = [_exported(exported, question, k)]
     else:
         chosen = adapters or ["*"]
-        routed = route_adapters(library, question, chosen, k, "", partial(open_adapter, library))
+        routed = route_adapters(library, question, chosen, k, "", library.open)
         found = [_picked(*one) for one in routed]
     if as_json:
         print_json({"question": question, "adapters": found})

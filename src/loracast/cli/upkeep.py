@@ -11,15 +11,6 @@ import typer
 from loracast.cli import options
 from loracast.cli.terminal import loss, plural, print_result, say, size
 from loracast.library import upkeep
-from loracast.library.library import (
-    adapter_names,
-    check_free,
-    describe_adapter,
-    find,
-    open_adapter,
-    remove_adapter,
-    rename_adapter,
-)
 from loracast.library.manifest import name_from
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
@@ -37,9 +28,9 @@ def edit(
     """Change an adapter's name, tags, note or owner. Its content never changes."""
     if rename is None and not tag and not untag and note is None and owner is None:
         raise typer.BadParameter("say what to change: --rename, --tag, --untag, --note or --owner")
-    describe_adapter(library, name, owner=owner, note=note, tags=tag or (), untag=untag or ())
+    library.describe(name, owner=owner, note=note, tags=tag or (), untag=untag or ())
     if rename is not None:
-        rename_adapter(library, name, rename)
+        library.rename(name, rename)
         print(f"{name} is now called {rename}")
 
 
@@ -64,8 +55,8 @@ def combine(
     from loracast.library.save import save_lora
 
     if not replace:
-        check_free(library, name)
-    chosen = [Part(open_adapter(library, one), weight) for one, weight in map(_part, parts)]
+        library.check_free(name)
+    chosen = [Part(library.open(one), weight) for one, weight in map(_part, parts)]
     made_of = combined(chosen, rank)
     title = " + ".join(map(str, chosen))
     made = save_lora(
@@ -119,14 +110,14 @@ def rm(
     """Delete adapters from the library."""
     names = options.distinct(names)
     for name in names:
-        find(library, name)  # an unknown name is refused before anything is deleted
+        library.find(name)  # an unknown name is refused before anything is deleted
     if not yes:
         if not is_terminal():
             raise typer.BadParameter("needed: standard input is not a terminal to confirm on", param_hint="--yes")
         if not typer.confirm(f"Delete {', '.join(names)}?", err=True):
             raise typer.Exit(1)
     for name in names:
-        remove_adapter(library, name)
+        library.remove(name)
         print(f"removed {name}")
 
 
@@ -166,7 +157,7 @@ def compact(
     from loracast.cast.compact import compact as make_compact
 
     for name in options.distinct(names):
-        before = open_adapter(library, name).n_bytes
+        before = library.open(name).n_bytes
         adapter = make_compact(library, name, storage)
         print(f"{adapter.version}: {size(adapter.n_bytes)} as {storage}, {size(before)} before")
 
@@ -179,7 +170,7 @@ def verify(
 ) -> None:
     """Compare adapters with their hashes, and check the register. Exits with 1 if anything is wrong."""
     problems = upkeep.verify(library, names or ())
-    whole = plural(len(names) if names else len(adapter_names(library)), "adapter") + " whole"
+    whole = plural(len(names) if names else len(library.names()), "adapter") + " whole"
     print_result(as_json, {"library": str(library), "problems": problems}, "\n".join(problems) or whole)
     if problems:
         raise typer.Exit(1)

@@ -23,11 +23,12 @@ from loracast.export.adapter import export_adapter
 from loracast.export.formats import MOST_LOST, too_much_lost
 from loracast.files import move_unless_there, try_lock
 from loracast.library.adapter import Adapter
-from loracast.library.folders import fetch_whole, size_of, tidy, work_folder
-from loracast.library.library import open_adapter, versions
+from loracast.library.files import fetch_whole, size_of
+from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.shared import REFRESH_S
 from loracast.library.store import SharedStore
+from loracast.work_folders import tidy, work_folder
 
 PREFIX = "loracast:"
 """What a request may write before an adapter's name."""
@@ -53,18 +54,18 @@ class Source(Protocol):
 class FromLibrary:
     """A library on this machine, shared or not."""
 
-    def __init__(self, library: Path):
+    def __init__(self, library: Library):
         self._library = library
 
     def versions(self, name: str) -> list[str]:
         try:
-            return [entry.version for entry in versions(self._library, name)]
+            return [entry.version for entry in self._library.versions(name)]
         except NoSuchAdapterError:
             return []
 
     @contextmanager
     def opened(self, name: str, version: str, work: Path) -> Iterator[Adapter]:
-        yield open_adapter(self._library, f"{name}@{version}")
+        yield self._library.open(f"{name}@{version}")
 
 
 class FromStore:

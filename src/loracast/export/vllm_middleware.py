@@ -21,7 +21,8 @@ from typing import Any
 
 from loracast.errors import AdapterError, ConfigError, LoracastError
 from loracast.export.replica import FromLibrary, FromStore, Kept, Replica
-from loracast.files import exports_dir, library_dir
+from loracast.files import exports_dir
+from loracast.library.library import Library
 
 STORE_VARIABLE, BYTES_VARIABLE = "LORACAST_STORE", "LORACAST_REPLICA_BYTES"
 _DEFAULT_BYTES = 10 * 2**30
@@ -148,7 +149,7 @@ class LibraryMiddleware:
             state.openai_serving_models.lora_requests.pop(name, None)
 
         return Replica(
-            FromStore(url) if url else FromLibrary(library_dir()),
+            FromStore(url) if url else FromLibrary(Library()),
             exports_dir() / "replica",
             max_bytes=max_bytes,
             max_rank=config.max_lora_rank,

@@ -9,137 +9,272 @@ register, and a row goes before its files: whenever a process is killed, the reg
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 
 from loracast.errors import LEARN_AGAIN, AdapterError, NameTakenError, NoSuchAdapterError
+from loracast.files import library_dir
 from loracast.library.adapter import Adapter
-from loracast.library.folders import (
-    coming_in,
-    ensure_local,
-    home_of,
-    move_in,
-    recover,
-    size_of,
-    store_in,
-    texts_in,
-    work_folder,
-)
+from loracast.library.files import LibraryFiles, coming_in, size_of, texts_in
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.register import Entry, Hit, Register
-from loracast.library.shared import changing, reading, refresh
+from loracast.library.shared import SharedRegister
 
 _HASH = re.compile(r"[0-9a-f]{4,64}")
-_MOST_NAMES_TOLD = 12
+_NAMES_IN_MESSAGE = 12
 
 
-# ---- finding
+class Library:
+    """The adapters in a folder, by name and version; what it needs is opened on first use.
 
+        library = loracast.Library("library")
+        lora = library.open("manual").lora()
 
-def adapter_names(library: Path) -> list[str]:
-    """The names in a library."""
-    with reading(library) as register:
-        return register.names()
-
-
-def entries(
-    library: Path, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
-) -> tuple[list[Entry], int]:
-    """A page of names with their newest versions, and how many match in all; arguments as in `Register.entries`."""
-    with reading(library) as register:
-        return register.entries(like=like, tag=tag, owner=owner, kind=kind, limit=limit, offset=offset)
-
-
-def search(library: Path, words: str, limit: int = 20) -> list[Hit]:
-    """The chunks of documents, and the descriptions of tasks, that hold all these words; best first."""
-    with reading(library) as register:
-        return register.search(words, limit)
-
-
-def find_cached(library: Path, cache_keys: Sequence[str]) -> str | None:
-    """The version that was cast from the same source in the same way, or None; `cache_keys` as in `Manifest`."""
-    with reading(library) as register:
-        return next((version for key in cache_keys if (version := register.cached(key)) is not None), None)
-
-
-def check_whole(library: Path, version: str) -> None:
-    """Raise AdapterError where the files of a version are damaged or missing, so that its text has to be cast anew."""
-    try:
-        faults = Adapter(ensure_local(library, version)).problems()
-    except AdapterError as error:  # not even adapter.json is there
-        faults = [str(error)]
-    if faults:
-        raise AdapterError(
-            f"the library has this document already, and its files are damaged: {'; '.join(faults)}; {LEARN_AGAIN}"
-        )
-
-
-def open_adapter(library: Path, reference: str) -> Adapter:
-    """Open the newest version of a name, or `name@hash` with the first digits of a version's hash.
-
-    Raises:
-        AdapterError: no adapter has the name (the message lists similar ones), several versions begin with the
-            digits, or the files are damaged.
+    Threads may share one object, and processes one folder.
     """
-    entry = find(library, reference)
-    return Adapter(ensure_local(library, entry.version), name=entry.name)
 
+    def __init__(self, folder: str | Path | None = None):
+        """
+        Args:
+            folder: made when the first adapter is added; that of the user's own library if None.
+        """
+        self.folder = Path(folder or library_dir())
 
-def find(library: Path, reference: str) -> Entry:
-    """The register's entry of `name` or `name@hash`. Raises AdapterError as `open_adapter` does."""
-    name, at, digits = reference.partition("@")
-    if at and not _HASH.fullmatch(digits):
-        raise AdapterError(f"{reference[:100]!r} names no version: after @ come 4 to 64 of the digits 0-9 and a-f")
-    there = versions(library, name)
-    matching = [entry for entry in there if entry.version.startswith(digits)]
-    if at and len(matching) != 1:
-        problem = "is none of its versions" if not matching else "begins several of its versions"
-        known = ", ".join(entry.version[:VERSION_DIGITS] for entry in there)
-        raise NoSuchAdapterError(f"{name!r} is there, but {digits!r} {problem}: {known}")
-    return matching[0]
+    @classmethod
+    def of(cls, given: Library | str | Path | None) -> Library:
+        """A library as it was given, or the one in a folder."""
+        return given if isinstance(given, Library) else cls(given)
 
+    def __str__(self) -> str:
+        return str(self.folder)
 
-def versions(library: Path, name: str) -> list[Entry]:
-    """The versions of a name, newest first. Raises AdapterError where there is no such name."""
-    check_name(name)
-    for look_again in (True, False):
-        with reading(library) as register:
-            if found := register.versions_of(name):
-                return found
-            known = register.names()
-        if look_again:
-            refresh(library, [name])
-    if len(known) > _MOST_NAMES_TOLD:
-        near = get_close_matches(name, known, n=_MOST_NAMES_TOLD, cutoff=0.5)
-        hint = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
-    else:
-        hint = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
-    raise NoSuchAdapterError(f"no adapter is called {name!r}; {hint}")
+    @cached_property
+    def files(self) -> LibraryFiles:
+        """Where the files of adapters lie."""
+        return LibraryFiles(self.folder)
 
+    @cached_property
+    def register(self) -> SharedRegister:
+        """The names and versions, and the text to search in."""
+        return SharedRegister(self.files)
 
-def lacking(library: Path, named: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Those of some names, each with the hash of a version, that the library does not have."""
-    with reading(library) as register:
-        return set(named) - register.named([name for name, _ in named])
+    # ---- finding
 
+    def names(self) -> list[str]:
+        """The names of all adapters."""
+        with self.register.reading() as register:
+            return register.names()
 
-# ---- adding and taking away
+    def entries(
+        self, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
+    ) -> tuple[list[Entry], int]:
+        """A page of names with their newest versions, and how many match; arguments as in `Register.entries`."""
+        with self.register.reading() as register:
+            return register.entries(like=like, tag=tag, owner=owner, kind=kind, limit=limit, offset=offset)
 
+    def search(self, words: str, limit: int = 20) -> list[Hit]:
+        """The chunks of documents, and the descriptions of tasks, that hold all these words; best first."""
+        with self.register.reading() as register:
+            return register.search(words, limit)
 
-def check_free(library: Path, name: str, *, unless_from: str | None = None) -> None:
-    """Raise AdapterError for a name that is taken: asked before a model is loaded for nothing.
+    def open(self, reference: str) -> Adapter:
+        """Open the newest version of a name, or `name@hash` with the first digits of a version's hash.
 
-    Args:
-        unless_from: hash of a source. A newest version made from it is let pass: it may turn out to be the same
-            adapter, which only the cache key tells (`find_cached`).
-    """
-    check_name(name)
-    with reading(library) as register:
-        newest = register.newest(name)
-    if newest is not None and newest.source_sha256 != unless_from:
-        raise _taken(name)
+        Raises:
+            AdapterError: no adapter has the name (the message lists similar ones), several versions begin with the
+                digits, or the files are damaged.
+        """
+        entry = self.find(reference)
+        return Adapter(self.files.local(entry.version), name=entry.name)
+
+    def find(self, reference: str) -> Entry:
+        """The register's entry of `name` or `name@hash`. Raises AdapterError as `open` does."""
+        name, at, digits = reference.partition("@")
+        if at and not _HASH.fullmatch(digits):
+            raise AdapterError(f"{reference[:100]!r} names no version: after @ come 4 to 64 of the digits 0-9 and a-f")
+        versions = self.versions(name)
+        matching = [entry for entry in versions if entry.version.startswith(digits)]
+        if at and len(matching) != 1:
+            problem = "is none of its versions" if not matching else "begins several of its versions"
+            listed = ", ".join(entry.version[:VERSION_DIGITS] for entry in versions)
+            raise NoSuchAdapterError(f"{name!r} is there, but {digits!r} {problem}: {listed}")
+        return matching[0]
+
+    def versions(self, name: str) -> list[Entry]:
+        """The versions of a name, newest first. Raises AdapterError where there is no such name."""
+        check_name(name)
+        for look_again in (True, False):
+            with self.register.reading() as register:
+                if entries := register.versions_of(name):
+                    return entries
+                names = register.names()
+            if look_again:
+                self.register.refresh([name])
+        if len(names) > _NAMES_IN_MESSAGE:
+            near = get_close_matches(name, names, n=_NAMES_IN_MESSAGE, cutoff=0.5)
+            hint = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(names):,} there are"
+        else:
+            hint = f"there are: {', '.join(names) or 'none yet: `loracast learn FILE` makes one'}"
+        raise NoSuchAdapterError(f"no adapter is called {name!r}; {hint}")
+
+    def versions_of(self, name: str) -> list[Entry]:
+        """The versions of a name, newest first; none where there is no such name."""
+        with self.register.reading() as register:
+            return register.versions_of(name)
+
+    def lacking(self, named: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Those of some names, each with the hash of a version, that the library does not have."""
+        with self.register.reading() as register:
+            return set(named) - register.named([name for name, _ in named])
+
+    def find_cached(self, cache_keys: Sequence[str]) -> str | None:
+        """The version that was cast from the same source in the same way, or None; `cache_keys` as in `Manifest`."""
+        with self.register.reading() as register:
+            return next((version for key in cache_keys if (version := register.cached(key)) is not None), None)
+
+    def check_whole(self, version: str) -> None:
+        """Raise AdapterError where files of a version are damaged or missing, so that its text has to be cast anew."""
+        try:
+            faults = Adapter(self.files.local(version)).problems()
+        except AdapterError as error:  # not even adapter.json is there
+            faults = [str(error)]
+        if faults:
+            raise AdapterError(
+                f"the library has this document already, and its files are damaged: {'; '.join(faults)}; {LEARN_AGAIN}"
+            )
+
+    def change_counter(self) -> tuple[int, bytes] | None:
+        """What differs after every change of the register; None where there is no register.
+
+        It is the file and the counter in SQLite's header, read in microseconds; opening the register takes a
+        millisecond.
+        """
+        try:
+            with open(self.files.register, "rb", buffering=0) as file:
+                return os.fstat(file.fileno()).st_ino, file.read(28)[24:]
+        except OSError:
+            return None
+
+    # ---- adding
+
+    def check_free(self, name: str, *, unless_from: str | None = None) -> None:
+        """Raise AdapterError for a name that is taken: asked before a model is loaded for nothing.
+
+        Args:
+            unless_from: hash of a source. A newest version made from it is let pass: it may turn out to be the same
+                adapter, which only the cache key tells (`find_cached`).
+        """
+        check_name(name)
+        with self.register.reading() as register:
+            newest = register.newest(name)
+        if newest is not None and newest.source_sha256 != unless_from:
+            raise _taken(name)
+
+    def add(self, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:
+        """Move a whole adapter's folder to its home and give it a name.
+
+        Where the library has the same adapter already, that one gets the name, and `folder` is left alone.
+
+        Args:
+            folder: in a work folder of this library, flushed to the disk.
+            replace: the name may have other versions, of which this becomes the newest.
+        """
+        version, texts, n_bytes = manifest.version, texts_in(folder), size_of(folder)
+
+        def add(register: Register) -> None:
+            _check_may_mean(register, name, version, replace)
+            if not register.has_version(version):
+                if folder.exists():  # otherwise an attempt that was overtaken has moved it
+                    self.files.move_in(folder, version)
+                register.add_version(manifest, n_bytes, texts)
+            register.recover(version)
+            register.name_version(name, version)
+
+        try:
+            with self.files.work(coming_in(version)):  # others leave the version alone meanwhile
+                with Register.writing(self.files.register) as register:
+                    register.mark_unrecovered(version)  # in a transaction of its own: a kill from here leaves a trace
+                    store = self.files.store(register)
+                if store is not None:
+                    store.put(version, folder)
+                self.register.changing([name], add)
+        except BaseException:
+            self.files.recover()
+            raise
+        return Adapter(self.files.local(version), name=name)
+
+    def give_name(self, name: str, version: str, *, replace: bool) -> Adapter:
+        """Make a version of the library the newest of a name. Raises AdapterError where the name is taken."""
+        check_name(name)
+
+        def give(register: Register) -> None:
+            _check_may_mean(register, name, version, replace)
+            register.name_version(name, version)
+
+        self.register.changing([name], give)
+        return Adapter(self.files.local(version), name=name)
+
+    # ---- changing and taking away
+
+    def remove(self, reference: str) -> None:
+        """Delete a name with all its versions, or one version (`name@hash`), from the register and then from the disk.
+
+        Versions that another name has as well stay. A damaged adapter can be deleted too.
+        """
+        entry = self.find(reference)
+
+        def remove(register: Register) -> None:
+            _check_is_there(register, entry.name)
+            if "@" in reference:
+                register.drop_alias(entry.name, entry.version)
+            else:
+                register.drop_name(entry.name)
+            register.drop_unnamed()
+
+        self.register.changing([entry.name], remove)
+        self.files.recover()
+
+    def erase_traces(self) -> None:
+        """Rewrite the register, in whose free pages the text of removed adapters would stay readable."""
+        with Register.reading(self.files.register) as register:
+            register.vacuum()
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a name's adapters, tags and note another name. Raises AdapterError where that is taken."""
+        check_name(new)
+        self.versions(name)
+
+        def rename(register: Register) -> None:
+            _check_is_there(register, name)
+            if register.newest(new) is not None:
+                raise NameTakenError(f"there is an adapter called {new!r} already")
+            register.rename(name, new)
+
+        self.register.changing([new, name], rename)
+
+    def describe(
+        self,
+        name: str,
+        *,
+        owner: str | None = None,
+        note: str | None = None,
+        tags: Sequence[str] = (),
+        untag: Sequence[str] = (),
+    ) -> None:
+        """Change a name's owner, note (None keeps them) and tags. Raises AdapterError for a tag that is not allowed."""
+        self.versions(name)
+        for tag in tags:
+            check_name(tag)
+
+        def describe(register: Register) -> None:
+            _check_is_there(register, name)
+            register.describe(name, owner, note, tags, untag)
+
+        self.register.changing([name], describe)
 
 
 def _check_may_mean(register: Register, name: str, version: str, replace: bool) -> None:
@@ -153,113 +288,6 @@ def _taken(name: str) -> NameTakenError:
     return NameTakenError(
         f"there is an adapter called {name!r} already; choose another name, or replace it (--replace)"
     )
-
-
-def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:
-    """Move a whole adapter's folder to its home and give it a name.
-
-    Where the library has the same adapter already, that one gets the name, and `folder` is left alone.
-
-    Args:
-        folder: in a work folder of this library, flushed to the disk.
-        replace: the name may have other versions, of which this becomes the newest.
-    """
-    version, home = manifest.version, home_of(library, manifest.version)
-    texts, n_bytes = texts_in(folder), size_of(folder)
-
-    def add(register: Register) -> None:
-        _check_may_mean(register, name, version, replace)
-        if not register.has_version(version):
-            if folder.exists():  # otherwise an attempt that was overtaken has moved it
-                move_in(folder, home)
-            register.add_version(manifest, n_bytes, texts)
-        register.recover(version)
-        register.name_version(name, version)
-
-    try:
-        with work_folder(library, coming_in(version)):  # others leave the version alone meanwhile
-            with Register.writing(library) as register:
-                register.mark_unrecovered(version)  # in a transaction of its own: a kill from here on leaves a trace
-                store = store_in(library, register)
-            if store is not None:
-                store.put(version, folder)
-            changing(library, [name], add)
-    except BaseException:
-        recover(library)
-        raise
-    return Adapter(ensure_local(library, version), name=name)
-
-
-def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapter:
-    """Make a version of the library the newest of a name. Raises AdapterError where the name is taken."""
-    check_name(name)
-
-    def give(register: Register) -> None:
-        _check_may_mean(register, name, version, replace)
-        register.name_version(name, version)
-
-    changing(library, [name], give)
-    return Adapter(ensure_local(library, version), name=name)
-
-
-def remove_adapter(library: Path, reference: str) -> None:
-    """Delete a name with all its versions, or one version (`name@hash`), from the register and then from the disk.
-
-    Versions that another name has as well stay. A damaged adapter can be deleted too.
-    """
-    entry = find(library, reference)
-
-    def remove(register: Register) -> None:
-        _check_is_there(register, entry.name)
-        if "@" in reference:
-            register.drop_alias(entry.name, entry.version)
-        else:
-            register.drop_name(entry.name)
-        register.drop_unnamed()
-
-    changing(library, [entry.name], remove)
-    recover(library)
-
-
-def erase_traces(library: Path) -> None:
-    """Rewrite the register, in whose free pages the text of removed adapters would stay readable."""
-    with Register.reading(library) as register:
-        register.vacuum()
-
-
-def rename_adapter(library: Path, name: str, new: str) -> None:
-    """Give a name's adapters, tags and note another name. Raises AdapterError where that is taken."""
-    check_name(new)
-    versions(library, name)
-
-    def rename(register: Register) -> None:
-        _check_is_there(register, name)
-        if register.newest(new) is not None:
-            raise NameTakenError(f"there is an adapter called {new!r} already")
-        register.rename(name, new)
-
-    changing(library, [new, name], rename)
-
-
-def describe_adapter(
-    library: Path,
-    name: str,
-    *,
-    owner: str | None = None,
-    note: str | None = None,
-    tags: Sequence[str] = (),
-    untag: Sequence[str] = (),
-) -> None:
-    """Change a name's owner, note (None keeps them) and tags. Raises AdapterError for a tag that is not allowed."""
-    versions(library, name)
-    for tag in tags:
-        check_name(tag)
-
-    def describe(register: Register) -> None:
-        _check_is_there(register, name)
-        register.describe(name, owner, note, tags, untag)
-
-    changing(library, [name], describe)
 
 
 def _check_is_there(register: Register, name: str) -> None:

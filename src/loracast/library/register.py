@@ -460,18 +460,17 @@ class Register:
 
     @classmethod
     @contextmanager
-    def reading(cls, library: Path) -> Iterator[Self]:
-        """The register of a library that has one, for reading."""
+    def reading(cls, file: Path) -> Iterator[Self]:
+        """The register in a file that is there, for reading."""
         # "rw" where possible: SQLite then rolls back what a killed process left half-done.
-        mode = "rw" if os.access(library / FILE, os.W_OK) else "ro"
-        with _connected(library, mode) as database:
+        with _connected(file, "rw" if os.access(file, os.W_OK) else "ro") as database:
             yield cls(database)
 
     @classmethod
     @contextmanager
-    def writing(cls, library: Path) -> Iterator[Self]:
-        """The register under the write lock, created or migrated if need be; an error rolls everything back."""
-        with _connected(library, "rwc") as database:
+    def writing(cls, file: Path) -> Iterator[Self]:
+        """The register in a file under the write lock, created or migrated if need be; an error undoes everything."""
+        with _connected(file, "rwc") as database:
             database.execute("BEGIN IMMEDIATE")
             try:
                 migrate(database)
@@ -483,42 +482,29 @@ class Register:
                 raise
 
 
-def change_counter(library: Path) -> tuple[int, bytes] | None:
-    """What differs after every change of a library's register; None where there is no register.
-
-    It is the file and the counter in SQLite's header, read in microseconds; opening the register takes a millisecond.
-    """
-    try:
-        with open(library / FILE, "rb", buffering=0) as file:
-            return os.fstat(file.fileno()).st_ino, file.read(28)[24:]
-    except OSError:
-        return None
-
-
 @contextmanager
-def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
-    path = library / FILE
+def _connected(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
     try:
         database = sqlite3.connect(
-            f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=_WAIT_S, isolation_level=None
+            f"{file.resolve().as_uri()}?mode={mode}", uri=True, timeout=_WAIT_S, isolation_level=None
         )
         try:
             database.execute("PRAGMA foreign_keys = ON")
-            if (found := schema_version(database)) > len(MIGRATIONS):
-                raise AdapterError(f"{path} was written by a newer loracast (its schema is {found}); update loracast")
+            if (version := schema_version(database)) > len(MIGRATIONS):
+                raise AdapterError(f"{file} was written by a newer loracast (its schema is {version}); update loracast")
             yield database
         finally:
             database.close()
     except sqlite3.DatabaseError as error:
         said = str(error)
         if "locked" in said:
-            raise AdapterError(f"another process is writing to the library {library}; try again") from error
+            raise AdapterError(f"another process is writing to the library {file.parent}; try again") from error
         if "not a database" in said or "malformed" in said:
             raise AdapterError(
-                f"{path} is damaged ({said}): move it away, and it is made again from the adapters, without their "
+                f"{file} is damaged ({said}): move it away, and it is made again from the adapters, without their "
                 "tags, notes and owners"
             ) from error
-        raise AdapterError(f"{path} cannot be used: {said}") from error
+        raise AdapterError(f"{file} cannot be used: {said}") from error
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
-from loracast.library.folders import ensure_local, fetch_whole, store_in, work_folder
-from loracast.library.library import add_adapter
+from loracast.library.files import fetch_whole
+from loracast.library.library import Library
 from loracast.library.manifest import SUFFIX, VERSION_DIGITS, Manifest, check_covers, check_name, sign, verify
-from loracast.library.shared import reading
 from loracast.library.store import file_system, store_errors
 from loracast.lora.tensor_file import BYTES
 
@@ -75,7 +74,7 @@ def push_adapter(
 
 
 def pull_adapter(
-    library: Path, where: str, name: str | None = None, *, replace: bool = False, signed_by: str | None = None
+    library: Library, where: str, name: str | None = None, *, replace: bool = False, signed_by: str | None = None
 ) -> Adapter:
     """Fetch an adapter into the library.
 
@@ -89,8 +88,8 @@ def pull_adapter(
         AdapterError: there is no adapter, it is damaged (the message lists every fault), the key has not signed it, the
             library has this version with another text, or the name is taken.
     """
-    library.mkdir(parents=True, exist_ok=True)
-    with work_folder(library, "new") as work:
+    library.folder.mkdir(parents=True, exist_ok=True)
+    with library.files.work("new") as work:
         folder = work / "adapter"
         folder.mkdir()
         if is_hub_id(where):
@@ -111,20 +110,20 @@ def pull_adapter(
             raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
         if signed_by is not None:
             _check_copy(library, manifest, work / "copy")
-        return add_adapter(library, check_name(name or manifest.name), folder, manifest, replace=replace)
+        return library.add(check_name(name or manifest.name), folder, manifest, replace=replace)
 
 
-def _check_copy(library: Path, signed: Manifest, work: Path) -> None:
-    """Raise AdapterError where a library has a signed version with other files, which `add_adapter` would keep.
+def _check_copy(library: Library, signed: Manifest, work: Path) -> None:
+    """Raise AdapterError where a library has a signed version with other files, which `Library.add` would keep.
 
     The version says nothing of the text's file.
     """
-    with reading(library) as register:
-        is_here, store = register.has_version(signed.version), store_in(library, register)
+    with library.register.reading() as register:
+        is_here, store = register.has_version(signed.version), library.files.store(register)
         named = (entry for name in register.names() for entry in register.versions_of(name))
         names = [f"{one.name}@{one.version[:VERSION_DIGITS]}" for one in named if one.version == signed.version]
     if is_here:
-        copy = Adapter(ensure_local(library, signed.version))
+        copy = Adapter(library.files.local(signed.version))
     elif store is not None and store.has(signed.version):
         copy = fetch_whole(store, signed.version, work)
     else:

@@ -16,6 +16,7 @@ from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.adapter import STATIC, Adapter
 from loracast.library.index import write_index
+from loracast.library.library import Library
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter, ChunkRows, WriteIndex
 from loracast.lora.algebra import LoRA, compress
@@ -29,7 +30,7 @@ _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
 
 
 def save_rows(
-    library: Path,
+    library: Library,
     manifest: Manifest,
     chunks: Sequence[Chunk],
     batches: Iterable[ChunkRows],
@@ -74,7 +75,7 @@ def static_tensors(static: Rows) -> dict[str, Tensor]:
 def save_single(
     rows: Rows,
     target: Target,
-    library: Path,
+    library: Library,
     name: str,
     *,
     kind: AdapterKind,
@@ -133,7 +134,7 @@ def save_single(
 
 def save_lora(
     lora: LoRA,
-    library: Path,
+    library: Library,
     name: str,
     *,
     kind: AdapterKind,
@@ -166,7 +167,7 @@ def save_lora(
     )  # fmt: skip
 
 
-def import_lora(base: Base, folder: Path, library: Path, name: str, *, replace: bool = False) -> Adapter:
+def import_lora(base: Base, folder: Path, library: Library, name: str, *, replace: bool = False) -> Adapter:
     """Keep a LoRA that another tool trained for a base, from a folder in PEFT's format.
 
     Raises AdapterError where it is damaged or does not fit the base, or the name is taken or not allowed.

@@ -24,10 +24,9 @@ from typing import Any, Literal, get_args
 from loracast.documents.file_types import EXTENSIONS
 from loracast.errors import AdapterError, DocumentError, LoracastError, NameTakenError
 from loracast.files import file_sha256, write_atomically
-from loracast.library.library import entries, remove_adapter
+from loracast.library.library import Library
 from loracast.library.manifest import LONGEST_NAME, marked_name, name_from
 from loracast.library.register import Entry
-from loracast.library.shared import reading
 
 _WRITE_EVERY_S = 5.0
 
@@ -35,8 +34,8 @@ _WRITE_EVERY_S = 5.0
 class Journal:
     """What is known of the files of one folder, cast in one way into one library."""
 
-    def __init__(self, journals: Path, folder: Path, library: Path, made_by: str):
-        self._about = {"folder": str(folder.resolve()), "library": str(library.resolve()), "made_by": made_by}
+    def __init__(self, journals: Path, folder: Path, library: Library, made_by: str):
+        self._about = {"folder": str(folder.resolve()), "library": str(library.folder.resolve()), "made_by": made_by}
         key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:24]
         self._path = journals / f"{key}.json"
         self.entries: dict[str, dict[str, Any]] = {}
@@ -180,7 +179,7 @@ class BulkReport:
 
 def learn_folder(
     folder: Path,
-    library: Path,
+    library: Library,
     learn: Learn,
     *,
     journals: Path,
@@ -212,7 +211,7 @@ def learn_folder(
     journal = Journal(journals, folder, library, made_by)
     if paths:
         journal.device = device
-    kept = {entry.name: entry for entry in entries(library)[0]}
+    kept = {entry.name: entry for entry in library.entries()[0]}
     if remove_gone and not unread:
         _follow_renames([*wanted], journal)
     names = _own_names(folder, [*wanted], kept, journal)
@@ -355,11 +354,11 @@ def _own_names(folder: Path, paths: Sequence[str], kept: Mapping[str, Entry], jo
     return names_for(paths, known, may_have)
 
 
-def _not_ours(library: Path, name: str, kept: Mapping[str, Entry], journal: Journal) -> list[str]:
+def _not_ours(library: Library, name: str, kept: Mapping[str, Entry], journal: Journal) -> list[str]:
     """The versions of a name that the folder did not make."""
     if name not in kept:
         return []
-    return journal.before[name] if name in journal.before else [one.version for one in _versions(library, name)]
+    return journal.before[name] if name in journal.before else [one.version for one in library.versions_of(name)]
 
 
 def _learn_file(
@@ -367,7 +366,7 @@ def _learn_file(
     relative: str,
     name: str,
     newest: Entry | None,
-    library: Path,
+    library: Library,
     learn: Learn,
     journal: Journal,
     again: bool,
@@ -396,7 +395,7 @@ def _learn_file(
             else:  # a locked library, a base that cannot be fetched: the next run tries again
                 journal.put_back(relative, known)
             return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
-        made = next((one.source_sha256 for one in _versions(library, name)), sha256)
+        made = next((one.source_sha256 for one in library.versions_of(name)), sha256)
         if made != sha256:  # the file changed before it was read, and may have changed again since
             entry |= {"sha256": made, "stamp": [], "sources": sorted({*sources, made})}
         return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
@@ -405,35 +404,29 @@ def _learn_file(
         return FileReport(relative, name, "failed", error=f"{relative} cannot be read: {error}")
 
 
-def _check_is_as_before(library: Path, name: str, newest: Entry | None, sha256: str) -> None:
+def _check_is_as_before(library: Library, name: str, newest: Entry | None, sha256: str) -> None:
     """Raise NameTakenError where somebody has named another adapter so since names were chosen, maybe hours ago."""
-    now = next(iter(_versions(library, name)), None)
+    now = next(iter(library.versions_of(name)), None)
     if now and now.source_sha256 != sha256 and now.version != (newest and newest.version):
         raise NameTakenError(f"another adapter has been called {name!r} meanwhile; the next run finds a free name")
 
 
-def _remove(relative: str, may_go: Collection[str], library: Path, journal: Journal) -> Iterator[FileReport]:
+def _remove(relative: str, may_go: Collection[str], library: Library, journal: Journal) -> Iterator[FileReport]:
     """Delete what was learned from a file that is gone, and only then forget the file: what fails is tried again.
 
     A name whose newest version is not the folder's means something else by now, and keeps all that it has.
     """
     for name, sources in journal.sources[relative].items():
-        versions = _versions(library, name) if name in may_go else []
+        versions = library.versions_of(name) if name in may_go else []
         not_ours = journal.before.get(name, ())
         made = [one for one in versions if one.version not in not_ours and one.source_sha256 in sources]
         if not made or made[0] != versions[0]:
             continue
         try:
             for one in reversed(made):  # the newest goes last: until then the next run knows the name for the folder's
-                remove_adapter(library, f"{name}@{one.version}")
+                library.remove(f"{name}@{one.version}")
         except (LoracastError, OSError) as error:
             yield FileReport(relative, name, "failed", error=f"its adapter cannot be deleted: {error}")
             return
         yield FileReport(relative, name, "removed")
     journal.forget(relative)
-
-
-def _versions(library: Path, name: str) -> list[Entry]:
-    """The versions of a name, newest first; none where there is no such name."""
-    with reading(library) as register:
-        return register.versions_of(name)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, Adapter, layout, static_storage_of
-from loracast.library.folders import recover, tidy, work_folder
 from loracast.library.index import write_index
-from loracast.library.library import add_adapter
+from loracast.library.library import Library
 from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.lora.quantize import pack, storage_of
 from loracast.lora.tensor_file import BYTES
+from loracast.work_folders import tidy
 
 if TYPE_CHECKING:
     from io import BufferedRandom
@@ -44,7 +44,7 @@ class AdapterWriter:
     only `finish`.
     """
 
-    def __init__(self, library: Path, manifest: Manifest, chunks: Sequence[Chunk], index: WriteIndex = write_index):
+    def __init__(self, library: Library, manifest: Manifest, chunks: Sequence[Chunk], index: WriteIndex = write_index):
         """
         Args:
             manifest: all but the hashes of the files, which are filled in.
@@ -56,11 +56,11 @@ class AdapterWriter:
         self._file: BufferedRandom | None = None
 
     def __enter__(self) -> AdapterWriter:
-        self.library.mkdir(parents=True, exist_ok=True)
-        tidy(self.library)
-        recover(self.library)
+        self.library.folder.mkdir(parents=True, exist_ok=True)
+        tidy(self.library.folder)
+        self.library.files.recover()
         with ExitStack() as stack:
-            self._folder = stack.enter_context(work_folder(self.library, "new"))
+            self._folder = stack.enter_context(self.library.files.work("new"))
             self._write_index(self._folder / INDEX, self.chunks)
             self._cleanup = stack.pop_all()
         return self
@@ -138,7 +138,7 @@ class AdapterWriter:
             whole = with_changes(whole, factors_sha256=file_sha256(self._folder / FACTORS))
         whole.write(self._folder / MANIFEST)
         sync_folder(self._folder)
-        return add_adapter(self.library, whole.name, self._folder, whole, replace=replace)
+        return self.library.add(whole.name, self._folder, whole, replace=replace)
 
 
 def check_finite(rows: Rows, source: str) -> None:

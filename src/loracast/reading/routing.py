@@ -84,8 +84,10 @@ def route_adapter(
 ) -> Route:
     """What a question gets of an adapter: some chunks and sentences of a document, and all of anything else.
 
-        route = route_adapter(adapter, "How long is the warranty?")
-        lora = adapter.lora(route.picked, route.sentence_weights)
+        from loracast.reading.routing import route_adapter
+        manual = model.adapter("manual")
+        route = route_adapter(manual, "How long is the warranty?")
+        lora = manual.lora(route.picked, route.sentence_weights)
 
     Args:
         k: the most chunks it gets of a longer document; None for all chunks, merged.

@@ -12,15 +12,14 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from loracast.documents.units import find_headings
 from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
 from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.index import read_chunks, read_sentences
+from loracast.library.library import Library
 from loracast.library.register import Match
-from loracast.library.shared import reading
 from loracast.reading.matching import Likely
 from loracast.reading.relevance import THRESHOLD, THRESHOLD_OF_MANY, threshold_for
 from loracast.reading.routing import SHARPNESS, Route, route_adapter
@@ -67,7 +66,7 @@ def patterns_in(chosen: Iterable[object], tag: str = "") -> list[str]:
 
 
 def route_adapters(
-    library: Path,
+    library: Library,
     question: str,
     chosen: Iterable[Adapter | str],
     k: int | None,
@@ -104,7 +103,7 @@ def route_adapters(
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
         check_patterns(library, patterns, tag)
         versions = {adapter.manifest.version for adapter in named}
-        with reading(library) as register:
+        with library.register.reading() as register:
             others = register.best_chunks(phrases(question), k, patterns, tag, versions)
         routed += share_out(others, question, k, threshold, lambda match: open_named(match.reference), route_adapter)
     return routed
@@ -123,9 +122,9 @@ def are_silent(routed: Iterable[tuple[Adapter, Route]], patterns: Sequence[str] 
     return all(route.is_empty for route in documents)
 
 
-def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> None:
+def check_patterns(library: Library, patterns: Sequence[str], tag: str = "") -> None:
     """Raise NoSuchAdapterError where patterns and a tag stand for no document."""
-    with reading(library) as register:
+    with library.register.reading() as register:
         if not register.has_documents(patterns, tag):
             called = "" if "*" in patterns else f" called {' or '.join(patterns)}"
             tagged = f" with the tag {tag!r}" if tag else ""

@@ -20,7 +20,6 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from loracast import __version__
 from loracast.errors import ConfigError
-from loracast.library.shared import refreshing
 from loracast.serving.errors import add_handlers
 from loracast.serving.guard import Guard
 from loracast.serving.learning import Learning, Watcher
@@ -66,7 +65,7 @@ def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSe
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with refreshing(model.library):
+        with model.library.register.refreshing():
             service.learning.start()
             service.watcher.start()
             yield

@@ -15,12 +15,15 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from loracast import __version__
 from loracast.errors import LoracastError
 from loracast.files import servers_dir, write_with
+
+if TYPE_CHECKING:
+    from loracast.library.library import Library
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,9 @@ def source_key(source: str | os.PathLike[str] | None) -> str:
     return f"{folder.resolve()} {newest}"
 
 
-def running(library: Path) -> list[Running]:
+def running(library: Library) -> list[Running]:
     """The servers of a library that live and answer, whatever they have loaded. Files of others are removed."""
-    here = str(library.resolve())
+    here = str(library.folder.resolve())
     return [server for server in _known() if server.loaded.library == here and _answers(server)]
 
 

@@ -22,7 +22,6 @@ from loracast.errors import LoracastError
 from loracast.files import journals_dir
 from loracast.library.adapter import Adapter
 from loracast.library.combine import Part, combined
-from loracast.library.library import check_free, describe_adapter, find
 from loracast.library.manifest import check_name, name_for_task, name_from
 from loracast.library.save import save_lora
 from loracast.library.sync import BulkReport, learn_folder
@@ -145,7 +144,7 @@ class Learning:
 
     def __init__(self, model: Model, settings: ServerSettings):
         self._model, self._settings = model, settings
-        self.library: Path = model.library
+        self.library = model.library
         self._state = State(self.library)
         self.uploads = Uploads(self._state, settings.max_stored_bytes)
         self.jobs = Jobs(
@@ -206,7 +205,7 @@ class Learning:
     def combine(self, parts: Sequence[tuple[str, float]], name: str, *, tags: Sequence[str], replace: bool) -> Job:
         """Add adapters up, each with its weight; errors as in `learn`, and NoSuchAdapterError for a part."""
         self._check(name, tags, None, replace)
-        found = [(find(self.library, part), weight) for part, weight in parts]
+        found = [(self.library.find(part), weight) for part, weight in parts]
         # The versions of now, whatever the names mean once it is the job's turn.
         fixed = [(f"{entry.name}@{entry.version}", weight) for entry, weight in found]
         return self.jobs.add("combination", name, {"parts": fixed, "tags": [*tags], "replace": replace})
@@ -215,7 +214,7 @@ class Learning:
         for one in (name, *tags):
             check_name(one)
         if not replace:
-            check_free(self.library, name, unless_from=source_sha256)
+            self.library.check_free(name, unless_from=source_sha256)
 
     def delete_upload(self, id: str) -> None:
         """Delete an upload and take it out of all vector stores, with their adapters. Raises ApiError (404)."""
@@ -279,5 +278,5 @@ class Learning:
 
     def _tagged(self, made: Adapter, job: Job) -> Adapter:
         if job.work["tags"]:
-            describe_adapter(self.library, made.name, tags=job.work["tags"])
+            self.library.describe(made.name, tags=job.work["tags"])
         return made

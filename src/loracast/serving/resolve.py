@@ -13,12 +13,9 @@ from loracast.base.chat import Message, encode_text, without_middle
 from loracast.base.load import Base
 from loracast.errors import AdapterError, BaseModelError, NoSuchAdapterError
 from loracast.library.adapter import MANIFEST, Adapter
-from loracast.library.folders import home_of
 from loracast.library.index import read_chunks
-from loracast.library.library import entries, find
 from loracast.library.manifest import Manifest
-from loracast.library.register import Entry, change_counter
-from loracast.library.shared import refresh
+from loracast.library.register import Entry
 from loracast.reading.wide_route import check_patterns, patterns_in
 from loracast.serving.errors import ApiError, log
 
@@ -117,7 +114,7 @@ class Names:
 
     def adapters(self) -> list[Entry]:
         """The newest version of each name, of adapters that were made for this base. Unreadable ones are left out."""
-        return [entry for entry in entries(self._model.library)[0] if self._is_readable_and_fits(entry)]
+        return [entry for entry in self._model.library.entries()[0] if self._is_readable_and_fits(entry)]
 
     def _is_readable_and_fits(self, entry: Entry) -> bool:
         try:
@@ -127,7 +124,7 @@ class Names:
             return False
 
     def _is_for_base(self, version: str, base: str) -> bool:
-        path = home_of(self._model.library, version) / MANIFEST
+        path = self._model.library.files.home(version) / MANIFEST
         if not path.is_file():  # in the library's remote store: it is not fetched to be listed
             return base == self._model.base.name
         made_for, ours = Manifest.read(path).made_for, self._model.base.fingerprint
@@ -146,13 +143,13 @@ class Names:
     def _find(self, reference: str) -> Entry:
         """As `find`, but from memory as long as the library has not changed."""
         library = self._model.library
-        refresh(library)
-        changes, found = change_counter(library), self._found
+        library.register.refresh()
+        changes, found = library.change_counter(), self._found
         if found[0] != changes:
             found = self._found = (changes, {})
         if (entry := found[1].get(reference)) is None:
-            entry = find(library, reference)
-            if changes is not None and change_counter(library) == changes:  # nothing changed while it was looked up
+            entry = library.find(reference)
+            if changes is not None and library.change_counter() == changes:  # nothing changed while it was looked up
                 found[1][reference] = entry
         return entry
 

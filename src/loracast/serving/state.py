@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loracast.errors import LoracastError
+from loracast.library.library import Library
 from loracast.library.register import migrate, schema_version
 from loracast.serving.errors import ApiError
 
@@ -94,8 +95,8 @@ class Paging:
 class State:
     """The file with a server's records; each thread opens it for itself."""
 
-    def __init__(self, library: Path):
-        self.folder = library / FOLDER
+    def __init__(self, library: Library):
+        self.folder = library.folder / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._connected() as db:
             db.execute("PRAGMA journal_mode = WAL")  # kept in the file: readers do not wait for a writer

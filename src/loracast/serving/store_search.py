@@ -5,15 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from loracast.library.index import read_chunks
-from loracast.library.library import open_adapter
-from loracast.library.register import Match
-from loracast.library.shared import reading
+from loracast.library.library import Library
 from loracast.reading.relevance import about
 from loracast.reading.search import phrases
 from loracast.serving.vector_stores import Attributes, StoreFile
@@ -77,7 +74,7 @@ class Found:
 
 
 def search(
-    library: Path,
+    library: Library,
     files: Sequence[StoreFile],
     queries: Sequence[str],
     limit: int,
@@ -94,17 +91,17 @@ def search(
     best: dict[tuple[str, int], float] = {}
     if not by_name:
         return []
-    with reading(library) as register:
+    with library.register.reading() as register:
         for query in queries:
             matches = register.best_chunks(phrases(query), limit, tuple(by_name))
             for match in matches:
-                score = match.score / matches[0].score * about(_index(library, match), query)
+                score = match.score / matches[0].score * about(library.open(match.reference).index, query)
                 place = match.name, match.chunk
                 best[place] = max(score, best.get(place, 0.0))
     chosen = sorted((place for place in best if best[place] >= threshold), key=lambda place: -best[place])[:limit]
     found = []
     for name, chunk in chosen:
-        adapter = open_adapter(library, f"{name}@{by_name[name].version}")
+        adapter = library.open(f"{name}@{by_name[name].version}")
         text = read_chunks(adapter.index, [chunk])[0].text
         found.append(Found(by_name[name], chunk, text, best[name, chunk]))
     return found
@@ -113,7 +110,3 @@ def search(
 def among(files: Sequence[StoreFile]) -> list[str]:
     """Patterns of the names of files' adapters: a question chooses among them, and gets no chunks of each."""
     return [f"[{file.adapter[0]}]{file.adapter[1:]}" for file in files]
-
-
-def _index(library: Path, match: Match) -> Path:
-    return open_adapter(library, match.reference).index

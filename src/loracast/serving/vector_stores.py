@@ -19,8 +19,6 @@ from loracast.errors import LoracastError, NoSuchAdapterError
 from loracast.library.index import read_chunks
 from loracast.library.library import lacking, open_adapter, remove_adapter, rename_adapter
 from loracast.library.manifest import name_from
-from loracast.library.register import change_counter
-from loracast.library.shared import refresh
 from loracast.serving.errors import ApiError, log
 from loracast.serving.jobs import Jobs, cancel_in
 from loracast.serving.state import (
@@ -79,7 +77,7 @@ class StoreAdapters:
         return lacking(self.library, {(row["adapter"], row["version"]) for row in db.execute(_MADE)})
 
     def rename(self, name: str, new: str) -> None:
-        """Give an adapter another name, and follow it; errors as in `rename_adapter`."""
+        """Give an adapter another name, and follow it; errors as in `Library.rename`."""
         with self._state.writing() as db:  # meanwhile nobody notes it as lost
             rename_adapter(self.library, name, new)
             db.execute("UPDATE jobs SET adapter = ? WHERE adapter = ? AND status = 'completed'", (new, name))
@@ -160,7 +158,7 @@ class StoreFile:
 class VectorStores:
     """The vector stores of a server. What methods return as `Json` are the objects of OpenAI's API."""
 
-    def __init__(self, state: State, uploads: Uploads, jobs: Jobs, library: Path):
+    def __init__(self, state: State, uploads: Uploads, jobs: Jobs, library: Library):
         self._state, self._uploads, self._jobs = state, uploads, jobs
         self.adapters = StoreAdapters(state, library)
 

@@ -39,7 +39,7 @@ from loracast.lab.evaluation.runner import (
     warm_up,
 )
 from loracast.lab.evaluation.synthetic import window_prompt
-from loracast.library.library import open_adapter
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import layer_shapes, text_config
 from loracast.reading.routing import DEFAULT_ROUTE
@@ -161,8 +161,9 @@ def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: P
     sample = _document(model, config.texts, config.tokens, config.seed, config.repetitions + _N_WARM_UP)
     with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
         document = InMemoryAdapter(model, sample.text)
-        learn_document(model.documents, model.base, document.document, Path(scratch), "document")
-        on_disk = open_adapter(Path(scratch), "document")
+        library = Library(scratch)
+        learn_document(model.documents, model.base, document.document, library, "document")
+        on_disk = library.open("document")
 
         def with_adapter(setup: DocumentSetup, case: DocumentCase) -> Request:
             def make() -> LoRA:

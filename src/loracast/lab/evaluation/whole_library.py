@@ -52,10 +52,8 @@ from loracast.lab.evaluation.runner import (
     in_turn,
     warm_up,
 )
-from loracast.library.library import remove_adapter
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.register import Register
-from loracast.library.shared import reading
 from loracast.reading.relevance import THRESHOLD_OF_MANY
 from loracast.reading.routing import Route
 from loracast.reading.search import phrases
@@ -154,7 +152,7 @@ class TemporaryLibrary:
         self._on_disk: set[str] = set()
         target = model.documents.hypernetwork.config.target
         folder.mkdir()
-        with Register.writing(folder) as register:
+        with Register.writing(self.model.library.files.register) as register:
             for i, document in enumerate(map(self.document, range(len(drawn)))):
                 about = document.document
                 manifest = Manifest(
@@ -182,7 +180,7 @@ class TemporaryLibrary:
     def rank_all(self, progress: Progress) -> list[Asked]:
         """All questions of all documents, with how the library ranks their documents."""
         asked = []
-        with reading(self.model.library) as register:
+        with self.model.library.register.reading() as register:
             holders = cache(lambda word: frozenset(hit.name for hit in register.search(word, -1)))
             most = max(1, int(MAX_HOLDER_SHARE * len(self.drawn)))
             for i, document in enumerate(self.drawn):
@@ -199,7 +197,7 @@ class TemporaryLibrary:
     def case(self, about: Asked, route: int, document: Callable[[int], InMemoryAdapter]) -> LibraryCase:
         """What a question gets by the name of its document, and of the library."""
         question, own = about.asked.question, document(about.place)
-        with reading(self.model.library) as register:
+        with self.model.library.register.reading() as register:
             matches = register.best_chunks(phrases(question), route)
         picked = share_out(
             matches, question, route, THRESHOLD_OF_MANY, lambda match: document(self.place(match.name)),
@@ -211,14 +209,14 @@ class TemporaryLibrary:
         """Have the adapters that a question picks on disk, and that of its document."""
         while missing := {self.name(about.place), *self._picked(about, route)} - self._on_disk:
             for name in sorted(missing):
-                remove_adapter(self.model.library, name)  # it has a row in the register and no files
+                self.model.library.remove(name)  # it has a row in the register and no files
                 document = self.document(self.place(name))
                 self.model.learn(document.document, name, max_chunk_tokens=self.chunk_tokens)
                 document.close()
                 self._on_disk.add(name)  # it is now the youngest: of equal chunks others may come first
 
     def _picked(self, about: Asked, route: int) -> list[str]:
-        with reading(self.model.library) as register:
+        with self.model.library.register.reading() as register:
             return [match.name for match in register.best_chunks(phrases(about.asked.question), route)]
 
 

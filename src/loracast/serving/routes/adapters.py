@@ -29,14 +29,6 @@ from loracast.errors import NoSuchAdapterError
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks, read_sentences
-from loracast.library.library import (
-    describe_adapter,
-    entries,
-    find,
-    open_adapter,
-    remove_adapter,
-    versions,
-)
 from loracast.library.manifest import check_name
 from loracast.library.register import Entry
 from loracast.library.save import import_lora
@@ -112,7 +104,7 @@ def list_adapters(
     offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
 ) -> dict[str, Any]:
     """The adapters by name: those with `q` in their name, title or note, and those with a tag."""
-    found, total = entries(service.model.library, like=q, tag=tag, limit=limit, offset=offset)
+    found, total = service.model.library.entries(like=q, tag=tag, limit=limit, offset=offset)
     has_more = offset + len(found) < total
     return {"object": "list", "data": [_adapter(one) for one in found], "total": total, "has_more": has_more}
 
@@ -172,9 +164,9 @@ def route_question(service: Shared, request: Request, body: _Question) -> dict[s
 def get_adapter(service: Shared, name: str) -> dict[str, Any]:
     """What is known of an adapter, with its manifest and its versions."""
     library = service.model.library
-    adapter, entry = open_adapter(library, name), find(library, name)
+    adapter, entry = library.open(name), library.find(name)
     shown = ("version", "created", "added")
-    there = [{key: getattr(one, key) for key in shown} for one in versions(library, entry.name)]
+    there = [{key: getattr(one, key) for key in shown} for one in library.versions(entry.name)]
     manifest = {key: value for key, value in asdict(adapter.manifest).items() if key != "modules"}
     return {**_adapter(entry), "manifest": manifest, "versions": there}
 
@@ -183,7 +175,7 @@ def get_adapter(service: Shared, name: str) -> dict[str, Any]:
 def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]:
     """Change an adapter's tags or note, or give it another name. What it holds never changes."""
     library = service.model.library
-    entry = find(library, name)
+    entry = library.find(name)
     for tag in body.tags or ():
         check_name(tag)  # before anything changes
     renamed = entry.name if body.name is None else body.name
@@ -191,14 +183,14 @@ def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]
         service.learning.stores.adapters.rename(entry.name, renamed)
     if body.tags is not None or body.note is not None:
         gone = [] if body.tags is None else [tag for tag in entry.tags if tag not in body.tags]
-        describe_adapter(library, renamed, note=body.note, tags=body.tags or (), untag=gone)
-    return _adapter(find(library, renamed))
+        library.describe(renamed, note=body.note, tags=body.tags or (), untag=gone)
+    return _adapter(library.find(renamed))
 
 
 @router.delete("/v1/adapters/{name}", dependencies=[needs("admin")])
 def delete_adapter(service: Shared, name: str) -> dict[str, Any]:
     """Delete a name with all its versions, or one version (`name@hash`)."""
-    remove_adapter(service.model.library, name)
+    service.model.library.remove(name)
     return {"id": name, "object": "adapter.deleted", "deleted": True}
 
 
@@ -211,7 +203,7 @@ def list_chunks(
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> dict[str, Any]:
     """The chunks of a document, in order, with their places in its text."""
-    adapter = open_adapter(service.model.library, name)
+    adapter = service.model.library.open(name)
     check_memories(request, [adapter])
     chunks = read_chunks(adapter.index)
     shown = [{"chunk": i, **asdict(chunk)} for i, chunk in enumerate(chunks)][offset : offset + limit]
