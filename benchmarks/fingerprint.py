@@ -88,7 +88,7 @@ def of_route(route: Route) -> list[Any]:
         return [round(x, 3) for x in numbers]
 
     sentences = None if route.sentences is None else [rounded(some) for some in route.sentences]
-    likely = [(one.text, round(one.probability, 2)) for one in route.likely[:3]]
+    likely = [(one.text, round(one.probability, 2)) for one in route.candidates[:3]]
     sure = [None if p is None else round(p, 3) for p in (route.about, route.nowhere)]
     return [route.chunks, rounded(route.weights), sentences, likely, *sure]
 

@@ -13,7 +13,7 @@ from loracast.base.copying import Copying, signs
 from loracast.base.generate import Sampling, answer, answers
 from loracast.documents import Chunk, Document
 from loracast.library.index import write_index
-from loracast.reading.matching import Likely, likely_together
+from loracast.reading.matching import Candidate, candidates_together
 from loracast.reading.routing import pick
 from loracast.serving.engine import LocalEngine
 from loracast.serving.generation import GenerationRequest
@@ -80,9 +80,9 @@ def test_an_answer_that_began_like_a_text_goes_on_like_it_or_ends_where_a_word_d
 
 
 def test_documents_together_are_as_likely_as_each_other():
-    one, other = (Likely("a", 0.8), Likely("b", 0.2)), (Likely("c", 1.0),)
-    assert likely_together([one, (), other]) == (Likely("a", 0.4), Likely("b", 0.1), Likely("c", 0.5))
-    assert likely_together([(), one]) == one and likely_together([]) == ()
+    one, other = (Candidate("a", 0.8), Candidate("b", 0.2)), (Candidate("c", 1.0),)
+    assert candidates_together([one, (), other]) == (Candidate("a", 0.4), Candidate("b", 0.1), Candidate("c", 0.5))
+    assert candidates_together([(), one]) == one and candidates_together([]) == ()
 
 
 def write(path, texts) -> int:
@@ -95,16 +95,18 @@ def test_a_question_gets_the_places_where_its_answer_may_begin(tmp_path):
         tmp_path / "i", ["Adults pay £20 at the door. We open at 9:30 am.", "Dogs are welcome.", "Call Anna Boyd."]
     )
     price = pick(tmp_path / "i", n, "How much does a ticket cost?", 2)
-    assert price.likely[0].text == "£20 at the door." and price.likely[0].probability > 0.5
-    assert sum(one.probability for one in price.likely) + price.nowhere <= 1.0
+    assert price.candidates[0].text == "£20 at the door." and price.candidates[0].probability > 0.5
+    assert sum(one.probability for one in price.candidates) + price.nowhere <= 1.0
     when = pick(tmp_path / "i", n, "When do you open?", 2)
     assert when.likely[0].text == "9:30 am." and not any("Call" in one.text for one in when.likely)  # of another chunk
-    assert pick(tmp_path / "i", n, "Zork?", 2).likely == () and pick(tmp_path / "i", n, "What?", None).nowhere is None
+    assert (
+        pick(tmp_path / "i", n, "Zork?", 2).candidates == () and pick(tmp_path / "i", n, "What?", None).nowhere is None
+    )
 
 
 def test_a_long_text_is_cut_between_words(tmp_path):
     n = write(tmp_path / "i", ["The ticket costs £20 " + "and nothing else whatsoever " * 9])
-    text = pick(tmp_path / "i", n, "How much does a ticket cost?", 2).likely[0].text
+    text = pick(tmp_path / "i", n, "How much does a ticket cost?", 2).candidates[0].text
     assert text == "£20 and nothing else whatsoever and nothing"
 
 
@@ -208,5 +210,5 @@ def test_an_adapter_with_a_factor_copies_less_and_one_that_is_subtracted_nothing
     question = "How much do adults pay?"
     whole = model.prepare(question, "door").likely
     likely = model.prepare(question, "door", scales={adapter.manifest.version: scale}).likely
-    expected = () if share is None else tuple(Likely(text, p * share) for text, p in whole)
+    expected = () if share is None else tuple(Candidate(text, p * share) for text, p in whole)
     assert whole and likely == expected

@@ -45,7 +45,7 @@ def test_the_chunks_of_an_adapter_are_those_that_ask_takes(library):
     assert [chunk["weight"] for chunk in prose["chunks"]] == pytest.approx(list(expected.weights), abs=1e-3)
     assert "bridge" in prose["chunks"][0]["text"] and prose["reason"] == expected.reason
     assert shout["chunks"] == [] and shout["reason"] == "task: always whole" and not shout["is_empty"]
-    assert [(one["text"], one["probability"]) for one in prose["likely"]] == list(expected.likely) != []
+    assert [(one["text"], one["probability"]) for one in prose["likely"]] == list(expected.candidates) != []
     assert shout["likely"] == []
     shown = run(library, question, "-a", "prose", "-a", "shout").stdout
     assert "bridge" in shown and "always whole" in shown and "the answer probably begins" in shown

@@ -8,7 +8,7 @@ import pytest
 
 from loracast.documents.chunks import Chunk
 from loracast.library.index import write_index
-from loracast.reading.matching import names_in, of_others
+from loracast.reading.matching import about_others, names_in
 from loracast.reading.routing import pick, sentence_weights
 from loracast.reading.search import sentence_scores
 
@@ -58,11 +58,11 @@ def test_names_stand_with_capitals_inside_a_question(question, names):
     ],
 )
 def test_a_sentence_with_another_name_alone_is_about_another_subject(question, heading, sentences, others):
-    assert of_others(question, [(heading, sentences)]) == [others]
+    assert about_others(question, [(heading, sentences)]) == [others]
 
 
 def test_names_are_looked_for_in_all_chunks():
-    found = of_others("When does Cafe Burmbi open?", [("", CAFES[:1]), ("", CAFES[1:])])
+    found = about_others("When does Cafe Burmbi open?", [("", CAFES[:1]), ("", CAFES[1:])])
     assert found == [[True], [False, False, False]]
 
 

@@ -17,7 +17,7 @@ from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import Adapter
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, concat
-from loracast.reading.matching import likely_together
+from loracast.reading.matching import candidates_together
 from loracast.reading.overview import Overview, overview
 from loracast.reading.routing import DEFAULT_ROUTE, Route
 from loracast.reading.spoken import queries
@@ -181,7 +181,7 @@ class QuestionAnswering(ABC):
             return refusal(routed)
         documents = routes_of_documents(routed)  # a task's adapter beside them wants a model that answers its way
         is_copied = outlines and len(documents) == len(routed)
-        likely = likely_together([route.likely for route in documents]) if is_copied else ()
+        likely = candidates_together([route.candidates for route in documents]) if is_copied else ()
         least = least_confidence([route for _, route in routed]) if strict else 0.0
         return Prepared(prompt, routed, sources(routed), likely=likely, least_confidence=least)
 

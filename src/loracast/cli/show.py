@@ -394,7 +394,7 @@ def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
         adapter.index, chunks, picked.scores or [None] * len(chunks), picked.weights or [1.0] * len(chunks)
     )
     found = {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty}
-    likely = [one._asdict() for one in picked.likely]
+    likely = [one._asdict() for one in picked.candidates]
     return {**found, "likely": likely, "chunks": described}
 
 

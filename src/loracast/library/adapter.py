@@ -142,9 +142,9 @@ def join_chunks(
 
 
 FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json"
-_MOST_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
+_MAX_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
 _ROUNDED = 0.02  # of a static LoRA's length: twice what storing it in int8 changes
-_FEW = 8  # chunks, up to which the factors of each are kept apart
+_CHUNKS_KEPT_APART = 8  # up to so many, the factors of each chunk are kept on their own
 _STATIC: WeakValueDictionary[bytes, LoRA] = WeakValueDictionary()
 """The static LoRAs in memory, by a hash of their numbers."""
 Kept = Callable[[Hashable, Callable[[], Any]], Any]
@@ -228,7 +228,7 @@ class Adapter:
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         if weights is None and sentences is None and dense:
             return self.kept(("LoRA", *which), lambda: join(together := self.rows(wanted, static=static), together))
-        if len(wanted) > _FEW or self.manifest.storage == "text":
+        if len(wanted) > _CHUNKS_KEPT_APART or self.manifest.storage == "text":
             together = self.kept(which, lambda: self.rows(wanted, static=static))
             return join(together, together)
         # Each chunk's own are kept: the next question picks another pair.

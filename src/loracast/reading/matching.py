@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_LONGEST_HEADING = 8  # words
+_HEADING_WORDS = 8
 _ENDS = tuple('.!?:;,"”’)')
 # First words of a sentence that goes on about what the one before has named.
 _CONTINUING = frozenset(("he", "she", "it", "they", "this", "these", "his", "her", "its", "their", "there"))
@@ -35,7 +35,7 @@ def names_in(question: str) -> list[frozenset[str]]:
     return [frozenset(plain(term) for _, term in run) for run in runs if any(is_name(term, i) for i, term in run)]
 
 
-def of_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> list[list[bool]]:
+def about_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> list[list[bool]]:
     """Whether each sentence is about something else than what the question names.
 
     So is one that has a name, but none of the question's names, in itself or in the heading above it, and what goes on
@@ -46,20 +46,20 @@ def of_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> lis
     """
     if not (asked := names_in(question)):
         return [[False] * len(sentences) for _, sentences in chunks]
-    known = terms_of(question)
-    found: list[list[bool]] = []
+    question_terms = terms_of(question)
+    flags: list[list[bool]] = []
     is_named = False
     for heading, sentences in chunks:
         above = of_chunk = terms_of(heading)
-        found.append([])
+        flags.append([])
         for sentence in map(_read, sentences):
             if sentence.is_heading:
                 above = of_chunk | sentence.words
             has_one = any(name <= sentence.words | above for name in asked)
             is_named |= has_one
-            is_other = not (sentence.names <= known or has_one or sentence.is_heading)
-            found[-1].append(found[-1][-1] if sentence.goes_on and found[-1] and not has_one else is_other)
-    return found if is_named else [[False] * len(sentences) for _, sentences in chunks]
+            is_other = not (sentence.names <= question_terms or has_one or sentence.is_heading)
+            flags[-1].append(flags[-1][-1] if sentence.goes_on and flags[-1] and not has_one else is_other)
+    return flags if is_named else [[False] * len(sentences) for _, sentences in chunks]
 
 
 class _Sentence(NamedTuple):
@@ -78,15 +78,15 @@ def _read(sentence: str) -> _Sentence:
     words = terms(sentence)
     names = frozenset(plain(term) for i, term in enumerate(words) if is_name(term, i))
     goes_on = bool(words) and words[0].lower() in _CONTINUING
-    is_heading = not sentence.endswith(_ENDS) and len(words) <= _LONGEST_HEADING
+    is_heading = not sentence.endswith(_ENDS) and len(words) <= _HEADING_WORDS
     return _Sentence(frozenset(map(plain, words)), names, goes_on, is_heading)
 
 
 _OTHER_SHARE = 0.3  # of the score of a sentence about another subject than the one that the question names
 _HEADING_SHARE = 0.3  # of the score of a heading, whose words say what the sentences below it are about
-_MOST_CHUNKS = 16
+_CHUNKS_COMPARED = 16
 """Chunks, the best ones, whose sentences are told apart by subject, which takes most of the time."""
-_MOST_PLACES = 64
+_PLACES_KEPT = 64
 _LEAST_PROBABILITY = 0.001  # of a place; those below change no answer (base/copying.py)
 
 
@@ -129,14 +129,14 @@ def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Ma
             return Matches(by_words, None)
         scores = sentence_scores(database, question)
         vectors = shipped_vectors()
-        likely = vectors.places(question, read.text)
-        if scores is None and (likely is None or not phrases(question)):  # nothing to go by
+        answer_places = vectors.places(question, read.text)
+        if scores is None and (answer_places is None or not phrases(question)):  # nothing to go by
             return Matches(by_words, None)
-        alike: NDArray[Any] = np.zeros(len(read.text.starts)) if likely is None else likely.sentences
+        alike: NDArray[Any] = np.zeros(len(read.text.starts)) if answer_places is None else answer_places.sentences
         top = max(scores or [1.0])
         both: NDArray[Any] = alike + [vectors.bm25 * score / top for score in scores] if scores else alike
         best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
-        n_most = max(_MOST_CHUNKS, n_wanted)
+        n_most = max(_CHUNKS_COMPARED, n_wanted)
         chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(by_words)[:n_most]})
         adjusted = _adjusted(question, read, chosen, scores or [0.0] * len(alike))
         top = max((score for of_chunk in adjusted for score in of_chunk), default=0.0) or 1.0
@@ -144,33 +144,35 @@ def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Ma
         by_bm25 = {chunk: [vectors.bm25 * x for x in of_chunk] for chunk, of_chunk in words.items()}
         meant = {chunk: alike[slice(*read.chunks[chunk])] + of_chunk for chunk, of_chunk in by_bm25.items()}
         better = _better(by_words, words, meant)
-        return better if likely is None else _with_places(better, likely, read, by_bm25)
+        return better if answer_places is None else _with_places(better, answer_places, read, by_bm25)
 
 
-def _with_places(found: Matches, likely: Likelihoods, read: ReadIndex, added: Mapping[int, Sequence[float]]) -> Matches:
+def _with_places(
+    matched: Matches, answer: Likelihoods, read: ReadIndex, added: Mapping[int, Sequence[float]]
+) -> Matches:
     """The matches with the likeliest places of the answer among those of some chunks.
 
     Args:
-        likely: at which words of the document the answer begins.
+        answer: at which words of the document it begins.
         added: by chunk, what is added to the logits of the words of each of its sentences.
     """
     import numpy as np
 
-    text, plus = read.text, np.full(len(likely.sentences), -np.inf)
+    text, plus = read.text, np.full(len(answer.sentences), -np.inf)
     for chunk, of_chunk in added.items():
         plus[slice(*read.chunks[chunk])] = of_chunk
     words = np.flatnonzero(plus[text.sentences] > -np.inf)
     sentences = text.sentences[words]
-    logits = np.append(likely.words[words] + plus[sentences], likely.nowhere)
+    logits = np.append(answer.words[words] + plus[sentences], answer.nowhere)
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
     places = list[Place]()
-    for i in np.argsort(-shares[:-1], kind="stable")[:_MOST_PLACES]:
+    for i in np.argsort(-shares[:-1], kind="stable")[:_PLACES_KEPT]:
         if shares[i] >= _LEAST_PROBABILITY:
             chunk, start, end = read.places[sentences[i]]
             sentence = normalize("NFC", read.prompts[chunk][start:end])
             places.append(Place(chunk, sentence[text.characters[words[i]] :], float(shares[i])))
-    return replace(found, places=tuple(places), nowhere=float(shares[-1]))
+    return replace(matched, places=tuple(places), nowhere=float(shares[-1]))
 
 
 def _better(
@@ -193,7 +195,7 @@ def _adjusted(
     Args:
         scores: of all sentences of the document.
     """
-    others = of_others(question, [(read.headings[chunk], read.sentences(chunk)) for chunk in chunks])
+    others = about_others(question, [(read.headings[chunk], read.sentences(chunk)) for chunk in chunks])
     found = list[tuple[float, ...]]()
     for chunk, of_subject in zip(chunks, others, strict=True):
         sentences, heading = slice(*read.chunks[chunk]), len(read.headings[chunk])
@@ -208,31 +210,31 @@ def _adjusted(
     return found
 
 
-_MOST_CHARACTERS = 48
+_CANDIDATE_CHARACTERS = 48
 """Of a text: answers from the words of a document are short."""
 
 
-class Likely(NamedTuple):
+class Candidate(NamedTuple):
     """A text of a document with which the answer to a question may begin; it goes on beyond the answer's end."""
 
     text: str
     probability: float
 
 
-def likely_answers(places: Sequence[Place], chunks: Container[int]) -> tuple[Likely, ...]:
+def answer_candidates(places: Sequence[Place], chunks: Container[int]) -> tuple[Candidate, ...]:
     """The texts from some places on, each to the end of its sentence at most; places of other chunks are left out."""
     return tuple(
-        Likely(_shortened(place.text.rstrip()), place.probability) for place in places if place.chunk in chunks
+        Candidate(_shortened(place.text.rstrip()), place.probability) for place in places if place.chunk in chunks
     )
 
 
 def _shortened(text: str) -> str:
-    if len(text) <= _MOST_CHARACTERS:
+    if len(text) <= _CANDIDATE_CHARACTERS:
         return text
-    return text[:_MOST_CHARACTERS].rpartition(" ")[0] or text[:_MOST_CHARACTERS]
+    return text[:_CANDIDATE_CHARACTERS].rpartition(" ")[0] or text[:_CANDIDATE_CHARACTERS]
 
 
-def likely_together(of_each: Sequence[Sequence[Likely]]) -> tuple[Likely, ...]:
+def candidates_together(of_each: Sequence[Sequence[Candidate]]) -> tuple[Candidate, ...]:
     """What an answer from several documents may begin with, each as likely to hold it as the others."""
-    some = [likely for likely in of_each if likely]
-    return tuple(Likely(text, p / len(some)) for likely in some for text, p in likely)
+    some = [candidates for candidates in of_each if candidates]
+    return tuple(Candidate(text, p / len(some)) for candidates in some for text, p in candidates)

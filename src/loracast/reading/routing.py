@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter, SentenceWeights
 from loracast.library.index import Index, open_index, read_sentences
-from loracast.reading.matching import Likely, Matches, likely_answers, matches
+from loracast.reading.matching import Candidate, Matches, answer_candidates, matches
 from loracast.reading.relevance import THRESHOLD, about
 from loracast.reading.search import search
 
@@ -46,7 +46,7 @@ class Route:
     reason: str = "all chunks"
     about: float | None = None
     """The probability that the document speaks of what is asked; None where nobody looked."""
-    likely: tuple[Likely, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     """What the answer may begin with, if it is a text of the document."""
     nowhere: float | None = None
     """The probability that the answer stands nowhere in the document, by its words; None where nobody looked."""
@@ -166,7 +166,7 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     if found is None:
         return picked
     chunks = range(n_chunks) if picked.chunks is None else picked.chunks
-    return replace(picked, likely=likely_answers(found.places, chunks), nowhere=found.nowhere)
+    return replace(picked, candidates=answer_candidates(found.places, chunks), nowhere=found.nowhere)
 
 
 def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> tuple[Route, Matches | None]:

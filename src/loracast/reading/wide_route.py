@@ -20,7 +20,7 @@ from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.index import read_chunks, read_sentences
 from loracast.library.library import Library
 from loracast.library.register import Match
-from loracast.reading.matching import Likely
+from loracast.reading.matching import Candidate
 from loracast.reading.relevance import THRESHOLD, THRESHOLD_OF_MANY, threshold_for
 from loracast.reading.routing import SHARPNESS, Route, route_adapter
 from loracast.reading.search import phrases
@@ -199,8 +199,9 @@ def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float])
             route = Route((), reason="its scale is 0", about=route.about)
         elif scale != 1 and not route.is_empty:
             route = _weighed(route, adapter.manifest.n_chunks, scale)
-            likely = tuple(Likely(text, p * min(scale, 1.0)) for text, p in route.likely) if scale > 0 else ()
-            route = replace(route, likely=likely)
+            share = min(scale, 1.0) if scale > 0 else 0.0
+            candidates = tuple(Candidate(text, p * share) for text, p in route.candidates) if share else ()
+            route = replace(route, candidates=candidates)
         found.append((adapter, route))
     return found
 

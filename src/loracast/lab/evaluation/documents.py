@@ -22,7 +22,7 @@ from loracast.lab.evaluation.runner import Baseline, InMemoryAdapter, LoRASource
 from loracast.lab.training.document_source import reading_prompt
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.factors import Factors
-from loracast.reading.matching import likely_together
+from loracast.reading.matching import candidates_together
 from loracast.reading.relevance import THRESHOLD, THRESHOLD_STRICT
 from loracast.reading.routing import DEFAULT_ROUTE, Route
 
@@ -214,7 +214,7 @@ def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
 
 
 def _asked(setup: DocumentSetup, case: DocumentCase, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> Request:
-    likely = likely_together([route.likely for _, route in picked])
+    likely = candidates_together([route.candidates for _, route in picked])
     return Request(plain(setup, case.question), adapters(setup, picked), likely=likely)
 
 
@@ -225,7 +225,7 @@ def _is_found(case: DocumentCase, route: Route) -> bool | None:
 
 def likeliest_place(setup: DocumentSetup, case: DocumentCase) -> Request:
     """No model: the text from the place on at which the answer most likely begins, as far as copying may follow it."""
-    likely = pick(setup, case.document, case.question).likely
+    likely = pick(setup, case.document, case.question).candidates
     return Request((), answer=likely[0].text if likely else NOT_SAID)
 
 
@@ -235,7 +235,7 @@ def copying_alone(with_static: bool) -> Callable[[DocumentSetup, DocumentCase], 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
         route = pick(setup, case.document, case.question)
         lora = setup.static if with_static and not route.is_empty else None
-        return Request(plain(setup, case.question), lora, likely=route.likely)
+        return Request(plain(setup, case.question), lora, likely=route.candidates)
 
     return request
 

@@ -33,7 +33,7 @@ from loracast.library.adapter import SENTENCE, SentenceWeights, join_chunks
 from loracast.library.index import IndexInMemory, write_index
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, static_storage, storage_of
-from loracast.reading.matching import Likely
+from loracast.reading.matching import Candidate
 from loracast.reading.relevance import THRESHOLD
 from loracast.reading.routing import Route, route_question
 from loracast.reading.search import best_passages
@@ -178,7 +178,7 @@ class Request:
     """Whether the chunk with the answer was among those picked; None where nothing is picked."""
     answer: str | None = None
     """The answer, where no model is asked."""
-    likely: tuple[Likely, ...] = ()
+    likely: tuple[Candidate, ...] = ()
     """What the answer may begin with, by the words of the documents."""
     least_confidence: float = field(default=0.0, compare=False)
     """An answer of a lower confidence becomes `NOT_SAID`, as with `loracast ask --strict`."""
