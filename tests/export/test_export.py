@@ -26,6 +26,7 @@ from loracast.export.adapter import export_adapter
 from loracast.export.base import write_merged
 from loracast.export.formats import VLLM_RANKS, Request
 from loracast.export.gguf import write_ollama
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, inject, uniform
 from loracast.lora.factors import Factors
 from loracast.lora.peft_format import read_peft

@@ -102,7 +102,9 @@ def test_answers_that_are_certain_have_no_step(base, monkeypatch):
 
 @pytest.mark.parametrize("n_examples", [1, 3])
 def test_what_is_cast_from_examples_has_the_step(base, tmp_path, monkeypatch, n_examples):
-    caster = TaskCaster(make_attention_delta(base, ("o_proj", "down_proj"), examples_at_once=5).bind(base), Library(tmp_path))
+    caster = TaskCaster(
+        make_attention_delta(base, ("o_proj", "down_proj"), examples_at_once=5).bind(base), Library(tmp_path)
+    )
     task = TaskSpec(DESCRIPTIONS[0], EXAMPLES[:n_examples])
     (cast,) = caster.loras([task])
     monkeypatch.setattr(attention_delta, "gradient_step", lambda *given: LoRA())

@@ -31,6 +31,7 @@ from loracast.hypernets.protocol import Caster
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.store import file_system, is_local, write
 from loracast.library.sync import is_readable, names_for
+from loracast.library.work_folders import tidy, work_folder
 from loracast.lora.algebra import Uniform, uniform
 from loracast.lora.peft_format import PEFT_FILES, write_peft_folder
 

@@ -27,8 +27,8 @@ from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import MEMORY_SOURCE, check_name
+from loracast.library.work_folders import exclusively
 from loracast.reading.spoken import MESSAGE_GAP, messages_in, statements_in
-from loracast.work_folders import exclusively
 
 MOST_CHUNKS = 256
 """Chunks of a memory, which are messages unless those are long; the oldest messages go when more come."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from loracast.answering.model import Model
     from loracast.documents.task_spec import TaskSpec
     from loracast.library.adapter import Adapter
+    from loracast.library.library import Library
     from loracast.library.sync import BulkReport, FileReport, Outcome
     from loracast.serving.client import Client, Running
 
@@ -101,7 +102,7 @@ def learn_file(
     )  # fmt: skip
 
 
-def cast_task(server: Running, library: Path, task: TaskSpec, name: str | None, *, replace: bool) -> Adapter | None:
+def cast_task(server: Running, library: Library, task: TaskSpec, name: str | None, *, replace: bool) -> Adapter | None:
     """Have a server cast a task; None as in `learn_file`."""
     examples = [{"input": example.input, "output": example.outputs[0]} for example in task.examples]
     body = {"description": task.description, "examples": examples, "name": name, "replace": replace}
@@ -109,7 +110,7 @@ def cast_task(server: Running, library: Path, task: TaskSpec, name: str | None, 
 
 
 def _made_there(
-    server: Running, library: Path, begin: Callable[[Client], Mapping[str, Any]], progress: Progress
+    server: Running, library: Library, begin: Callable[[Client], Mapping[str, Any]], progress: Progress
 ) -> Adapter | None:
     """The adapter of a job. After Ctrl-C the job is cancelled."""
     from loracast.serving.client import Refused

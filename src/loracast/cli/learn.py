@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loracast.documents import Document
     from loracast.documents.task_spec import TaskSpec
     from loracast.library.adapter import Adapter
+    from loracast.library.library import Library
     from loracast.serving.client import Running
 
 

@@ -28,7 +28,7 @@ from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.shared import REFRESH_S
 from loracast.library.store import SharedStore
-from loracast.work_folders import tidy, work_folder
+from loracast.library.work_folders import tidy, work_folder
 
 PREFIX = "loracast:"
 """What a request may write before an adapter's name."""

@@ -416,7 +416,7 @@ def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
     return [not any(are_equal(one, other) for other in statics[:i]) for i, one in enumerate(statics)]
 
 
-def factors_in_memory(max_bytes: int = _MOST_BYTES) -> Kept:
+def factors_in_memory(max_bytes: int = _MAX_BYTES) -> Kept:
     """A new `Adapter.kept`: it keeps LoRAs and sets of factors, and those that were used least recently go first.
 
     Args:

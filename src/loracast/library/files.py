@@ -18,7 +18,7 @@ from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
 from loracast.library.register import FILE, Register
 from loracast.library.store import SharedStore, Store
-from loracast.work_folders import is_at_work, work_folder
+from loracast.library.work_folders import is_at_work, work_folder
 
 _OBJECTS = "objects"
 STORE = "store"

@@ -14,7 +14,7 @@ from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.register import Register
 from loracast.library.store import SharedStore, Store
-from loracast.work_folders import tidy
+from loracast.library.work_folders import tidy
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, Adapter
 from loracast.library.index import write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT, Manifest, check_name
+from loracast.library.work_folders import tidy
 from loracast.lora.quantize import pack, storage_of
 from loracast.lora.tensor_file import BYTES
-from loracast.work_folders import tidy
 
 if TYPE_CHECKING:
     from io import BufferedRandom

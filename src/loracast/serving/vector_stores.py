@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import LoracastError, NoSuchAdapterError
 from loracast.library.index import read_chunks
-from loracast.library.library import lacking, open_adapter, remove_adapter, rename_adapter
+from loracast.library.library import Library
 from loracast.library.manifest import name_from
 from loracast.serving.errors import ApiError, log
 from loracast.serving.jobs import Jobs, cancel_in
@@ -45,14 +45,14 @@ _LOST = {
 class StoreAdapters:
     """The adapters that the files of a server's vector stores were cast into."""
 
-    def __init__(self, state: State, library: Path):
+    def __init__(self, state: State, library: Library):
         self._state, self.library = state, library
         self._looked: tuple[int, bytes] | None = None
 
     def look(self) -> None:
         """As `note_lost`, unless the library is as it was at the last look."""
-        refresh(self.library)
-        changes = change_counter(self.library)
+        self.library.register.refresh()
+        changes = self.library.change_counter()
         if changes is None or changes != self._looked:
             self.note_lost()
             self._looked = changes
@@ -74,12 +74,12 @@ class StoreAdapters:
                 )
 
     def _lost(self, db: sqlite3.Connection) -> set[tuple[str, str]]:
-        return lacking(self.library, {(row["adapter"], row["version"]) for row in db.execute(_MADE)})
+        return self.library.lacking({(row["adapter"], row["version"]) for row in db.execute(_MADE)})
 
     def rename(self, name: str, new: str) -> None:
         """Give an adapter another name, and follow it; errors as in `Library.rename`."""
         with self._state.writing() as db:  # meanwhile nobody notes it as lost
-            rename_adapter(self.library, name, new)
+            self.library.rename(name, new)
             db.execute("UPDATE jobs SET adapter = ? WHERE adapter = ? AND status = 'completed'", (new, name))
 
     def remove_undone(self) -> None:
@@ -108,7 +108,7 @@ class StoreAdapters:
         other = "SELECT 1 FROM jobs WHERE adapter = ? AND status IN ('running', 'completed')"
         if one_row(db, other, row["adapter"]) is None:
             with suppress(NoSuchAdapterError):  # somebody deleted it, or gave it another name
-                remove_adapter(self.library, f"{row['adapter']}@{row['version']}")
+                self.library.remove(f"{row['adapter']}@{row['version']}")
         db.execute("UPDATE jobs SET version = NULL WHERE id = ?", (id,))
 
 
@@ -266,7 +266,7 @@ class VectorStores:
         row = self._file_row(store, file)
         if (status := _STATUS[row["status"]]) != "completed":
             raise ApiError(409, f"the file is {status.replace('_', ' ')}: it has chunks once it is completed")
-        adapter = open_adapter(self.adapters.library, f"{row['adapter']}@{row['version']}")
+        adapter = self.adapters.library.open(f"{row['adapter']}@{row['version']}")
         return [chunk.text for chunk in read_chunks(adapter.index)]
 
     def _file_row(self, store: str, file: str) -> Row:

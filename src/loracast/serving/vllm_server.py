@@ -26,9 +26,9 @@ from loracast.base.load import Base
 from loracast.errors import ConfigError, LoracastError
 from loracast.export.formats import KEY_VARIABLE
 from loracast.files import exports_dir
+from loracast.library.work_folders import tidy, work_folder
 from loracast.serving.generation import EngineConfig, EngineFailed, EngineStats, GenerationRequest, Ticket
 from loracast.serving.vllm import MAX_LOADED, PREFIX, LoadedLoRAs, VllmClient, VllmEngine, VllmTicket
-from loracast.work_folders import tidy, work_folder
 
 _DOWN_S = 5.0
 """A server that failed is the last choice for so long."""

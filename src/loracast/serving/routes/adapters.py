@@ -349,7 +349,7 @@ def load_lora_adapter(body: LoadAdapterRequest, service: Shared) -> str:
     if folder is None:
         raise ApiError(404, "there is no such folder among the server's LoRAs (--lora-folder)", param="lora_path")
     with suppress(NoSuchAdapterError):
-        is_imported = find(service.model.library, name).kind == "imported"
+        is_imported = service.model.library.find(name).kind == "imported"
         if not (is_imported and body.load_inplace):
             raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
     import_lora(service.model.base, folder, service.model.library, name, replace=body.load_inplace)
@@ -361,12 +361,12 @@ def unload_lora_adapter(body: UnloadAdapterRequest, service: Shared) -> str:
     """Forget a LoRA that was loaded. What was learned here is deleted with DELETE /v1/adapters/{name} instead."""
     name, library = body.lora_name, service.model.library
     try:
-        entry = find(library, check_name(name))
+        entry = library.find(check_name(name))
     except NoSuchAdapterError as error:
         raise ApiError(404, f"The lora adapter '{name}' cannot be found.", param="lora_name") from error
     if entry.kind != "imported":
         raise ApiError(400, f"'{name}' was not loaded but made here: DELETE /v1/adapters/{name} deletes it")
-    remove_adapter(library, name)
+    library.remove(name)
     return f"Success: LoRA adapter '{name}' removed successfully."
 
 
