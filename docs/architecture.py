@@ -32,7 +32,7 @@ SAYS = {
     "lab": "training, data, evaluation",
 }
 """What each room is for, in a few words."""
-WIDTH, FLOOR, HEIGHT, GAP = 1040, 92, 52, 26  # pixels; `FLOOR` from one floor to the next
+WIDTH, FLOOR, HEIGHT, GAP = 720, 84, 50, 26  # pixels; `FLOOR` from one floor to the next
 
 
 def rooms() -> dict[str, list[Path]]:
@@ -96,7 +96,7 @@ def draw() -> str:
     boxes: dict[str, tuple[float, float, float]] = {}  # x and y of the upper left corner, width
     for floor in range(max(level.values()) + 1):
         here = sorted((name for name in level if level[name] == floor), key=lambda name: -lines[name])
-        widths = [max(150.0, min(420.0, lines[name] / 16)) for name in here]
+        widths = [max(216.0, min(420.0, lines[name] / 16)) for name in here]
         x = (WIDTH - sum(widths) - GAP * (len(here) - 1)) / 2
         for name, width in zip(here, widths, strict=True):
             boxes[name] = (x, height - FLOOR * (floor + 1) + 10, width)
