@@ -51,8 +51,8 @@ from loracast.cli import app
 from loracast.cli.terminal import prompt_interrupts
 from loracast.hypernets.encoders import load_text_encoder
 from loracast.hypernets.store import save_pretrained
-from loracast.library import work_folders as workfolders
 from loracast.library import register
+from loracast.library import work_folders as workfolders
 from loracast.library.library import Library
 from loracast.library.upkeep import verify
 from loracast.lora.algebra import uniform
