@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loracast.cli.client import Answerer, Remembering, open_answerer, say_sources, say_unused
+from loracast.cli.client import Client, Remembering, open_client, say_sources, say_unused
 from loracast.cli.options import Answering, Json, MaxTokens, Question, check_question, distinct
 from loracast.cli.terminal import Stream, print_json, printable, say
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
@@ -36,12 +36,12 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     """
     check_question(question)
     started = time.perf_counter()
-    answerer, chosen = open_answerer(answering)
+    client, chosen = open_client(answering)
     load_s = time.perf_counter() - started
 
     stream = Stream()
     try:
-        reply = answerer.reply(
+        reply = client.reply(
             [{"role": "user", "content": question}], chosen, (lambda text: None) if as_json else stream
         )
     finally:
@@ -61,7 +61,7 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
         "finished": reply.is_finished,
         "adapters": {used.name if names[used.name] == 1 else used.version: used.facts() for used in reply.used},
         "sources": [asdict(source) for source in reply.sources],
-        "base": answerer.base,
+        "base": client.base,
         "n_prompt_tokens": reply.n_prompt_tokens,
         "n_tokens": reply.n_tokens,
         "load_s": round(load_s, 3),
@@ -95,13 +95,13 @@ class Chatting(Answering):
 
 def chat(answering: Chatting) -> None:
     """Talk with learned documents, or with the plain base."""
-    answerer, chosen = open_answerer(answering)
-    talk = Talk(answerer, answering.library, answering.tag, answering.strict)
+    client, chosen = open_client(answering)
+    talk = Talk(client, answering.library, answering.tag, answering.strict)
     talk.used = chosen
     if answering.remember:
         talk.remember(answering.remember)
     if sys.stdin.isatty():
-        say(f"{' + '.join(talk.used) or 'no adapter'} on {answerer.base}; /help lists the commands, Ctrl-D leaves")
+        say(f"{' + '.join(talk.used) or 'no adapter'} on {client.base}; /help lists the commands, Ctrl-D leaves")
     for line in _lines():
         if line in ("/quit", "/exit"):
             break
@@ -141,8 +141,8 @@ def _lines() -> Iterator[str]:
 class Talk:
     """A conversation and the adapters that it uses."""
 
-    def __init__(self, answerer: Answerer, library: Library, tag: str = "", strict: bool = False):
-        self.answerer, self.library, self.tag, self.strict = answerer, library, tag, strict
+    def __init__(self, client: Client, library: Library, tag: str = "", strict: bool = False):
+        self.client, self.library, self.tag, self.strict = client, library, tag, strict
         self.turns: list[Message] = []
         self.used: list[str] = []
         """Names of adapters, and patterns of names."""
@@ -152,7 +152,7 @@ class Talk:
 
     def remember(self, name: str) -> None:
         """Keep what is said from now on in a memory, in the background, and answer with that too."""
-        self._name, self._memory = name, self.answerer.memory(name)
+        self._name, self._memory = name, self.client.memory(name)
         self._background = ThreadPoolExecutor(1, "loracast-chat")
 
     def obey(self, line: str) -> None:
@@ -163,7 +163,7 @@ class Talk:
             if patterns_in([name]):
                 check_patterns(self.library, [name], self.tag)
             else:
-                self.answerer.open(name)
+                self.client.open(name)
             self.used = distinct([*self.used, name])
             say(f"(using {' + '.join(self.used)})")
         elif command == "/drop" and name:
@@ -215,7 +215,7 @@ class Talk:
     def _answer(self, question: str) -> None:
         used = [*self.used, *self._with_memory()]
         turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
-        if (outlined := overview(question, used, self.answerer.open)) is not None:
+        if (outlined := overview(question, used, self.client.open)) is not None:
             print(printable(outlined.text), flush=True)
             self.turns = [*turns, {"role": "assistant", "content": outlined.text}]
             return
@@ -223,7 +223,7 @@ class Talk:
         try:
             while reply is None:
                 try:
-                    reply = self.answerer.reply(turns, used, stream)
+                    reply = self.client.reply(turns, used, stream)
                 except PromptTooLong:
                     if len(turns) <= 2:
                         raise

@@ -1,8 +1,13 @@
-"""What `ask` and `chat` get answers from: a base in this process, or a running server that has the same one loaded."""
+"""What commands ask: this process, which loads the base, or a running server that has the same one loaded.
+
+A server answers and learns only for the same library, base, template, hypernetwork and version. What it refuses, since
+its limits are narrower, this process does by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,24 +15,37 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli.options import Answering, base_of, loading, server_for
+from loracast.cli.options import Answering, BaseChoice, Learning, Naming, base_of, loading, open_model, what_loads
 from loracast.cli.terminal import say
+from loracast.documents import Limits
+from loracast.documents.read import read_bytes, read_document
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
-from loracast.library.manifest import marked_name, name_from
+from loracast.library.manifest import marked_name, name_for, name_for_task, name_from
+from loracast.lora.quantize import DEFAULT_STORAGE
 from loracast.reading.wide_route import Source, check_patterns, patterns_in
 
 if TYPE_CHECKING:
     from loracast.answering.answers import AnsweredBy
+    from loracast.answering.model import Model
     from loracast.base.chat import Message
+    from loracast.base.load import Base as LoadedBase
     from loracast.cast.memory import Forgotten
+    from loracast.cast.task import TaskCaster
+    from loracast.documents.task_spec import TaskSpec
+    from loracast.hypernets.store import Modality
     from loracast.library.adapter import Adapter
+    from loracast.library.library import Library
+    from loracast.lora.quantize import Storage
     from loracast.reading.routing import Route
-    from loracast.serving.client import Client, Running
+    from loracast.serving.client import Client as HTTPClient
+    from loracast.serving.client import Running
 
 _STYLE_STRENGTH = 0.5
 """Of the LoRA of a style; at 1 it drowns that of a document (docs/memory.md)."""
 OnText = Callable[[str], None]
 """Receives each piece of an answer."""
+Progress = Callable[[int, int], None]
+"""Called with the chunks done and the chunks in all."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class Remembering(Protocol):
     def forget(self, number: int) -> Forgotten: ...
 
 
-class Answerer(Protocol):
+class Client(Protocol):
     """A base that answers with adapters of a library. `base` is its name."""
 
     base: str
@@ -94,7 +112,7 @@ class Answerer(Protocol):
         """
 
 
-def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
+def open_client(answering: Answering) -> tuple[Client, list[str]]:
     """Load the base, or find a server that has; and the adapters and patterns that were chosen, each version once.
 
     A wrong name, and a pattern or a tag without documents, is reported before a model is loaded.
@@ -115,11 +133,11 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
         answering = replace(answering, chat_template=template or style.manifest.made_for.chat_template)
     given = answering.hypernetwork  # of adapters that keep only their text
     server = server_for(answering, answering.library, "document", given, local=answering.local)
-    answerer: Answerer = Local(answering) if server is None else Served(server, answering)
+    client: Client = Local(answering) if server is None else Remote(server, answering)
     by_version: dict[str, str] = {}  # NAME, NAME@HASH and another name may be one version
     for name in names:
-        by_version.setdefault(answerer.open(name).manifest.version, name)
-    return answerer, [*by_version.values(), *patterns]
+        by_version.setdefault(client.open(name).manifest.version, name)
+    return client, [*by_version.values(), *patterns]
 
 
 def _style(answering: Answering, others: Sequence[Adapter]) -> Adapter:
@@ -205,8 +223,8 @@ def _used(adapter: Adapter, route: Route) -> Used:
     return Used(adapter.name, adapter.version, chunks, route.scores, route.weights, route.reason, route.about)
 
 
-class Served:
-    """A running server. What it refuses, since its limits are narrower, this process answers by itself."""
+class Remote:
+    """A running server that answers."""
 
     def __init__(self, server: Running, answering: Answering):
         self.base = server.fingerprint["base"]
@@ -224,7 +242,7 @@ class Served:
         return found
 
     def memory(self, name: str) -> Remembering:
-        found = _ServedMemory(self._server.client(), name)
+        found = _RemoteMemory(self._server.client(), name)
         found.messages()  # refuses a name that is another adapter's
         return found
 
@@ -269,10 +287,10 @@ class Served:
         return {**body, "stream": True, "stream_options": {"include_usage": True}}
 
 
-class _ServedMemory:
+class _RemoteMemory:
     """A memory that a server keeps."""
 
-    def __init__(self, client: Client, name: str):
+    def __init__(self, client: HTTPClient, name: str):
         self._client, self._path = client, f"/v1/memories/{quote(name, safe='')}"
 
     def messages(self) -> list[str]:
@@ -306,6 +324,199 @@ def _served(text: str, end: Mapping[str, Any]) -> Reply:
         tuple(Source(**one) for one in account["sources"]),
         account["answered_by"][0],
     )
+
+
+def server_for(
+    choice: BaseChoice, library: Library, modality: Modality, hypernetwork: str | None, *, local: bool
+) -> Running | None:
+    """A running server that does what a command with these options would do by itself; None also with --local."""
+    if local:
+        return None
+    from loracast.serving.client import find
+
+    return find(what_loads(choice, library, {modality: hypernetwork}))
+
+
+# ---- learning
+
+Bar = Callable[[], AbstractContextManager[Progress]]
+"""Makes a bar that shows how many chunks are cast."""
+
+
+@contextmanager
+def no_bar() -> Iterator[Progress]:
+    """Show no progress."""
+    yield lambda done, total: None
+
+
+class Learner(Protocol):
+    """What makes adapters of documents."""
+
+    def learn(self, file: str | Path, naming: Naming, bar: Bar = no_bar) -> Adapter:
+        """Learn a document. Raises DocumentError, AdapterError and others as `Model.learn` does."""
+
+
+class LocalLearner:
+    """This process learns; base and hypernetwork are loaded with the first document."""
+
+    def __init__(self, learning: Learning):
+        self.learning = learning
+
+    @cached_property
+    def _model(self) -> Model:
+        return open_model(self.learning, self.learning.library)
+
+    def learn(self, file: str | Path, naming: Naming, bar: Bar = no_bar) -> Adapter:
+        how, document = self.learning, read_document(file)
+        name = naming.checked(how.library, name_for(document), document.sha256)
+        model = self._model
+        with bar() as progress:
+            return model.learn(
+                document, name, max_chunk_tokens=how.chunk_tokens, storage=how.document_storage,
+                replace=naming.replace, progress=progress,
+            )  # fmt: skip
+
+
+class RemoteLearner:
+    """A running server learns; where it refuses or fails, this process tries, and says why."""
+
+    def __init__(self, server: Running, here: LocalLearner):
+        self._server, self._here = server, here
+
+    def learn(self, file: str | Path, naming: Naming, bar: Bar = no_bar) -> Adapter:
+        how = self._here.learning
+        content, file_name, _ = read_bytes(file, None, Limits())
+        fields = {"replace": str(naming.replace).lower(), "storage": how.document_storage}
+        fields |= {"name": naming.name} if naming.name else {}
+        fields |= {"chunk_tokens": str(how.chunk_tokens)} if how.chunk_tokens else {}
+        with bar() as progress:
+            made = _made_there(
+                self._server, how.library,
+                lambda client: client.upload("/v1/adapters", fields, file_name or "file", content), progress,
+            )  # fmt: skip
+        return made or self._here.learn(file, naming, bar)
+
+
+def learner_for(here: LocalLearner, *, local: bool) -> Learner:
+    """A running server, or this process where there is none, and with --local."""
+    how = here.learning
+    server = server_for(how, how.library, "document", how.hypernetwork, local=local)
+    return here if server is None else RemoteLearner(server, here)
+
+
+@dataclass(frozen=True)
+class LocalTasks:
+    """This process casts tasks. The base is loaded only for hypernetworks that read a description with it."""
+
+    choice: BaseChoice
+    library: Library
+    hypernetwork: str | None = None
+    encoder: str | None = None
+    strength: float = 1.0
+    """Scale of the LoRA."""
+    storage: Storage | None = None
+    refine_s: float | None = None
+    """Seconds of gradient descent on the examples."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a server's API takes all that is asked for."""
+        return not (self.encoder or self.storage or self.refine_s) and self.strength == 1.0
+
+    @cached_property
+    def _base(self) -> LoadedBase:
+        from loracast.base.load import load_base
+        from loracast.cast.load import check_default_base
+
+        if self.choice.base is None:
+            check_default_base([self._where])
+        return load_base(self.choice.base, **self.choice.how, say=say)
+
+    @property
+    def _where(self) -> str | Path:
+        from loracast.cast.load import shipped_hypernetwork
+
+        return self.hypernetwork or shipped_hypernetwork(self.choice.base or DEFAULT_BASE, "task")
+
+    @cached_property
+    def caster(self) -> TaskCaster:
+        """The hypernetwork for tasks, with the library."""
+        from loracast.cast.load import load_caster
+        from loracast.cast.task import TaskCaster
+
+        hypernetwork = load_caster(self._where, "task", lambda: self._base, encoder=self.encoder, say=say)
+        return TaskCaster(hypernetwork, self.library)
+
+    def cast(self, spec: TaskSpec, naming: Naming) -> Adapter:
+        """Cast a task and keep its adapter. Raises AdapterError, ConfigError and others as `Model.task` does."""
+        name, descent = naming.checked(self.library, name_for_task(spec.title), spec.sha256), None
+        caster = self.caster
+        if self.refine_s is not None:
+            from loracast.cast.refine import RefineConfig, refiner
+
+            descent = refiner(self._base, RefineConfig(seconds=self.refine_s))
+        (adapter,) = caster.tasks(
+            [spec], [name], strength=self.strength, refine=descent, storage=self.storage or DEFAULT_STORAGE,
+            replace=naming.replace,
+        )  # fmt: skip
+        return adapter
+
+
+@dataclass(frozen=True)
+class RemoteTasks:
+    """A running server casts tasks; where it refuses or fails, this process tries, and says why."""
+
+    server: Running
+    here: LocalTasks
+
+    def cast(self, spec: TaskSpec, naming: Naming) -> Adapter:
+        """As `LocalTasks.cast`."""
+        examples = [{"input": example.input, "output": example.outputs[0]} for example in spec.examples]
+        body = {
+            "description": spec.description, "examples": examples, "name": naming.name, "replace": naming.replace,
+        }  # fmt: skip
+        made = _made_there(
+            self.server, self.here.library, lambda client: client.post("/v1/adapters", body), lambda done, total: None
+        )
+        return made or self.here.cast(spec, naming)
+
+
+def tasks_for(here: LocalTasks, *, local: bool) -> LocalTasks | RemoteTasks:
+    """A running server, or this process where there is none, where the server could not do it, and with --local."""
+    server = server_for(here.choice, here.library, "task", here.hypernetwork, local=local or not here.is_plain)
+    return here if server is None else RemoteTasks(server, here)
+
+
+def _made_there(
+    server: Running, library: Library, begin: Callable[[HTTPClient], Mapping[str, Any]], progress: Progress
+) -> Adapter | None:
+    """The adapter of a server's job, None where the server refuses or fails. After Ctrl-C the job is cancelled."""
+    from loracast.serving.client import Refused
+
+    client = server.client()
+    try:
+        begun = job = begin(client)
+    except Refused as refused:
+        if refused.status == 429 or refused.status >= 500:
+            raise
+        return None
+    try:
+        for job in client.stream(f"/v1/jobs/{begun['id']}/events"):
+            progress(job["done"], job["total"])
+    except KeyboardInterrupt:
+        client.post(f"/v1/jobs/{begun['id']}/cancel", {})
+        raise
+    if job["status"] == "failed":
+        return None
+    if job["status"] != "completed":
+        raise LoracastError(
+            f"the server did not finish {job['adapter']!r} (it is {job['status']}); it goes on when the server runs "
+            "again, and `loracast list` shows it then"
+        )
+    return library.open(f"{job['adapter']}@{job['version']}")
+
+
+# ---- what is said of an answer
 
 
 def tag_for(answering: Answering, chosen: Iterable[str]) -> str:

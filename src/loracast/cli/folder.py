@@ -1,36 +1,25 @@
-"""`loracast sync` and `watch`, and what they share with `learn` and `task`.
-
-That is learning a folder with something to look at, and having a running server learn in place of this process.
-"""
+"""`loracast sync` and `watch`, and what they share with `learn`: learning a folder with something to look at."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli.options import Again, Json, Learning, Local, open_model, server_for
+from loracast.cli.client import LocalLearner, learner_for
+from loracast.cli.options import Again, Json, Learning, Local, Naming
 from loracast.cli.terminal import print_result, printable, progress_bar, say
-from loracast.documents import Limits
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.documents.read import read_bytes, read_document
-from loracast.errors import LoracastError
 from loracast.files import file_sha256, journals_dir
 
 if TYPE_CHECKING:
-    from loracast.answering.model import Model
-    from loracast.documents.task_spec import TaskSpec
-    from loracast.library.adapter import Adapter
-    from loracast.library.library import Library
     from loracast.library.sync import BulkReport, FileReport, Outcome
-    from loracast.serving.client import Client, Running
 
-Progress = Callable[[int, int], object]
 _LOOK_EVERY_MS = 10_000
 _MOST_NAMED = 5  # files of other kinds
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
@@ -50,29 +39,18 @@ class FolderLearner:
     ):
         self.folder, self.learning, self.again, self.remove_gone = folder, learning, again, remove_gone
         self.made_by = f"{made_by(learning)} {learning.document_storage}"
-        self._is_local = local
-        self._server: Running | None = None
-        self._model: Model | None = None
+        self._is_local, self._here = local, LocalLearner(learning)
         self._reported: set[tuple[str, str | None]] = set()
-
-    def _learn_file(self, path: Path, adapter_name: str) -> None:
-        how = self.learning
-        server = self._server
-        if server and learn_file(server, path, adapter_name, how, replace=True, progress=lambda done, total: None):
-            return
-        document = read_document(path)
-        if self._model is None:
-            self._model = open_model(how, how.library)
-        self._model.learn(
-            document, adapter_name, max_chunk_tokens=how.chunk_tokens, storage=how.document_storage, replace=True
-        )
 
     def run(self) -> BulkReport:
         """Go through the folder once; files that fail are reported on the way."""
         from loracast.library.sync import learn_folder
 
-        how = self.learning
-        self._server = server_for(how, how.library, "document", how.hypernetwork, local=self._is_local)
+        learner = learner_for(self._here, local=self._is_local)  # a server may have come or gone
+
+        def learn_file(path: Path, adapter_name: str) -> None:
+            learner.learn(path, Naming(name=adapter_name, replace=True))
+
         with progress_bar("files", str(self.folder)) as progress:
 
             def on_file(done: int, total: int, file: FileReport) -> None:
@@ -82,60 +60,10 @@ class FolderLearner:
                     self._reported.add((file.path, file.error))
 
             return learn_folder(
-                self.folder, self.learning.library, self._learn_file,
+                self.folder, self.learning.library, learn_file,
                 journals=journals_dir(), made_by=self.made_by,
                 again=self.again, remove_gone=self.remove_gone, on_file=on_file,
             )  # fmt: skip
-
-
-def learn_file(
-    server: Running, path: str | Path, name: str | None, learning: Learning, *, replace: bool, progress: Progress
-) -> Adapter | None:
-    """Have a server learn a document; None where it refuses or fails, so that the caller tries and says why."""
-    content, file_name, _ = read_bytes(path, None, Limits())
-    fields = {"replace": str(replace).lower(), "storage": learning.document_storage}
-    fields |= {"name": name} if name else {}
-    fields |= {"chunk_tokens": str(learning.chunk_tokens)} if learning.chunk_tokens else {}
-    return _made_there(
-        server, learning.library, lambda client: client.upload("/v1/adapters", fields, file_name or "file", content),
-        progress,
-    )  # fmt: skip
-
-
-def cast_task(server: Running, library: Library, task: TaskSpec, name: str | None, *, replace: bool) -> Adapter | None:
-    """Have a server cast a task; None as in `learn_file`."""
-    examples = [{"input": example.input, "output": example.outputs[0]} for example in task.examples]
-    body = {"description": task.description, "examples": examples, "name": name, "replace": replace}
-    return _made_there(server, library, lambda client: client.post("/v1/adapters", body), lambda done, total: None)
-
-
-def _made_there(
-    server: Running, library: Library, begin: Callable[[Client], Mapping[str, Any]], progress: Progress
-) -> Adapter | None:
-    """The adapter of a job. After Ctrl-C the job is cancelled."""
-    from loracast.serving.client import Refused
-
-    client = server.client()
-    try:
-        begun = job = begin(client)
-    except Refused as refused:
-        if refused.status == 429 or refused.status >= 500:
-            raise
-        return None
-    try:
-        for job in client.stream(f"/v1/jobs/{begun['id']}/events"):
-            progress(job["done"], job["total"])
-    except KeyboardInterrupt:
-        client.post(f"/v1/jobs/{begun['id']}/cancel", {})
-        raise
-    if job["status"] == "failed":
-        return None
-    if job["status"] != "completed":
-        raise LoracastError(
-            f"the server did not finish {job['adapter']!r} (it is {job['status']}); it goes on when the server runs "
-            "again, and `loracast list` shows it then"
-        )
-    return library.open(f"{job['adapter']}@{job['version']}")
 
 
 def made_by(learning: Learning) -> str:

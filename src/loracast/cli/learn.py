@@ -11,7 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,22 +19,20 @@ import typer
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
+from loracast.cli.client import LocalLearner, LocalTasks, learner_for, tasks_for
 from loracast.cli.commands import seconds
-from loracast.cli.folder import FolderLearner, cast_task, learn_file, learn_files, made_by
-from loracast.cli.options import learn_visibly, open_model, server_for
+from loracast.cli.folder import FolderLearner, learn_files, made_by
+from loracast.cli.options import open_model
 from loracast.cli.terminal import plural, print_json, print_result, print_table, progress_bar, say, size, warn
 from loracast.files import library_dir
 from loracast.library.adapter import Adapter
-from loracast.library.manifest import name_for, name_for_task
+from loracast.library.manifest import name_for
 from loracast.lora.quantize import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
     from loracast.cast.bulk import BulkCast, Casting, FolderCaster, Found, Line
-    from loracast.documents import Document
-    from loracast.documents.task_spec import TaskSpec
     from loracast.library.adapter import Adapter
     from loracast.library.library import Library
-    from loracast.serving.client import Running
 
 
 _MOST_TOLD = 20
@@ -176,39 +174,18 @@ def learn(
             raise typer.BadParameter("adapters of a folder are named after its files", param_hint="--name")
         learn_files(FolderLearner(Path(file), learning, again=again, local=local), as_json=as_json)
         return
-    from loracast.documents import read_document
     from loracast.documents.images import is_image_file
 
     started = time.perf_counter()
     if is_image_file(file):
         adapter = _learn_image(file, naming, learning)
     else:
-        adapter = (None if local or file == "-" else _learn_served(file, naming, learning)) or _learn(
-            read_document(file), naming, learning
-        )
+        learner = learner_for(LocalLearner(learning), local=local or file == "-")
+        adapter = learner.learn(file, naming, partial(progress_bar, "chunks", f"learning {file}"))
+        for warning in adapter.manifest.warnings:
+            warn(warning)
     total_s = round(time.perf_counter() - started, 3)
     print_result(as_json, {**report(adapter), "total_s": total_s}, learned(adapter, learning.library))
-
-
-def _learn(document: Document, naming: options.Naming, learning: options.Learning) -> Adapter:
-    name = naming.checked(learning.library, name_for(document), document.sha256)
-    return learn_visibly(
-        open_model(learning, learning.library), document, name,
-        max_chunk_tokens=learning.chunk_tokens, storage=learning.document_storage, replace=naming.replace,
-    )  # fmt: skip
-
-
-def _learn_served(file: str, naming: options.Naming, learning: options.Learning) -> Adapter | None:
-    """Have a running server learn a document; None where there is none, or it does not take the document."""
-    server = server_for(learning, learning.library, "document", learning.hypernetwork, local=False)
-    if server is None:
-        return None
-
-    with progress_bar("chunks", f"learning {file}") as progress:
-        adapter = learn_file(server, file, naming.name, learning, replace=naming.replace, progress=progress)
-    for warning in adapter.manifest.warnings if adapter else ():
-        warn(warning)
-    return adapter
 
 
 def _learn_image(file: str, naming: options.Naming, learning: options.Learning) -> Adapter:
@@ -258,9 +235,6 @@ def task(
 
     The base is loaded only for hypernetworks that read the description with it, as the shipped one does.
     """
-    from loracast.base.load import Base, load_base
-    from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
-    from loracast.cast.task import Refine, TaskCaster
     from loracast.documents.task_spec import TaskSpec, read_examples
 
     spec = TaskSpec(description.strip(), () if examples is None else read_examples(examples))
@@ -273,57 +247,28 @@ def task(
 
         check_enough(spec.examples)
     started = time.perf_counter()
-    # A server's API takes none of these, and tells no distance.
-    if not (as_json or encoder or refine or storage or strength != 1.0):
-        server = server_for(choice, library, "task", hypernetwork, local=local)
-        if server is not None and (cast := _cast_served(server, library, spec, naming)) is not None:
-            print_result(False, {}, _task_summary(cast, library))
-            return
-    name = naming.checked(library, name_for_task(spec.title), spec.sha256)
-    where = hypernetwork or shipped_hypernetwork(choice.base or DEFAULT_BASE, "task")
-
-    @cache
-    def load() -> Base:
-        if choice.base is None:
-            check_default_base([where])
-        return load_base(choice.base, **choice.how, say=say)
-
-    caster = TaskCaster(load_caster(where, "task", load, encoder=encoder, say=say), library)
-    descent: Refine | None = None
-    if refine is not None:
-        from loracast.cast.refine import RefineConfig, refiner
-
-        descent = refiner(load(), RefineConfig(seconds=refine))
-    (adapter,) = caster.tasks(
-        [spec], [name], strength=strength, refine=descent, storage=storage or DEFAULT_STORAGE, replace=naming.replace
-    )
+    here = LocalTasks(choice, library, hypernetwork, encoder, strength, storage, refine)
+    adapter = tasks_for(here, local=local or as_json).cast(spec, naming)  # a server tells no distance, for --json
     manifest = adapter.manifest
     for warning in manifest.warnings:
         warn(warning)
     if refine is not None and not manifest.is_refined:
         warn("refining made the LoRA no better on the examples kept for validation: it is cast as without --refine")
-    facts = {
-        **_made(adapter),
-        "description": spec.description,
-        "n_examples": manifest.n_examples,
-        "is_refined": manifest.is_refined,
-        "distance": caster.distances([spec])[0] if as_json else None,
-        "ood_threshold": caster.ood_threshold,
-        "strength": strength,
-        "ranks": manifest.ranks,
-        "cast_s": manifest.learn_s,
-        "total_s": round(time.perf_counter() - started, 3),
-    }
+    facts: dict[str, Any] = {}
+    if as_json:
+        facts = {
+            **_made(adapter),
+            "description": spec.description,
+            "n_examples": manifest.n_examples,
+            "is_refined": manifest.is_refined,
+            "distance": here.caster.distances([spec])[0],
+            "ood_threshold": here.caster.ood_threshold,
+            "strength": strength,
+            "ranks": manifest.ranks,
+            "cast_s": manifest.learn_s,
+            "total_s": round(time.perf_counter() - started, 3),
+        }
     print_result(as_json, facts, _task_summary(adapter, library))
-
-
-def _cast_served(server: Running, library: Library, spec: TaskSpec, naming: options.Naming) -> Adapter | None:
-    """Have a running server cast a task; None where it does not."""
-
-    adapter = cast_task(server, library, spec, naming.name, replace=naming.replace)
-    for warning in adapter.manifest.warnings if adapter else ():
-        warn(warning)
-    return adapter
 
 
 def _task_summary(adapter: Adapter, library: Library) -> str:

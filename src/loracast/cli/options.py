@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from loracast.answering.model import Model
     from loracast.base.load import Base as LoadedBase
     from loracast.documents import Document
-    from loracast.hypernets.store import Modality
     from loracast.library.adapter import Adapter as OpenAdapter
-    from loracast.serving.client import Loaded, Running
+    from loracast.serving.client import Loaded
 
 
 def parse_route(text: str | int) -> int | None:
@@ -300,17 +299,6 @@ def what_loads(choice: BaseChoice, library: AdapterLibrary, hypernetworks: Mappi
     given = {modality: source_key(where) for modality, where in hypernetworks.items()}
     how = {option: value for option, value in choice.how.items() if value is not None and option != "chat_template"}
     return Loaded(str(library.folder.resolve()), source_key(choice.base), given, template, how)
-
-
-def server_for(
-    choice: BaseChoice, library: AdapterLibrary, modality: Modality, hypernetwork: str | None, *, local: bool
-) -> Running | None:
-    """A running server that does what a command with these options would do by itself; None also with --local."""
-    if local:
-        return None
-    from loracast.serving.client import find
-
-    return find(what_loads(choice, library, {modality: hypernetwork}))
 
 
 def learn_visibly(model: Model, document: Document, name: str, **options: Any) -> OpenAdapter:
