@@ -47,12 +47,12 @@ from typer.testing import CliRunner
 import loracast.answering.model
 import loracast.serving.app  # servers are forked from here
 import shared_writers
+from loracast import files as workfolders
 from loracast.cli import app
 from loracast.cli.terminal import prompt_interrupts
 from loracast.hypernets.encoders import load_text_encoder
 from loracast.hypernets.store import save_pretrained
 from loracast.library import register
-from loracast.library import work_folders as workfolders
 from loracast.library.library import Library
 from loracast.library.upkeep import verify
 from loracast.lora.algebra import uniform

@@ -1,5 +1,7 @@
 """Files: where loracast keeps them, written whole or not at all, fetched from a hub, and checked against types.
 
+Hidden work folders are each locked by their process; `tidy` deletes those of killed processes.
+
 `LORACAST_HOME` moves what loracast fetches and learns.
 """
 
@@ -9,8 +11,11 @@ import dataclasses
 import hashlib
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -270,3 +275,55 @@ def _fits(value: Any, hint: Any) -> bool:
     if dataclasses.is_dataclass(hint):
         return isinstance(value, hint) and not type_faults(value)  # type: ignore[arg-type]
     return type(value) is (type(None) if hint is None else hint)
+
+
+# ---- hidden work folders, each locked by its process
+
+_WORK_PREFIX = ".loracast-"
+_MADE = "made"  # the purpose in the name of a folder that is made, but perhaps not yet locked
+_GRACE_S = 10.0
+
+
+@contextmanager
+def work_folder(parent: Path, purpose: str) -> Iterator[Path]:
+    """A folder of this process alone, deleted afterwards; if the process is killed, `tidy` deletes it."""
+    made = Path(tempfile.mkdtemp(dir=parent, prefix=f"{_WORK_PREFIX}{_MADE}-"))
+    lock = try_lock(made)
+    folder = made.rename(made.with_name(made.name.replace(_MADE, purpose, 1)))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def is_at_work(parent: Path, purpose: str) -> bool:
+    """Whether a process has such a work folder, or was killed with one that `tidy` has not deleted yet."""
+    return any(parent.glob(f"{_WORK_PREFIX}{purpose}-*"))
+
+
+@contextmanager
+def exclusively(parent: Path, what: str) -> Iterator[None]:
+    """Wait until nobody else does the same in this folder, and keep them off meanwhile; on POSIX systems only."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with open(parent / f"{_WORK_PREFIX}{what}.lock", "w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # of this open file, so that threads wait for each other too
+        yield
+
+
+def tidy(parent: Path) -> None:
+    """Delete the work folders of killed processes."""
+    for folder in parent.glob(f"{_WORK_PREFIX}*-*"):
+        with suppress(OSError):  # another process may be tidying too
+            is_made = folder.name.startswith(f"{_WORK_PREFIX}{_MADE}-")
+            is_new = is_made and time.time() - folder.stat().st_mtime < _GRACE_S
+            lock = None if is_new else try_lock(folder)
+            if lock is not None:
+                try:
+                    shutil.rmtree(folder)
+                finally:
+                    os.close(lock)

@@ -19,18 +19,18 @@ import torch
 from typer.testing import CliRunner
 
 from adapters import TARGET, Killed, random_factors, refuse_writes, some_chunks, some_manifest, write
+from loracast import files as workfolders
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
+from loracast.files import tidy
 from loracast.library import files as library_files
 from loracast.library import register
 from loracast.library import register as schema
-from loracast.library import work_folders as workfolders
 from loracast.library import writer as writer_module
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.upkeep import collect_garbage, verify
-from loracast.library.work_folders import tidy
 from loracast.library.writer import AdapterWriter
 from tiny import PROSE
 

@@ -263,7 +263,7 @@ def test_files_of_servers_that_are_gone_are_removed(address, home):
     broken = gone.path.with_name("broken.json")
     broken.write_text("{")
     broken.chmod(0o600)
-    assert discovery.running(Path(address.loaded.library)) == [address]
+    assert discovery.running(Library(address.loaded.library)) == [address]
     assert sorted(gone.path.parent.iterdir()) == [address.path]
 
 

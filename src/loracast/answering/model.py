@@ -14,12 +14,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from loracast.answering.options import Keeping, Readable, read_source
+from loracast.answering.options import Readable, read_source
 from loracast.answering.question_answering import QuestionAnswering
 from loracast.base.embedded import Say
 from loracast.base.fingerprint import check
 from loracast.base.load import Base, load_base
-from loracast.cast.document import CachedRecast, Progress, cast_document, cast_image, learn_document, learn_image
+from loracast.cast.document import (
+    CachedRecast,
+    Keeping,
+    Progress,
+    cast_document,
+    cast_image,
+    learn_document,
+    learn_image,
+)
 from loracast.cast.load import (
     Found,
     check_default_base,

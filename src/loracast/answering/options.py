@@ -9,13 +9,11 @@ from typing import Any, BinaryIO, TypedDict
 
 from loracast.base.chat import Message
 from loracast.base.generate import Sampling
-from loracast.cast.document import Progress
 from loracast.documents import Document, read_document
 from loracast.documents.images import MAGIC_BYTES, ImageFile, image_format, is_image_file, read_image_file
 from loracast.errors import DocumentError
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
-from loracast.lora.quantize import Storage
 
 Readable = str | Path | BinaryIO | Document | ImageFile
 """A path, "-" for standard input, an open binary stream, or a Document or ImageFile. A string is always a path: pass
@@ -47,19 +45,6 @@ class Asking(TypedDict, total=False):
     """The system turn, "" for an empty one (the default), None for the template's own. A chat may have one."""
     sampling: Sampling
     """How tokens are chosen; greedily by default."""
-
-
-class Keeping(TypedDict, total=False):
-    """Options of `Model.learn`."""
-
-    max_chunk_tokens: int | None
-    """Longest chunk, the hypernetwork's own by default: 192 for the shipped one, trained with up to 256."""
-    storage: Storage
-    """How a document's factors are kept (lora/quantize.py), "int4" by default; an image's are in bf16."""
-    replace: bool
-    """Whether an adapter of that name is replaced."""
-    progress: Progress
-    """Called with the chunks done and the chunks in all."""
 
 
 def read_source(source: Readable) -> Document | ImageFile:

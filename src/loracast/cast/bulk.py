@@ -26,12 +26,11 @@ from loracast.cast.document import merge_chunks, split_document
 from loracast.documents import Document, Limits, read_document
 from loracast.errors import AdapterError, ConfigError, DocumentError, LoracastError, PackageError
 from loracast.export.formats import VLLM_RANKS
-from loracast.files import move_unless_there
+from loracast.files import move_unless_there, tidy, work_folder
 from loracast.hypernets.protocol import Caster
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.store import file_system, is_local, write
 from loracast.library.sync import is_readable, names_for
-from loracast.library.work_folders import tidy, work_folder
 from loracast.lora.algebra import Uniform, uniform
 from loracast.lora.peft_format import PEFT_FILES, write_peft_folder
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from threading import Lock
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ Progress = Callable[[int, int], None]
 Spans = Sequence[tuple[int, int]]
 """The (start, end) characters of a chunk's sentences in its prompt."""
 _Place = tuple[str, tuple[tuple[int, int], ...]]
+
+
+class Keeping(TypedDict, total=False):
+    """Options of `Model.learn`."""
+
+    max_chunk_tokens: int | None
+    """Longest chunk, the hypernetwork's own by default: 192 for the shipped one, trained with up to 256."""
+    storage: Storage
+    """How a document's factors are kept (lora/quantize.py), "int4" by default; an image's are in bf16."""
+    replace: bool
+    """Whether an adapter of that name is replaced."""
+    progress: Progress
+    """Called with the chunks done and the chunks in all."""
 
 
 def split_document(base: Base, document: Document, max_chunk_tokens: int) -> list[Chunk]:
@@ -190,11 +204,7 @@ def learn_document(
     document: Document,
     library: Library,
     name: str,
-    *,
-    max_chunk_tokens: int | None = None,
-    storage: Storage = DEFAULT_STORAGE,
-    replace: bool = False,
-    progress: Progress = lambda done, total: None,
+    **options: Unpack[Keeping],
 ) -> Adapter:
     """Cast a document into an adapter and keep it under `name`.
 
@@ -202,19 +212,8 @@ def learn_document(
     appears in the library once it is complete: casting that fails or is killed leaves nothing behind. Chunks are as
     long as the hypernetwork was made for where `max_chunk_tokens` is None.
     """
-    max_chunk_tokens = max_chunk_tokens or caster.hypernetwork.chunk_tokens
-    return learn_chunks(
-        caster,
-        base,
-        document,
-        split_document(base, document, max_chunk_tokens),
-        library,
-        name,
-        max_chunk_tokens=max_chunk_tokens,
-        storage=storage,
-        replace=replace,
-        progress=progress,
-    )
+    options["max_chunk_tokens"] = longest = options.get("max_chunk_tokens") or caster.hypernetwork.chunk_tokens
+    return learn_chunks(caster, base, document, split_document(base, document, longest), library, name, **options)
 
 
 def learn_chunks(
@@ -225,7 +224,7 @@ def learn_chunks(
     library: Library,
     name: str,
     *,
-    max_chunk_tokens: int,
+    max_chunk_tokens: int | None = None,
     storage: Storage = DEFAULT_STORAGE,
     replace: bool = False,
     progress: Progress = lambda done, total: None,
@@ -248,7 +247,7 @@ def learn_chunks(
         memory_kinds=hypernetwork.memory_kinds,
         n_chunks=len(chunks),
         n_tokens=sum(chunk.n_tokens for chunk in chunks),
-        max_chunk_tokens=max_chunk_tokens,
+        max_chunk_tokens=max_chunk_tokens or hypernetwork.chunk_tokens,
         created=utc_now(),
         learn_s=0.0,
         warnings=document.warnings,

@@ -22,12 +22,12 @@ from loracast.base.load import Base
 from loracast.cast.document import CachedRecast, learn_chunks, split_document
 from loracast.documents import Chunk, Document
 from loracast.errors import AdapterError
+from loracast.files import exclusively
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import MEMORY_SOURCE, check_name
-from loracast.library.work_folders import exclusively
 from loracast.reading.spoken import MESSAGE_GAP, messages_in, statements_in
 
 MOST_CHUNKS = 256
@@ -159,11 +159,8 @@ class Memory:
         for message, alone in zip(messages, each, strict=True):
             chunks += [replace(one, start=start + one.start, end=start + one.end, heading="") for one in alone]
             start += len(message) + len(MESSAGE_GAP)
-        longest = self.caster.hypernetwork.chunk_tokens
         where = (self.library, self.name)
-        return learn_chunks(
-            self.caster, self.base, document, chunks, *where, max_chunk_tokens=longest, storage="text", replace=True
-        )
+        return learn_chunks(self.caster, self.base, document, chunks, *where, storage="text", replace=True)
 
     def _split(self, message: str) -> list[Chunk]:
         return split_document(self.base, Document.from_text(message), self.caster.hypernetwork.chunk_tokens)

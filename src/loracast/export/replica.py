@@ -21,14 +21,13 @@ from typing import Protocol
 from loracast.errors import AdapterError, ConfigError, LoracastError, NoSuchAdapterError
 from loracast.export.adapter import export_adapter
 from loracast.export.formats import MOST_LOST, too_much_lost
-from loracast.files import move_unless_there, try_lock
+from loracast.files import move_unless_there, tidy, try_lock, work_folder
 from loracast.library.adapter import Adapter
 from loracast.library.files import fetch_whole, size_of
 from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.shared import REFRESH_S
 from loracast.library.store import SharedStore
-from loracast.library.work_folders import tidy, work_folder
 
 PREFIX = "loracast:"
 """What a request may write before an adapter's name."""

@@ -12,13 +12,12 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
 from loracast.errors import AdapterError
-from loracast.files import move_unless_there, sync_folder
+from loracast.files import is_at_work, move_unless_there, sync_folder, work_folder
 from loracast.library.adapter import INDEX, MANIFEST, Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
 from loracast.library.register import FILE, Register
 from loracast.library.store import SharedStore, Store
-from loracast.library.work_folders import is_at_work, work_folder
 
 _OBJECTS = "objects"
 STORE = "store"

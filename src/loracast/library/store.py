@@ -1,6 +1,6 @@
 """Keeps a library's adapters at a URL (an object store, a network drive); the folder on this machine is then a cache.
 
-A store belongs to one library, whose register alone knows its names, unless several share it (shared_store.py).
+A store belongs to one library, whose register alone knows its names, unless several share it (`SharedStore`).
 """
 
 from __future__ import annotations
@@ -78,8 +78,11 @@ class Store:
         self.url = url
 
     @contextmanager
-    def _at(self, version: str = "") -> Iterator[tuple[Any, str]]:
+    def _at(self, version: str = "", *, anew: bool = False) -> Iterator[tuple[Any, str]]:
+        """The file system, and the path of a version in it; `anew` forgets what it listed: others may have written."""
         with file_system(self.url) as (fs, root):
+            if anew:
+                fs.invalidate_cache()
             yield fs, f"{root}/{version[:2]}/{version}" if version else root
 
     def put(self, version: str, folder: Path) -> None:
@@ -113,14 +116,12 @@ class Store:
                 fs.rm(place, recursive=True)
 
     def has(self, version: str) -> bool:
-        with self._at(version) as (fs, place):
-            fs.invalidate_cache()  # another machine may have deleted it
+        with self._at(version, anew=True) as (fs, place):
             return bool(fs.exists(f"{place}/{_LAST}"))
 
     def versions(self) -> set[str]:
         """All versions in the store, those that are not whole included."""
-        with self._at() as (fs, root):
-            fs.invalidate_cache()
+        with self._at(anew=True) as (fs, root):
             found = fs.glob(f"{escape(root)}/??/*")
         return {path.rstrip("/").rpartition("/")[2] for path in found}
 
@@ -227,8 +228,7 @@ class SharedStore(Store):
     def newest(self, names: Iterable[str] | None = None) -> dict[str, int]:
         """The number of the newest state of these names, or of all; deleted ones included."""
         numbers: dict[str, int] = {}
-        with self._at() as (fs, root):
-            fs.invalidate_cache()
+        with self._at(anew=True) as (fs, root):
             folders = [f"{root}/names"] if names is None else [f"{root}/names/{name}" for name in names]
             found = [path for folder in folders for path in fs.find(folder)]
             if not found and not fs.exists(f"{root}/{MARK}"):  # a drive that is not mounted, say
@@ -319,14 +319,12 @@ class SharedStore(Store):
     def _now(self) -> datetime:
         """The time by the store's own clock."""
         self.mark_used("now")
-        with self._at() as (fs, root):
-            fs.invalidate_cache()
+        with self._at(anew=True) as (fs, root):
             return fs.modified(f"{root}/uses/now")
 
     def _is_older(self, path: str, now: datetime, age: timedelta) -> bool:
         """Whether a file is missing, or was written longer ago than that."""
-        with self._at() as (fs, root):
-            fs.invalidate_cache()
+        with self._at(anew=True) as (fs, root):
             try:
                 return bool(now - fs.modified(f"{root}/{path}") > age)
             except FileNotFoundError:

@@ -278,23 +278,23 @@ def is_readable(path: str) -> bool:
 
 def names_for(
     paths: Sequence[str],
-    known: Mapping[str, str] = MappingProxyType({}),
+    kept: Mapping[str, str] = MappingProxyType({}),
     may_have: Callable[[str, str], bool] = lambda path, name: True,
 ) -> dict[str, str]:
     """A name for each file's adapter: its path without the ending, with a hash where that is taken or too long.
 
     Args:
-        known: the names that files have already, which they keep.
+        kept: the names that files have already, which they keep.
         may_have: whether a file may have a name, as far as the other files do not matter.
     """
     made = {path: _name_of(path) for path in paths}
-    taken = Counter(name for path, name in made.items() if path not in known)
-    taken.update(known.values())
+    taken = Counter(name for path, name in made.items() if path not in kept)
+    taken.update(kept.values())
     names = {}
     for path, name in made.items():
         is_free = taken[name] == 1 and len(name) < LONGEST_NAME
         candidates = itertools.chain([name] if is_free else [], _marked(path, name))
-        names[path] = known.get(path) or next(one for one in candidates if may_have(path, one))
+        names[path] = kept.get(path) or next(one for one in candidates if may_have(path, one))
     return names
 
 
@@ -344,14 +344,14 @@ def _own_names(folder: Path, paths: Sequence[str], kept: Mapping[str, Entry], jo
             return True
         return (name in own or name not in others) and kept[name].source_sha256 == content(path)
 
-    known: dict[str, str] = {}
+    own_names: dict[str, str] = {}
     taken: set[str] = set()
     for path in paths:
         own = (name for name in journal.sources.get(path, {}) if name not in taken and may_have(path, name))
         if name := next(own, None):
-            known[path] = name
+            own_names[path] = name
             taken.add(name)
-    return names_for(paths, known, may_have)
+    return names_for(paths, own_names, may_have)
 
 
 def _not_ours(library: Library, name: str, kept: Mapping[str, Entry], journal: Journal) -> list[str]:
@@ -372,18 +372,18 @@ def _learn_file(
     again: bool,
 ) -> FileReport:
     started = time.perf_counter()
-    known = journal.entries.get(relative)
+    before = journal.entries.get(relative)
     try:
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # the last tells files that changed places
-        sha256 = known["sha256"] if known and known["stamp"] == stamp else file_sha256(path)
+        sha256 = before["sha256"] if before and before["stamp"] == stamp else file_sha256(path)
         sources = sorted({*journal.sources.get(relative, {}).get(name, ()), sha256})
         entry = {"name": name, "sha256": sha256, "stamp": stamp, "error": None, "sources": sources}
         journal.entries[relative] = entry
-        if known and known["sha256"] == sha256 and not again:
-            if known["error"]:
-                entry["error"] = known["error"]
-                return FileReport(relative, name, "failed", error=known["error"])
+        if before and before["sha256"] == sha256 and not again:
+            if before["error"]:
+                entry["error"] = before["error"]
+                return FileReport(relative, name, "failed", error=before["error"])
             if newest and newest.source_sha256 == sha256:
                 return FileReport(relative, name, "unchanged")
         try:
@@ -393,14 +393,14 @@ def _learn_file(
             if isinstance(error, DocumentError):  # the file's own fault: it fails again until it has changed
                 entry["error"] = str(error)
             else:  # a locked library, a base that cannot be fetched: the next run tries again
-                journal.put_back(relative, known)
+                journal.put_back(relative, before)
             return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
         made = next((one.source_sha256 for one in library.versions_of(name)), sha256)
         if made != sha256:  # the file changed before it was read, and may have changed again since
             entry |= {"sha256": made, "stamp": [], "sources": sorted({*sources, made})}
         return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
     except OSError as error:  # gone meanwhile, or not to be read: what was learned from it is still the folder's
-        journal.put_back(relative, known)
+        journal.put_back(relative, before)
         return FileReport(relative, name, "failed", error=f"{relative} cannot be read: {error}")
 
 

@@ -8,13 +8,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from loracast.errors import AdapterError
+from loracast.files import tidy
 from loracast.library.adapter import MANIFEST, Adapter
 from loracast.library.files import STORE, size_of
 from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.register import Register
 from loracast.library.store import SharedStore, Store
-from loracast.library.work_folders import tidy
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,17 @@ def use_store(library: Library, url: str, *, take_over: bool = False) -> int:
         store.claim(owner, take_over=take_over)
         register.set("id", owner)
     with Register.reading(library.files.register) as register:
-        known = register.all_versions()
-    for version in known:
+        versions = register.all_versions()
+    for version in versions:
         store.put(version, library.files.local(version))
     with Register.writing(library.files.register) as register:
         register.set(STORE, url)
-    others = {version for version in store.versions() if store.has(version)} - set(known) if take_over else set()
+    others = {version for version in store.versions() if store.has(version)} - set(versions) if take_over else set()
     manifests = [Manifest.read(library.files.local(version) / MANIFEST) for version in others]
     for manifest in sorted(manifests, key=lambda m: (m.created, m.version)):  # the newest of a name comes last
         with Register.writing(library.files.register) as register:
             library.files.enter(register, manifest)
-    return len(known) + len(others)
+    return len(versions) + len(others)
 
 
 def store_url(library: Library) -> str | None:
@@ -114,8 +114,8 @@ def leave_store(library: Library) -> None:
     """Fetch all adapters to this machine and use the store no longer. Its files stay where they are."""
     if library.files.make_ready():
         with library.register.reading() as register:
-            known = register.all_versions()
-        for version in known:
+            versions = register.all_versions()
+        for version in versions:
             library.files.local(version)
         library.register.unshare()
 
@@ -155,14 +155,14 @@ def verify(library: Library, names: Sequence[str] = ()) -> list[str]:
         library.register.take_in(shared)
     with Register.reading(library.files.register) as register:
         problems = register.problems() + ([] if shared is None else _verify_names(register, shared))
-        known = set(register.all_versions())
+        versions = set(register.all_versions())
         unrecovered = set(register.unrecovered())
         store = library.files.store(register)
     stored = set() if store is None else {version for version in store.versions() if store.has(version)}
-    for version in sorted(known):
+    for version in sorted(versions):
         problems += _verify_one(library, version, store, stored)
     ours = stored if shared is None else set()  # without a name, in a shared store, another machine may be adding it
-    for version in sorted((library.files.homes().keys() | ours) - known - unrecovered):
+    for version in sorted((library.files.homes().keys() | ours) - versions - unrecovered):
         problems.append(f"the version {version[:VERSION_DIGITS]} belongs to no name: `loracast gc` deletes it")
     good, bad = library.files.orphans()
     problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in bad]

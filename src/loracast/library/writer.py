@@ -13,12 +13,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
-from loracast.files import file_sha256, sync_folder
+from loracast.files import file_sha256, sync_folder, tidy
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, Adapter, layout, static_storage_of
 from loracast.library.index import write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT, Manifest, check_name
-from loracast.library.work_folders import tidy
 from loracast.lora.quantize import pack, storage_of
 from loracast.lora.tensor_file import BYTES
 

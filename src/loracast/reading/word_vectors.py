@@ -114,10 +114,10 @@ _NO_WORD = PlacedWord(0, (), 0, 0)
 class ReadText:
     """The words of some sentences, as numbers of a table of vectors."""
 
-    known: NDArray[Any]
+    vocabulary: NDArray[Any]
     """The words that occur, each once [u]."""
     names: NDArray[Any]
-    """The places in `known` of what each word of the text is called [t, 2]."""
+    """The places in `vocabulary` of what each word of the text is called [t, 2]."""
     positions: NDArray[Any]
     """Of each word in the text [t]."""
     sentences: NDArray[Any]
@@ -178,10 +178,10 @@ class WordVectors:
         owners = np.repeat(np.arange(len(of_each)), [*map(len, of_each)])
         firsts = np.cumsum([0, *(some[-1].position + GAP for some in of_each[:-1])])
         positions = firsts[owners] + [word.position for word in words]
-        known, names = np.unique(numbers, return_inverse=True)
+        vocabulary, names = np.unique(numbers, return_inverse=True)
         characters = np.array([word.start for word in words])
         names = names.reshape(numbers.shape).astype(np.int32)
-        return ReadText(known, names, positions, owners, starts, characters, self._kinds(numbers, positions))
+        return ReadText(vocabulary, names, positions, owners, starts, characters, self._kinds(numbers, positions))
 
     def _kinds(self, numbers: NDArray[Any], positions: NDArray[Any]) -> NDArray[Any]:
         """What kind of answer begins at each word [t, 2 k], by itself and by the two positions on either side."""
@@ -202,8 +202,8 @@ class WordVectors:
         asked = [self.numbers[word] for word in words_of_question(question) if word in self.numbers]
         if not asked:
             return None
-        alike = self.asked[asked] @ self.said[text.known].T  # [words asked, u]
-        alike[:, text.known == 0] = WORST
+        alike = self.asked[asked] @ self.said[text.vocabulary].T  # [words asked, u]
+        alike[:, text.vocabulary == 0] = WORST
         best = np.maximum(alike[:, text.names].max(2), WORST)  # [words asked, t]
         lost = self.fade * text.positions + APART * text.sentences
         before = np.maximum.accumulate(best + lost, axis=1) - lost

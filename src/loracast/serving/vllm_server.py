@@ -25,8 +25,7 @@ from loracast.base.embedded import embedded, embedded_folder
 from loracast.base.load import Base
 from loracast.errors import ConfigError, LoracastError
 from loracast.export.formats import KEY_VARIABLE
-from loracast.files import exports_dir
-from loracast.library.work_folders import tidy, work_folder
+from loracast.files import exports_dir, tidy, work_folder
 from loracast.serving.generation import EngineConfig, EngineFailed, EngineStats, GenerationRequest, Ticket
 from loracast.serving.vllm import MAX_LOADED, PREFIX, LoadedLoRAs, VllmClient, VllmEngine, VllmTicket
 
