@@ -391,7 +391,7 @@ def test_document_warnings_go_to_standard_error(run, learning, manual, monkeypat
     from loracast import documents
 
     document = dataclasses.replace(documents.read_document(manual), warnings=("page 2 \x1b[31mhas no text",))
-    monkeypatch.setattr(documents, "read_document", lambda path: document)
+    monkeypatch.setattr("loracast.cli.client.read_document", lambda path: document)
     result = run("learn", manual, "--json", *learning)
     assert result.stderr == "warning: page 2 [31mhas no text\n"
     assert only_json(result)["warnings"] == list(document.warnings)

@@ -93,7 +93,7 @@ def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, hom
     assert Library(library_dir()).open("old-lamp").manifest.title == "Lamp"
 
     with monkeypatch.context() as nothing_loads:
-        nothing_loads.setattr("loracast.cli.folder.open_model", lambda *a: pytest.fail("nothing has changed"))
+        nothing_loads.setattr("loracast.cli.client.open_model", lambda *a: pytest.fail("nothing has changed"))
         nothing_loads.setattr("loracast.library.sync.file_sha256", lambda path: pytest.fail(f"{path} need not be read"))
         _, second = run(folder, tiny_folder, tiny_hypernet_folder)
     assert (second["learned"], second["unchanged"], second["failed"]) == (0, 4, 2)

@@ -360,9 +360,11 @@ def test_others_write_while_the_adapters_of_a_store_go(client, model, monkeypatc
     pauses: list[float] = []
     is_paused, goes_on = threading.Event(), threading.Event()
 
+    remove = Library.remove
+
     def timed(library, reference):
         began = time.monotonic()
-        Library(library).remove(reference)
+        remove(library, reference)
         took.append(time.monotonic() - began)
 
     def pause(seconds):
@@ -372,7 +374,7 @@ def test_others_write_while_the_adapters_of_a_store_go(client, model, monkeypatc
 
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=pause)
     monkeypatch.setattr("loracast.serving.vector_stores.time", clock)
-    monkeypatch.setattr("loracast.serving.vector_stores.remove_adapter", timed)
+    monkeypatch.setattr(Library, "remove", timed)
     with ThreadPoolExecutor(1) as threads:
         deleted = threads.submit(client.vector_stores.delete, store.id)
         assert is_paused.wait(30)
@@ -391,7 +393,7 @@ def test_an_adapter_that_could_not_be_removed_goes_later(app, client, model, mon
     store = client.vector_stores.create()
     client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("stuck.md", manual(12)))
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.serving.vector_stores.remove_adapter", fails)
+        patch.setattr(Library, "remove", fails)
         assert client.vector_stores.delete(store.id).deleted
         assert any(name.startswith("stuck-") for name in model.library.names())
     app.state.service.learning.tidy()
