@@ -98,7 +98,9 @@ def test_a_question_gets_the_places_where_its_answer_may_begin(tmp_path):
     assert price.candidates[0].text == "£20 at the door." and price.candidates[0].probability > 0.5
     assert sum(one.probability for one in price.candidates) + price.nowhere <= 1.0
     when = pick(tmp_path / "i", n, "When do you open?", 2)
-    assert when.likely[0].text == "9:30 am." and not any("Call" in one.text for one in when.likely)  # of another chunk
+    assert when.candidates[0].text == "9:30 am." and not any(
+        "Call" in one.text for one in when.candidates
+    )  # of another chunk
     assert (
         pick(tmp_path / "i", n, "Zork?", 2).candidates == () and pick(tmp_path / "i", n, "What?", None).nowhere is None
     )
