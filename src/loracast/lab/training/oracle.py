@@ -175,7 +175,7 @@ def train_oracles(
     base: Base,
     recipe: OracleRecipe,
     tasks: Sequence[Task],
-    library: Path,
+    oracles: Path,
     *,
     command: str = "",
     budget_s: float | None = None,
@@ -196,9 +196,9 @@ def train_oracles(
         if left_s is not None and left_s <= 0:
             break
         reporting: Reporting = {"command": command, "on_metrics": partial(on_metrics, name)}
-        if not _train(base, recipe, source, library / name, left_s, **reporting):
+        if not _train(base, recipe, source, oracles / name, left_s, **reporting):
             break  # stopped by a signal or the budget
-    return [name for name in sources if (library / name / ABOUT).is_file()]
+    return [name for name in sources if (oracles / name / ABOUT).is_file()]
 
 
 def _sources(base: Base, recipe: OracleRecipe, tasks: Sequence[Task]) -> dict[str, TaskSource]:
@@ -256,17 +256,17 @@ def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
     return LoRA(read_peft(folder))
 
 
-def average_of_oracles(library: Path, base: Fingerprint) -> LoRA | None:
+def average_of_oracles(oracles: Path, base: Fingerprint) -> LoRA | None:
     """The mean of the deltas of a library's oracles, without those of held-out tasks; None if there is none."""
-    folders = [library / name for name in oracles_in(library)]
+    folders = [oracles / name for name in oracles_in(oracles)]
     trained = [folder for folder in folders if not read_about(folder, base, _MADE_BY)["settings"]["heldout"]]
     loras = [LoRA(read_peft(folder)) for folder in trained]
     return concat([lora.scale(1 / len(loras)) for lora in loras]) if loras else None
 
 
-def oracles_in(library: Path) -> tuple[str, ...]:
+def oracles_in(oracles: Path) -> tuple[str, ...]:
     """The names of the tasks whose oracles are finished."""
-    return tuple(sorted(path.parent.name for path in library.glob(f"*/{ABOUT}")))
+    return tuple(sorted(path.parent.name for path in oracles.glob(f"*/{ABOUT}")))
 
 
 def _train(
@@ -316,18 +316,18 @@ def _rows(episodes: Sequence[Episode]) -> list[Episode]:
 Match = Literal["product", "factors"]  # what must match between a generated LoRA and the oracle
 
 
-def tasks_with_oracles(tasks: Sequence[Task], library: Path) -> list[Task]:
+def tasks_with_oracles(tasks: Sequence[Task], oracles: Path) -> list[Task]:
     """The training tasks whose oracles are in a library. Raises ConfigError if there are none."""
-    finished = set(oracles_in(library))
+    finished = set(oracles_in(oracles))
     found = [task for task in tasks if task.name in finished and not task.is_heldout]
     if not found:
-        raise ConfigError(f"{library} has no oracle of a training task; `loracast train oracle` makes them")
+        raise ConfigError(f"{oracles} has no oracle of a training task; `loracast train oracle` makes them")
     return found
 
 
 def read_library(
     tasks: Sequence[Task],
-    library: Path,
+    oracles: Path,
     base: Fingerprint,
     config: TextToLoRAConfig | AttentionDeltaToLoRAConfig,
     match: Match,
@@ -336,7 +336,7 @@ def read_library(
 
     Raises ConfigError if they have other modules than the hypernetwork, or a rank that it cannot reach.
     """
-    loras = [read_oracle(library / task.name, base) for task in tasks]
+    loras = [read_oracle(oracles / task.name, base) for task in tasks]
     for task, lora in zip(tasks, loras, strict=True):
         if set(lora.names) != set(config.target.names):
             raise ConfigError(f"the oracle of {task.name} has other modules than the hypernetwork: make both equal")
@@ -350,9 +350,9 @@ def read_library(
     return LoRABatch(len(loras), {name: batch.factors[name] for name in config.target.names}, {})
 
 
-def library_sha256(tasks: Sequence[Task], library: Path) -> str:
+def library_sha256(tasks: Sequence[Task], oracles: Path) -> str:
     """Hash of the oracles of some tasks; a resumed run must have the same."""
-    parts = [file_sha256(library / task.name / "adapter_model.safetensors") for task in tasks]
+    parts = [file_sha256(oracles / task.name / "adapter_model.safetensors") for task in tasks]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
