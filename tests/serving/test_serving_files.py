@@ -401,16 +401,16 @@ def test_an_adapter_that_could_not_be_removed_goes_later(app, client, model, mon
 
 
 def removed(library, name):
-    Library(library).remove(name)
+    library.remove(name)
 
 
 def renamed(library, name):
-    Library(library).rename(name, f"{name}-renamed")
+    library.rename(name, f"{name}-renamed")
 
 
 def compacted(library, name):
-    compact(Library(library), name, "text")
-    collect_garbage(Library(library), keep=1)
+    compact(library, name, "text")
+    collect_garbage(library, keep=1)
 
 
 @pytest.mark.parametrize("change", [removed, renamed, compacted])
