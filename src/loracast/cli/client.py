@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from loracast.answering.answers import AnsweredBy
     from loracast.answering.model import Model
     from loracast.base.chat import Message
+    from loracast.base.generate import OnText
     from loracast.base.load import Base as LoadedBase
+    from loracast.cast.document import Progress
     from loracast.cast.memory import Forgotten
     from loracast.cast.task import TaskCaster
     from loracast.documents.task_spec import TaskSpec
@@ -40,12 +42,11 @@ if TYPE_CHECKING:
     from loracast.serving.client import Client as HTTPClient
     from loracast.serving.client import Running
 
+    Bar = Callable[[], AbstractContextManager[Progress]]
+    """Makes a bar that shows how many chunks are cast."""
+
 _STYLE_STRENGTH = 0.5
 """Of the LoRA of a style; at 1 it drowns that of a document (docs/memory.md)."""
-OnText = Callable[[str], None]
-"""Receives each piece of an answer."""
-Progress = Callable[[int, int], None]
-"""Called with the chunks done and the chunks in all."""
 
 
 @dataclass(frozen=True)
@@ -338,9 +339,6 @@ def server_for(
 
 
 # ---- learning
-
-Bar = Callable[[], AbstractContextManager[Progress]]
-"""Makes a bar that shows how many chunks are cast."""
 
 
 @contextmanager

@@ -9,8 +9,18 @@ from typing import Annotated, Any, Literal
 
 from loracast.cli import options
 from loracast.cli.learn import learned, report
-from loracast.cli.options import learn_visibly, open_model
-from loracast.cli.terminal import print_json, print_result, print_table, printable, size, stderr, stdout
+from loracast.cli.options import open_model
+from loracast.cli.terminal import (
+    print_json,
+    print_result,
+    print_table,
+    printable,
+    progress_bar,
+    size,
+    stderr,
+    stdout,
+    warn,
+)
 from loracast.library.manifest import name_for
 
 
@@ -131,7 +141,10 @@ def demo(
     questions = QUESTIONS if all(expected in document.text for _, expected in QUESTIONS) else ()
     name = naming.checked(library, name_for(document), document.sha256)
     model = open_model(models, library)
-    adapter = learn_visibly(model, document, name, replace=True)
+    for warning in document.warnings:
+        warn(warning)
+    with progress_bar("chunks", f"learning {name}") as progress:
+        adapter = model.learn(document, name, progress=progress, replace=True)
     if not as_json:
         print(printable(learned(adapter, library)))
 

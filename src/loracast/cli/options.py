@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli.terminal import progress_bar, say, stderr, warn
+from loracast.cli.terminal import say, stderr
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import BaseModelError
 from loracast.files import library_dir
@@ -27,7 +27,6 @@ from loracast.reading.wide_route import patterns_in
 if TYPE_CHECKING:
     from loracast.answering.model import Model
     from loracast.base.load import Base as LoadedBase
-    from loracast.documents import Document
     from loracast.library.adapter import Adapter as OpenAdapter
     from loracast.serving.client import Loaded
 
@@ -299,11 +298,3 @@ def what_loads(choice: BaseChoice, library: AdapterLibrary, hypernetworks: Mappi
     given = {modality: source_key(where) for modality, where in hypernetworks.items()}
     how = {option: value for option, value in choice.how.items() if value is not None and option != "chat_template"}
     return Loaded(str(library.folder.resolve()), source_key(choice.base), given, template, how)
-
-
-def learn_visibly(model: Model, document: Document, name: str, **options: Any) -> OpenAdapter:
-    """Learn a document (options as in `Model.learn`) with a progress bar; its warnings go to standard error."""
-    for warning in document.warnings:
-        warn(warning)
-    with progress_bar("chunks", f"learning {name}") as progress:
-        return model.learn(document, name, progress=progress, **options)

@@ -1,6 +1,6 @@
-"""Writes a LoRA for llama.cpp: a GGUF file with llama.cpp's tensor names and its order of the rows of q and k.
+"""Writes a LoRA for llama.cpp and for Ollama, in GGUF.
 
-Ollama gets a Modelfile beside it and, where it has been fetched, the base in GGUF.
+The GGUF file has llama.cpp's tensor names and its order of the rows of q and k.
 """
 
 from __future__ import annotations

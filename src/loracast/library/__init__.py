@@ -1,1 +1,1 @@
-"""The library: adapters on disk by name and version, with search, sync, remote copies and routing."""
+"""The library: adapters on disk by name and version, with search, sync and remote copies. It knows no question."""

@@ -1,4 +1,13 @@
-"""Which tensors factors.safetensors holds, of which type and shape (docs/adapter-format.md)."""
+"""The adapter on disk, opened for reading: the LoRAs of its chunks, checked and merged (docs/adapter-format.md).
+
+An adapter is a folder of three files that never change:
+
+    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] by module kind, chunk after chunk
+    chunks.sqlite         the chunks' text and offsets with a full-text index, which routing asks (index.py)
+    adapter.json          name, hashes, base, hypernetwork, target, options; written last (manifest.py)
+
+Factors are read chunk by chunk, so that asking never holds a whole document in memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What the register of a library says: of a name, of a place in the text, of a name's state that machines share."""
+"""The register of a library, one SQLite file: names, their versions, tags, notes, owners, and text to search in.
+
+What belongs to an adapter stands in its own folder as well, from which a lost register can be made again (files.py).
+Its tables are made by `MIGRATIONS`, by which an older register gets those of this version too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What is remembered of a learned folder's files, so that a second run opens only what is new and knows what it made.
+"""Learns a folder of files: unchanged files are left alone, and a broken one is reported and holds up no other.
+
+A journal beside the caches remembers each file's size, time, hash and fault, so that a second run over an unchanged
+folder opens no file, and which versions of which names the folder made: others are neither replaced nor deleted. The
+journal may be deleted at any time. The folder is then learned anew: what was made from the same content goes on under
+its name, but stays when its file goes.
 
 A folder has a journal for each way in which it is cast, and all of them together say which names are the folder's own:
 cast in another way, it goes on under the same names.

@@ -1,7 +1,11 @@
-"""Tells which sentences speak of another subject than the one that a question names.
+"""How well the chunks and sentences of a document match a question: by BM25, and by the meaning of their words.
 
-"Under opening time, what is noted for Cafe Burmbi?" has more words in common with "Opening time of Cafe Nidetsu: 11:15"
-than with "Do not ring the bell of Cafe Burmbi before 19:10". BM25 counts words; a name is not one word among others.
+A chunk or a sentence counts by the better of the two. BM25 alone finds "How long is the warranty?" in "The warranty
+lasts two years", but not "Until when is it repaired for nothing?"; word vectors alone know no names.
+
+Sentences about another subject than the one that a question names weigh less: "Under opening time, what is noted for
+Cafe Burmbi?" has more words in common with "Opening time of Cafe Nidetsu: 11:15" than with "Do not ring the bell of
+Cafe Burmbi before 19:10".
 """
 
 from __future__ import annotations

@@ -1,7 +1,14 @@
-"""The words of questions and sentences, as the word vectors know them: stems, and what numbers and names are.
+"""Where in a document the answer to a question stands, by the meaning of words, beside BM25.
 
-In a sentence each word has a position, in which commas, tabs and "and" are steps of their own, so that what they part
-stands further apart.
+Each common word stem has two vectors, one as a word of questions and one as a word of texts, so that "How long ...
+water pass my lips?" finds "You must not eat in the 10 hours before". For each place of a text, the best match of each
+word of the question counts, the less the further away it is (late interaction: Khattab and Zaharia, ColBERT, arXiv
+2004.12832, without context), and whether the word there and those beside it are of the kind that is asked for: 10 is,
+of "how long". A sentence matches as its places do together.
+
+`loracast train words` makes the vectors, word_vectors.safetensors (lab/training/word_vectors.py); reading and matching
+take numpy alone. Words are stems and kinds (a number, a day, a name); in a sentence each has a position, in which
+commas, tabs and "and" are steps of their own, so that what they part stands further apart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""What a request asks for, in one form for all routes of the API."""
+"""One request from its words to its last token: names, routing, prompts, the engine, and what came of it.
+
+Routing and reading LoRAs happen in a worker thread, tokens arrive in the event loop. Whatever ends a request early (the
+client leaves, its time is over, another prompt of it fails) takes all of its answers out of the engine.
+
+`Asked` is what a request asks for, in one form for all routes of the API.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,14 @@
-"""The text that adapters were made from, put before the question in the prompt: what they replace, to compare with."""
+"""Which adapters the `model` of a request names: a name that nothing has is an error, never the plain base.
+
+manual                        the newest version of an adapter
+manual@3f9a12c0               one version
+manual+sentiment              several, added up
+manuals-*                     whichever documents with such names match the question
+smollm2-135m-instruct         the plain base
+smollm2-135m-instruct:manual  the same as `manual`; an adapter may have the base's name
+
+A request may also put the text that adapters were made from before the question (`in_window`), to compare with.
+"""
 
 from __future__ import annotations
 
