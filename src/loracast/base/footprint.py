@@ -1,4 +1,13 @@
-"""What a base takes: its precision and quantisation, and its memory, known before any weights are read."""
+"""What a base takes: its precision and quantisation, and its memory, known before any weights are read.
+
+Keeps the linear modules of a base in 8 or 4 bits: the libraries that do it, and what may be done with such weights.
+
+Only weights are quantized, so a base computes what it would with its weights dequantised, one row of a batch as alone:
+8 bits are integers with a scale for each row (torchao), 4 bits are NormalFloat with a scale for each 64 weights
+(bitsandbytes; Dettmers et al., arXiv 2305.14314). torchao's kernels for 4 bits need a GPU, and the 8 bits of
+bitsandbytes also round what enters a module, by the largest values of the whole batch. Embeddings, norms and the output
+head stay as they are.
+"""
 
 from __future__ import annotations
 

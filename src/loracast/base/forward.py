@@ -1,4 +1,7 @@
-"""Forward passes of a base: padded batches, captured inputs, checkpointed blocks, a second tree of modules."""
+"""Forward passes of a base: padded batches, captured inputs, checkpointed blocks, a second tree of modules.
+
+Gradient checkpointing of a base's blocks (arXiv 1604.06174): activations are computed twice and kept once.
+"""
 
 from __future__ import annotations
 

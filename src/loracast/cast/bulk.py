@@ -1,6 +1,25 @@
 """Casts many documents into PEFT folders at a URL, one a document, as vLLM's resolver and Ray Serve LLM load them.
 
 What is new there is found, handed to this process or to Ray Data's actors, and reported.
+
+Casts documents into PEFT folders at a URL, one a document, as vLLM's resolver and Ray Serve LLM load them.
+
+    NAME@HASH/adapter_model.safetensors
+    NAME@HASH/adapter_config.json        comes last: a folder without it is not whole
+
+HASH is that of the file and of how it was cast, so that a name never means other weights and nothing is cast twice.
+
+Casts all documents at a URL into PEFT folders: finds what is new, hands it to whoever casts, and keeps the report.
+
+The report lies beside the folders and is what the next run knows: files that it lists are not read again until they
+change. A run that was killed loses what it did since the report was written last; folders that are there already are
+then found by their hash, before anything is parsed or cast.
+
+Casts documents with Ray Data: actors that hold base and hypernetwork, on this machine or on a cluster.
+
+Ray hands out the documents in small blocks and takes back a line of the report for each. An actor that dies is started
+again and its block is repeated, in which what has its folder already is not cast again. Only the document that kills it
+again and again fails.
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
 """Loads a hypernetwork, checks what it casts, and binds it to a base; documents, tasks and images all come this way.
 
 Checkpoints that SakanaAI's Doc-to-LoRA and Text-to-LoRA published are found, converted once, and kept.
+
+Opens checkpoints that SakanaAI's Doc-to-LoRA and Text-to-LoRA published: finds, converts and keeps them.
+
+They are pickles, which are read once and without running their code (hypernets/published.py); what is kept is a
+hypernetwork of loracast's own in safetensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Parses PDF into markdown-like text with pypdf: pages become lines, and lines paragraphs and headings."""
+"""Parses PDF into markdown-like text with pypdf: pages become lines, and lines paragraphs and headings.
+
+Joins the lines of PDF pages, which know no paragraphs, to paragraphs and headings.
+
+What speaks for a new paragraph: a wider gap than usual, another letter size, a bullet, a last line that stops short.
+Running headers and page numbers are taken out first, since they stand between the two halves of a sentence.
+"""
 
 from __future__ import annotations
 

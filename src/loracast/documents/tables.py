@@ -1,4 +1,8 @@
-"""Turns rows of tables into lines that name their columns, as a chunk may hold a row without the header; reads CSV."""
+"""Turns rows of tables into lines that name their columns, as a chunk may hold a row without the header; reads CSV.
+
+Parsers put a mark before each such line. The mark never reaches a document's text: `take_marks` turns the marks into
+the places of rows, and a row is one unit wherever sentences are told apart (units.py).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,12 @@
 """Where a text may be cut: headings, the seams between its parts and what each cut costs, and the units of routing.
 
 Routing weighs units one against another: sentences, rows of tables, items, headings.
+
+Finds where a text may be cut into chunks, and what each cut costs.
+
+A seam is an offset and a cost. The costs are in chunks: one more chunk costs 1 (chunks.py). So two sections are torn
+(0.8 for a sentence's end) where that saves a chunk, a sentence (10) only where none ends within reach, and a word (100)
+only where it fills a whole chunk.
 """
 
 from __future__ import annotations

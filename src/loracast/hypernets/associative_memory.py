@@ -1,4 +1,24 @@
-"""The associative memory: stores tokens of a chunk in the weights of a few modules, to be retrieved at a question."""
+"""The associative memory: stores tokens of a chunk in the weights of a few modules, to be retrieved at a question.
+
+A linear map that adds value_t <key_t, x> over the tokens t is a LoRA with A rows key_t and B columns value_t (fast
+weights: Schlag et al., arXiv 2102.11174). A value is the direction in which a module's output makes the base generate
+the token. A key is a weighted sum of parts, each of which matches the module's input in a different situation:
+
+- the input at the token before, so that an answer continues as the chunk did;
+- the input at tokens that pointer heads attend to, such as the subject of the sentence: some heads of the base carry
+  the subject of a question to the position of the answer, where it looks much as it did in the chunk;
+- the input at the end of the sentence, where the base has read all of it, through a linear map that predicts the input
+  at the end of a question about such a sentence;
+- where `memory_near_tokens` is set, the mean input at the token and those that follow it, through another such map: it
+  tells the values of one sentence apart;
+- the mean input at the first, second, third ... token of any answer: the token's position in its value.
+
+Where `memory_verdicts` is set, the end of a sentence that states a rule ("Pets are welcome.") is written, too: its
+value turns an answer from No to Yes, or the other way round, and its key is that of an answer's first token.
+
+A learned metric, at first the whitening of the inputs, makes keys of different subjects nearly orthogonal; least
+squares then removes what the keys of a chunk still have in common. That lets many facts, and many chunks, coexist.
+"""
 
 from __future__ import annotations
 

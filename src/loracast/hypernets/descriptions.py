@@ -1,4 +1,19 @@
-"""Common parts of hypernetworks for task descriptions: their encoder, the gate, and distances to seen descriptions."""
+"""Common parts of hypernetworks for task descriptions: their encoder, the gate, and distances to seen descriptions.
+
+The task bank: small task-specific LoRA parts for the training's own tasks, found again by nearest descriptions.
+
+    pooled attention deltas [n, d] -> coordinates [n, width], in which descriptions of different tasks lie apart
+        (Fisher's linear discriminants, in closed form)
+    coordinates -> softmax of cosines with the keys, one for each stored description
+        -> probability of each task [n, tasks] -> mean of the tasks' cores [n, modules, r, r]
+    coordinates and how clear the match is -> gate [n]
+    delta = gate * B core A in each module; all tasks share B and A
+
+A hypernetwork that reads descriptions generalises to unseen tasks but is slow to memorise its training tasks; the bank
+stores those, one small core each (cores between shared factors as in arXiv 2510.19733). In training, some
+descriptions are compared without their own key, so that a task is found by its other descriptions, and some without any
+key of their task, so that the gate learns to switch the bank off where no stored task fits.
+"""
 
 from __future__ import annotations
 

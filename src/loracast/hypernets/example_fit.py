@@ -1,4 +1,42 @@
-"""What a task's examples add to its cast LoRA: a ridge fit, one gradient step, and a correction of favoured answers."""
+"""What a task's examples add to its cast LoRA: a ridge fit, one gradient step, and a correction of favoured answers.
+
+Fits a LoRA to a task's examples, by ridge regression on what the other examples add to attention at each one.
+
+Each example is read behind the description and the other examples, with its answer: once as the text that the
+hypernetwork reads, once as turns of a conversation. At every token t, a layer misses the attention delta y_t, the mean
+of the two, once nothing of this is in the prompt. What it has then, under the LoRA cast so far, are the inputs of
+attention's output projection and of the MLP's, which x_t joins, each scaled to a mean square of 1. In each layer, the
+fitted LoRA is a share of the best linear map from one to the other,
+
+    min over W of  sum over t of w_t |y_t - W x_t|^2 + ridge |W|^2
+
+whose columns for each projection are cut to a small rank. The columns that a hypernetwork casts are means over tokens;
+these differ from token to token. The MLP's inputs are features that no linear map of attention's outputs can make.
+
+Moves what was cast for a task one step towards the answers of its examples, by one backward pass for each.
+
+Each example is read alone, with its answer, under what was cast so far. At every token t, the negative gradient g_t of
+the answer's loss with respect to a module's output says how that output should change. Ridge regression gives the
+linear map from the module's inputs x_t that comes nearest to these changes,
+
+    min over W of  sum over t of |g_t - W x_t|^2 + ridge |W|^2
+
+and is cut to a small rank. It is the gradient of the loss with respect to the module's weights, times the inverse of
+the inputs' second moments (one side of K-FAC: Martens and Grosse, arXiv 1503.05671, section 3). The maps of all modules
+together are scaled to a fixed share of what was cast. There is one step: nothing is trained in a loop.
+
+Corrects which of a few answers a cast LoRA favours, by the answers of a task's examples.
+
+A LoRA that is cast from a few examples of a classification often gives one of the labels whatever is asked, as prompts
+with examples do (Zhao et al., arXiv 2102.09690). A bias b on the logits z of the labels, at the token in which they
+first differ, is fitted to the examples,
+
+    min over b of  sum over examples of -log softmax(z + b) of the right label + ridge |b|^2
+
+and becomes one rank of a LoRA in the last MLP. Its B is the smallest change of the MLP's output that adds b to the
+logits, to first order; its A is a ridge regression that is 1 where the label is chosen and 0 at the answer's other
+tokens.
+"""
 
 from __future__ import annotations
 

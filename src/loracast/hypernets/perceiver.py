@@ -1,4 +1,9 @@
-"""The Perceiver of Doc-to-LoRA, which turns a chunk's features into rank latents, and the heads that make factors."""
+"""The Perceiver of Doc-to-LoRA, which turns a chunk's features into rank latents, and the heads that make factors.
+
+Learned latents attend to the features in the cross-attention blocks of Doc-to-LoRA (arXiv 2602.15902, appendix on the
+architecture): grouped-query attention without positions, a SiLU-gated MLP, and RMSNorm on the latents, on the context,
+after the attention, and before and after the MLP.
+"""
 
 from __future__ import annotations
 

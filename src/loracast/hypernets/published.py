@@ -1,6 +1,22 @@
 """Published checkpoints of Doc-to-LoRA and Text-to-LoRA: the architectures that only they need, read and converted.
 
 Pickled files are read without running any of their code.
+
+What only published checkpoints need: of Doc-to-LoRA latents that read first, a gated projection, MLPs in each layer
+and chat markers around each chunk; of Text-to-LoRA the variant S.
+
+Sources: Charakorn et al., arXiv 2602.15902, appendix on the architecture; arXiv 2506.06105.
+
+Reads the pickled checkpoints of published hypernetworks without running any of their code.
+
+PyTorch's weights-only unpickler rebuilds tensors and plain containers, and refuses every other name. The configs in
+such a checkpoint are objects of packages that need not be installed here: each becomes a `Record`, which has their
+attributes and none of their code. Tensors stay mapped to the file until they are used.
+
+A published Doc-to-LoRA checkpoint as a `PublishedDocToLoRA`: its config read from the pickled one, tensors renamed.
+
+What a checkpoint is like follows from its config and the shapes of its tensors. A setting that is known and not
+supported is refused by its name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,18 @@
-"""Keys and values of the rows of a batch, those that were read before, and the attention of one engine step to them."""
+"""Keys and values of the rows of a batch, those that were read before, and the attention of one engine step to them.
+
+Rows that are decoded and whose request fits into a slot lie side by side, so that one call computes the attention of
+all of them. A prompt that is being read, and a request that is longer than a slot, have a block of their own.
+
+Each row's keys and values of all layers lie in one block, which comes from the system and goes back to it as a whole: a
+tensor for each layer would leave holes in the heap. What no token has been written to takes no physical memory.
+
+Attention of one engine step: every token of a flat batch sees the tokens before it in its own row.
+
+transformers calls `attend_rows` in place of its own attention while `row_attention` lasts, for every model that takes
+its attention from transformers' registry. The batch is one sequence [1, tokens] of the tokens of all rows: first one
+token of each row in a slot, then runs of tokens of rows with tensors of their own (a piece of a prompt, or one token
+of a long row). Grouped-query heads are folded into the query's tokens, so that no key is copied.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The rows that an engine runs at the same time, the forward pass of one step, and the choice of each next token."""
+"""The rows that an engine runs at the same time, the forward pass of one step, and the choice of each next token.
+
+A step is one pass over a flat batch: the last token of every row that is decoded, and pieces of the prompts of rows
+that came in since, so that a long prompt holds nobody up for longer than a piece takes.
+"""
 
 from __future__ import annotations
 

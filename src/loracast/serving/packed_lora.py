@@ -1,4 +1,16 @@
-"""LoRAs of the rows of a batch, another one for every row: packed as the engine keeps them, applied to a flat batch."""
+"""LoRAs of the rows of a batch, another one for every row: packed as the engine keeps them, applied to a flat batch.
+
+A LoRA as the engine keeps it: what it shares with others apart, ready to be copied into a batch.
+
+All documents of a hypernetwork have a static LoRA in common. `SharedParts` finds it by comparing LoRAs number by
+number, so that a batch reads it once and applies it to all rows together. The rows of B of an associative memory are
+the same in all of its layers, and are kept once too.
+
+The factors of the LoRAs in use lie stacked, module by module, and a LoRA is copied into its place when its first row
+comes, not at every step: decoding reads each factor once a step and copies none. LoRAs of the same ranks are in one
+group. Tokens that are decoded go through a group in two batched matrix products a module; a piece of a prompt in two
+plain ones. What all LoRAs share is applied to all tokens at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""An engine that lets a vLLM server generate; its LoRAs are written as PEFT folders and loaded while it runs."""
+"""An engine that lets a vLLM server generate; its LoRAs are written as PEFT folders and loaded while it runs.
+
+LoRAs on a vLLM server: written as PEFT folders, loaded while it runs, and unloaded when others need their place.
+
+A document's LoRA is another one for each question, since the question weighs its chunks and sentences; each is loaded
+under the digest of its `lora_key`, so that a name never means other weights, as the server's prefix cache demands.
+"""
 
 from __future__ import annotations
 

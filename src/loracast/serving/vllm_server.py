@@ -1,4 +1,10 @@
-"""Makes a vLLM engine: connects to the servers at URLs, or starts one, and checks that they serve the same base."""
+"""Makes a vLLM engine: connects to the servers at URLs, or starts one, and checks that they serve the same base.
+
+An engine on several vLLM servers, each of which gets the LoRAs that are its own; methods as in `Engine`.
+
+Rendezvous hashing (Thaler and Ravishankar 1998) gives every LoRA an order of the servers: its own is the first one that
+does not fail, so that a server that goes or comes back moves no LoRA but those that were its own.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,22 @@
 `content/facts.toml` has the domains, attributes and wordings, `content/values.toml` the kinds of values. Labels say
 which tokens of a generated document are a fact's value, and which name its owner: from them a hypernetwork with an
 associative memory learns what to write.
+
+Span supervision: which tokens of a generated document are a fact's value, and which name its owner.
+
+A hypernetwork with an associative memory learns from these labels what to write; from answers alone it would have to
+find out. This module knows texts and character offsets, no tensors.
+
+A sheet states facts ("The Velmo kettle is guaranteed for 24 months.") and asks for each ("How long is the Velmo kettle
+covered for repairs?"). `content/facts.toml` has the domains, attributes and wordings, `content/values.toml` the kinds
+of values. Two small notations keep them short:
+
+- a slot in a value, a name or a title: `{city}` draws from that kind, `{^noun}` capitalises what it drew, `{10-99}` is
+  an integer, `{000-990/10}` an integer in steps of ten, padded to the width of the lower bound;
+- alternatives in a wording: `{s} [costs|sells for] {v}.` is one wording with two variants.
+
+Train, dev and test share values, never wordings nor entities: a wording is listed for one split, and the hash of an
+entity's invented name picks its split. The same rng state gives the same sheet in every process.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 It widens the task of Doc-to-LoRA's first experiment (arXiv 2602.15902): many kinds of values, many names for them, and
 one to eight needles that only their keys distinguish. Wordings are in `content/needles.toml`, disjoint for train and
 test.
+
+Documents for the needle task: a given number of tokens of natural prose, with sentences hidden at given depths.
+
+The prose is cut from texts that no training has seen. It knows a tokenizer, which is handed in, and no model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,14 @@
-"""Make questions and answers about any text: by rule, with a base, or with a model behind an endpoint."""
+"""Make questions and answers about any text: by rule, with a base, or with a model behind an endpoint.
+
+Make questions about any text by rule, without a model: remove a name, number or date from a sentence and ask for it.
+
+After Lewis et al., "Unsupervised question answering by cloze translation", arXiv 1906.04980. Such a question shares its
+words with the text, so it teaches to find a sentence by its words; people's questions use other words.
+
+A writer is asked twice: for questions that a passage answers, and then for harder, different ones. A question is kept
+if the same writer repeats its answer when shown the passage, and does not give it without the passage. Rule-made
+questions need no writer.
+"""
 
 from __future__ import annotations
 

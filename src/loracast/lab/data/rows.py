@@ -1,4 +1,10 @@
-"""Read rows of JSONL files, gzipped or not, on this machine or at a URL, and the package's content."""
+"""Read rows of JSONL files, gzipped or not, on this machine or at a URL, and the package's content.
+
+Read documents with questions about them, to train and evaluate on: JSONL rows of `document` and `questions`.
+
+A question has `question`, `answers`, and optionally `span` and `choices`. A row may also have `doc_id`, `source`,
+`title` and `split`.
+"""
 
 from __future__ import annotations
 

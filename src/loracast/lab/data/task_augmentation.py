@@ -1,4 +1,14 @@
-"""Task augmentation: turn a task into another one, with a changed description and outputs that follow it."""
+"""Task augmentation: turn a task into another one, with a changed description and outputs that follow it.
+
+String tasks: rules and conditions that apply to any text, such as its longest word or whether it has a digit.
+
+The questions for them are content (`content/task_augmentation.toml`, `[rules]` and `[conditions]`).
+
+With a hundred tasks, a description need only tell which of them is meant; its words do not matter. An augmentation
+changes the description and the outputs together: labels get other names, the answer takes another form, one of several
+inputs is meant, one of several answers is right, or a string task replaces the task. Its wordings are content
+(`content/task_augmentation.toml`).
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,11 @@ These forms are read (docs/tasks.md), from a path or from a data set on the hub:
   `task_descriptions.jsonl` and, optionally, `tasks_meta.jsonl` beside it; each may be gzipped;
 - JSONL files of examples with a description in each row (`task_name`, `definition`, `inputs`, `targets`), the format of
   Super-NaturalInstructions on the hub.
+
+Read benchmarks as held-out tasks: files of questions with choices, or with a number as the answer.
+
+A row is `{"question": ..., "choices": [...], "answer": index}`, or has a `rationale` and a number as the `answer`. The
+examples for the prompts of `NAME_test.jsonl.gz` come from `NAME_train.jsonl.gz` beside it, or else are its first rows.
 """
 
 from __future__ import annotations

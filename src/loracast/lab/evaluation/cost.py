@@ -1,4 +1,10 @@
-"""`loracast eval latency` and `memory`: what answering and learning take, and the operations of a query."""
+"""`loracast eval latency` and `memory`: what answering and learning take, and the operations of a query.
+
+Floating point operations of a query, from a base's shapes alone (docs/evaluation.md has the formula).
+
+They are counted as torch's own counter does: two for each multiply-add of a matmul, attention as full squares, nothing
+for norms and activations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,16 @@
-"""`loracast eval gate` and `interference`: what happens to questions that no document answers."""
+"""`loracast eval gate` and `interference`: what happens to questions that no document answers.
+
+`loracast eval gate`: does `ask` tell whether a question is about a document at all?
+
+Sheets of facts, everyday documents, prose with needles and real texts, alone or many in one, are asked their own
+questions, and questions about something else: unrelated ones, small talk, and near misses such as another product's
+sheet or another part of the same article. No model is loaded: the gate reads the full-text index alone.
+
+`loracast eval interference`: general-knowledge questions while unrelated documents are learned.
+
+The base chooses among the answers of a question by log-likelihood for each byte, without a document and with several at
+once. Doc-to-LoRA as published loses half of its accuracy to one irrelevant document (arXiv 2602.15902).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,14 @@
-"""`loracast eval overlap`: what held-out tasks or documents share with those of training."""
+"""`loracast eval overlap`: what held-out tasks or documents share with those of training.
+
+Texts of tasks are compared as sets of words (lower case, no punctuation) by their Jaccard index, each held-out test
+row with every row of every training task.
+
+`loracast eval overlap` for documents: which training documents hold (parts of) held-out ones?
+
+Texts are compared by their shingles, all runs of thirteen words (lower case, no punctuation). A training document
+shares a held-out one where it has a good part of that one's shingles, however long the training document is: a
+collection of twenty paragraphs shares a test paragraph that is one of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""`loracast eval qa`: questions that people asked about real documents, a table by source and one by length."""
+"""`loracast eval qa`: questions that people asked about real documents, a table by source and one by length.
+
+Context distillation of each document by gradient descent: the slow way to an adapter, to measure a fast one by.
+
+A LoRA is trained on rule-made questions about the document, towards the distributions of the base that sees the
+document (or of the window LoRA, where there is one). Doc-to-LoRA is compared with it (arXiv 2602.15902, section 4).
+"""
 
 from __future__ import annotations
 

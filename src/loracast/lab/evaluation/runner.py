@@ -1,4 +1,15 @@
-"""Run the baselines of an evaluation: what each gives the base to answer a question, asked in batches, some timed."""
+"""Run the baselines of an evaluation: what each gives the base to answer a question, asked in batches, some timed.
+
+Documents learned in memory, without a disk, the chunks of many documents cast in one batch.
+
+Chunks, index and factors are made by the code of `loracast learn`, in the same precision; a test compares them.
+
+The contract for whatever an evaluation compares with: what the base is given to answer one question.
+
+A baseline gives a prompt and a LoRA or none; it computes nothing but a look-up. The runner answers.
+
+The runner knows nothing of what a question is about: baselines turn cases into requests.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 A needle is a sentence hidden in prose. Sheets state facts about invented entities. Everyday documents are e-mails,
 contracts, recipes, price lists and others, with questions that a reader has; there an answer is right where it contains
 the right one. All baselines answer all questions about a document, which is cast once.
+
+`loracast eval facts`: sheets of facts about invented entities, asked for in wordings that no training has seen.
+
+A sheet is cast once, and all baselines answer all of its questions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""`loracast eval tasks`: what a description is worth as an adapter, beside description and examples in the prompt."""
+"""`loracast eval tasks`: what a description is worth as an adapter, beside description and examples in the prompt.
+
+All baselines get the same test rows in one run, with several seeds that each draw a description, examples and another
+task's description.
+"""
 
 from __future__ import annotations
 

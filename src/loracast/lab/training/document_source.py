@@ -1,4 +1,7 @@
-"""Draw the documents and questions of each training step: needles, fact sheets, everyday and real documents."""
+"""Draw the documents and questions of each training step: needles, fact sheets, everyday and real documents.
+
+A step depends on the seed and its number alone, so training resumes exactly, on any machine, at any step.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,16 @@
 """Initialise hypernetworks in closed form before training: normalisation, position probes, verdicts.
 
 Another one begins with what a trained one has left without its Perceiver.
+
+Fit the part of a memory that tells from a sentence whether a rule holds, before training.
+
+Generated everyday documents state rules that hold and rules that do not ("Dogs are welcome.", "Please leave your dog at
+home."). Two logistic regressions on the mean state of a sentence tell each of the two from all other sentences.
+
+Takes the Perceiver from a trained hypernetwork for documents: its memory and static LoRA remain.
+
+What the Perceiver casts is much the same for all chunks: of the shipped one's deltas the mean had 58 to 86 % of the
+energy, by layer. The mean goes into the static LoRA, which costs a question nothing.
 """
 
 from __future__ import annotations

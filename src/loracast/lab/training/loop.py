@@ -2,6 +2,13 @@
 
 The loop knows neither documents nor questions: an objective turns the number of a step into a loss. It stops after a
 number of steps, at a wall-clock budget or at SIGTERM. Processes of `accelerate launch` or torchrun share its batches.
+
+Save and load the state of a training run, for exact resumption: weights, optimizer, position.
+
+The random state of a batch follows from its number (`loop.py`), so none is kept. The files are safetensors and JSON
+only (accelerate's checkpoints pickle the optimizer). A state is
+a folder `state-<step>`; `state.json` names the current one and is replaced last, so a run killed at any moment leaves
+the previous state in force.
 """
 
 from __future__ import annotations

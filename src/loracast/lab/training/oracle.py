@@ -1,4 +1,18 @@
-"""Train LoRAs by gradient descent with PEFT: oracles, the multi-task LoRA, and Text-to-LoRA by reconstruction."""
+"""Train LoRAs by gradient descent with PEFT: oracles, the multi-task LoRA, and Text-to-LoRA by reconstruction.
+
+The folder of such a LoRA holds PEFT's own files and `loracast.json`, which is written last.
+
+Train oracles and the multi-task LoRA with PEFT: the references for LoRAs that are cast from descriptions.
+
+An **oracle** is trained on one task's examples: what a description could at best be worth. The **multi-task LoRA** is
+one LoRA for all training tasks, trained on the same rows in the same steps as Text-to-LoRA: what remains of it without
+descriptions. Its second form has the description in every prompt.
+
+Text-to-LoRA by reconstruction (arXiv 2506.06105, section 3.1): a description becomes its task's trained LoRA.
+
+The base is not run: a step is a few matmuls. Many pairs of factors have the same product, so a loss compares either the
+products, through small Gram matrices, or the factors as trained, each number z-scored over the library (as published).
+"""
 
 from __future__ import annotations
 

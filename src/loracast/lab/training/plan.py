@@ -1,4 +1,10 @@
-"""Plans a training of Doc-to-LoRA before anything is loaded: parameters, memory and time, from configs alone."""
+"""Plans a training of Doc-to-LoRA before anything is loaded: parameters, memory and time, from configs alone.
+
+Runs a training step on tensors without data: its peak of memory and its computation, from configs alone.
+
+The step is the real one: the same modules, hooks, precision and gradient checkpointing, forward and backward. What is
+alive is counted at every operation, so no formula has to know what an architecture keeps for its backward pass.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""Fit reading/relevance.py: a table of common word stems, and a regression on pairs of question and document."""
+"""Fit reading/relevance.py: a table of common word stems, and a regression on pairs of question and document.
+
+Draw documents with questions about them and with questions about something else, to fit reading/relevance.py.
+
+Documents are fact sheets, everyday documents, prose with needles, and real texts, alone or many in one. Questions that
+are not about them are unrelated questions, small talk, questions about other texts, and near misses: those about
+another product's sheet, another needle, or another part of the same article.
+
+The result is reading/relevance.toml. It depends on the files and this code alone.
+"""
 
 from __future__ import annotations
 
