@@ -12,7 +12,7 @@ SEED ?= 0
 UNUSED_PLUGINS := -p no:langsmith_plugin -p no:schemathesis -p no:anyio -p no:asyncio
 # One thread for each worker: more of them only wait for each other. Processes that tests start find modules compiled.
 TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= HYPOTHESIS_NO_PLUGINS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 \
-  --dist worksteal $(UNUSED_PLUGINS)
+  --dist worksteal $(UNUSED_PLUGINS) $(COVERAGE)
 
 .PHONY: demo serve test test-shipped fuzz bases runtimes lint docs lock audit sbom setup setup-dev clean
 
