@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -66,6 +67,7 @@ FAULTS = ("kill", "kill", "kill", "interrupt", "full disk", "read only", "locked
 YEARS_S = 10 * 365 * 86_400
 SERVE_EVERY = 10
 _NOBODY = 65_534
+_FORKS = multiprocessing.get_context("fork")
 _DISK_BYTES = 64 * 2**20
 
 
@@ -102,9 +104,8 @@ class Rounds:
 
     def text(self, number: int) -> str:
         """A document that differs with its number."""
-        return f"# Part {number}\n\n" + f"The code of part {number} is {7919 * number % 10_000}. " * self.rng.randint(
-            5, 60
-        )
+        sentence = f"The code of part {number} is {7919 * number % 10_000}. "
+        return f"# Part {number}\n\n" + sentence * self.rng.randint(5, 60)
 
     def commands(self) -> list[tuple[list[str], set[str]]]:
         """The words of each command, for names at random, and the names that it may change."""
@@ -146,34 +147,25 @@ class Rounds:
         if fault == "full disk" and self.is_mounted:
             filler = max(0, shutil.disk_usage(self.disk).free - n_bytes)
             (self.disk / "filler").write_bytes(bytes(filler))
-        lock = sqlite3.connect(self.library / register.FILE, isolation_level=None) if fault == "locked" else None
-        if lock is not None:
-            lock.execute("BEGIN IMMEDIATE")
-        child = self._fork(words, fault, n_bytes, ahead)
-        if fault in ("kill", "interrupt"):
-            time.sleep(self.rng.random() * longest_s)
-            os.kill(child, signal.SIGKILL if fault == "kill" else signal.SIGINT)
-        began = time.monotonic()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with contextlib.closing(sqlite3.connect(self.library / register.FILE, isolation_level=None)) as database:
+            if fault == "locked":
+                database.execute("BEGIN IMMEDIATE")
+            child = self._fork(words, fault, n_bytes, ahead)
+            if fault in ("kill", "interrupt"):
+                time.sleep(self.rng.random() * longest_s)
+                os.kill(child.pid, signal.SIGKILL if fault == "kill" else signal.SIGINT)
+            began = time.monotonic()
+            child.join()
         if fault == "interrupt" and time.monotonic() - began > 1.0:
             self.broken.append(f"{words[0]} ended {time.monotonic() - began:.1f} s after SIGINT")
-        if lock is not None:
-            lock.execute("ROLLBACK")
-            lock.close()
         (self.disk / "filler").unlink(missing_ok=True)
-        self.n_took_effect += status != 0
-        return status
+        self.n_took_effect += child.exitcode != 0
+        return child.exitcode
 
-    def _fork(self, words: list[str], fault: str = "none", n_bytes: int = 0, ahead: int = 0) -> int:
-        """Begin a command in a forked process; its number."""
-        child = os.fork()
-        if child == 0:
-            try:
-                self._in_child(words, fault, n_bytes, ahead)
-            except KeyboardInterrupt:  # before the command began, or after its end
-                os._exit(130)
-            finally:
-                os._exit(99)
+    def _fork(self, *command: object) -> multiprocessing.Process:
+        """Begin a command in a forked process."""
+        child = _FORKS.Process(target=self._in_child, args=command)
+        child.start()
         return child
 
     def serve(self) -> list[str]:
@@ -181,14 +173,12 @@ class Rounds:
         rng = random.Random(self.rng.random())
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        words, url = (
-            ["serve", "--port", str(port), "--library", str(self.library), *self.models],
-            f"http://127.0.0.1:{port}",
-        )
+        words = ["serve", "--port", str(port), "--library", str(self.library), *self.models]
+        url = f"http://127.0.0.1:{port}"
         server, taken = self._fork(words), {}
         with httpx.Client(base_url=url, timeout=60) as client:
             eventually(lambda: is_ready(url))
-            killer = threading.Timer(rng.random(), os.kill, (server, signal.SIGKILL))
+            killer = threading.Timer(rng.random(), server.kill)
             killer.start()
             with contextlib.suppress(httpx.TransportError):
                 while True:
@@ -198,20 +188,20 @@ class Rounds:
                         taken[answer.json()["id"]] = name
                     time.sleep(0.02 if answer.status_code == 202 else 0.2)
         killer.join()
-        os.waitpid(server, 0)
+        server.join()
         server = self._fork(words)
         problems = []
         with httpx.Client(base_url=url, timeout=60) as client:
             eventually(lambda: is_ready(url))
             for id, name in taken.items():
                 job = eventually(lambda id=id: self._ended(client, id))
-                if job["status"] != "completed" or job["version"] not in [
-                    e.version for e in Library(self.library).versions(name)
-                ]:
+                versions = [entry.version for entry in Library(self.library).versions(name)]
+                if job["status"] != "completed" or job["version"] not in versions:
                     problems.append(f"what it had taken for {name} is {job['status']}: {job['error']}")
-        os.kill(server, signal.SIGTERM)
-        if (status := os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])) != 0:
-            problems.append(f"it ended with {status}")
+        server.terminate()
+        server.join()
+        if server.exitcode != 0:
+            problems.append(f"it ended with {server.exitcode}")
         self.n_took_effect += 1
         return problems
 
@@ -225,12 +215,10 @@ class Rounds:
         if self.is_mounted:
             subprocess.run(["umount", "-l", str(self.disk)], check=True)
 
-    def _in_child(self, words: list[str], fault: str, n_bytes: int, ahead: int) -> None:
+    def _in_child(self, words: list[str], fault: str = "none", n_bytes: int = 0, ahead: int = 0) -> None:
         loracast.answering.model.load = lambda *_, **__: self.model
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        errors = io.StringIO()
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if fault == "full disk" and not self.is_mounted:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
@@ -241,22 +229,20 @@ class Rounds:
         elif fault == "clock":
             now = time.time
             time.time = lambda: now() + ahead
-        status = 99
-        with contextlib.redirect_stderr(errors):
-            try:
-                with prompt_interrupts():
-                    app(words)
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else 0
-            except KeyboardInterrupt:
-                status = 130
-            except BaseException as error:
-                os.write(2, f"{fault}, {words[0]}: {type(error).__name__}: {error}\n".encode())
-        said = errors.getvalue()
-        if "Traceback" in said and "Exception ignored in" not in said:  # extensions in C may swallow an interrupt
-            os.write(2, said.encode())
-            status = 99
-        os._exit(status)
+        status, errors = 130, io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors), prompt_interrupts():
+                app(words)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0
+        except Exception as error:
+            errors.write(f"Traceback of {fault}, {words[0]}: {type(error).__name__}: {error}\n")
+        finally:  # an interrupt may also come before the command began, or after its end
+            said = errors.getvalue()
+            if "Traceback" in said and "Exception ignored in" not in said:  # extensions in C may swallow an interrupt
+                os.write(2, said.encode())
+                status = 99
+            os._exit(status)
 
     def state(self) -> dict[str, str]:
         """The newest version of every name."""

@@ -30,7 +30,7 @@ from bad_requests import BAD_DOCUMENTS, BAD_REQUESTS
 from load_client import Client, Server, resident
 from load_report import Answer, Run, plot, summary, table
 
-from loracast.files import bases_dir, encoders_dir
+from loracast.files import cache_dir
 from loracast.lab.data.needles import make_needles
 from loracast.library import register
 from loracast.library.library import Library
@@ -364,7 +364,10 @@ def main(words: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         home, log_path = Path(folder) / "home", Path(folder) / "log"
         home.mkdir()
-        for cache in (bases_dir(), encoders_dir()):  # they are fetched already, and the rest is of this run alone
+        for cache in (
+            cache_dir("bases"),
+            cache_dir("encoders"),
+        ):  # they are fetched already, and the rest is of this run alone
             if cache.exists():
                 (home / cache.name).symlink_to(cache)
         serve = [

@@ -18,7 +18,7 @@ from loracast.library.adapter import Adapter
 from loracast.library.index import write_index
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest
-from loracast.library.writer import AdapterWriter
+from loracast.library.save import save_rows
 from loracast.lora.target import target_from_config
 from loracast.reading.outline import write_document_index
 from tiny import make_model
@@ -83,12 +83,10 @@ def write(
     factors = random_factors(n, seed)
     manifest = some_manifest(n, **{"name": name, **changes})
     index = partial(write_document_index, title=manifest.title) if manifest.kind == "document" else write_index
-    with AdapterWriter(Library.of(library), manifest, chunks or some_chunks(n), index) as writer:
-        writer.open_factors(shared or {})
-        for part in (slice(0, 1), slice(1, n)):
-            if n > part.start:
-                writer.add({kind: (a[part], b[part]) for kind, (a, b) in factors.items()})
-        return writer.finish(replace=replace)
+    parts = [part for part in (slice(0, 1), slice(1, n)) if n > part.start]
+    batches = [({kind: (a[part], b[part]) for kind, (a, b) in factors.items()}, {}) for part in parts]
+    chunks = chunks or some_chunks(n)
+    return save_rows(Library.of(library), manifest, chunks, batches, shared or {}, index=index, replace=replace)
 
 
 def refuse_writes(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:

@@ -35,7 +35,7 @@ def run(url: str, folder: Path, n_writes: int, seed: int, seconds: float = 300.0
     machines = [folder / f"machine-{number}" for number in range(_N_MACHINES)]
     logs = [folder / f"log-{number}" for number in range(_N_MACHINES)]
     for library, log in zip(machines, logs, strict=True):
-        Library(library).register.share(url)
+        Library(library).share(url)
         log.touch()
     context, lives = multiprocessing.get_context("fork"), {}
     running, latest = set(range(_N_MACHINES)), time.monotonic() + seconds
@@ -97,7 +97,7 @@ def _change_names(library: Path, log: Path, number: int, n_writes: int, seed: fl
 
 def _judge(url: str, fresh: Path, done: list[list[str]]) -> list[str]:
     """What was lost, by the files at the store and by a machine that joins now."""
-    Library(fresh).register.share(url)
+    Library(fresh).share(url)
     problems = verify(Library(fresh))
     fs, root = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()

@@ -26,50 +26,20 @@ import platformdirs
 from loracast.errors import ConfigError, LoracastError
 
 
-def bases_dir() -> Path:
-    """Converted bases; may be deleted at any time and is fetched again."""
-    return _cache_dir() / "bases"
+def cache_dir(name: str) -> Path:
+    """A folder of what can be had again, which may be deleted at any time.
 
-
-def encoders_dir() -> Path:
-    """Text encoders; may be deleted at any time and is fetched again."""
-    return _cache_dir() / "encoders"
-
-
-def features_dir() -> Path:
-    """Features of images and signals for training and evaluation; may be deleted at any time and are computed again."""
-    return _cache_dir() / "features"
-
-
-def fetched_dir() -> Path:
-    """Copies of data files that URLs name; may be deleted at any time and are fetched again."""
-    return _cache_dir() / "fetched"
-
-
-def journals_dir() -> Path:
-    """Journals of learned folders; may be deleted at any time, and the folders are learned anew."""
-    return _cache_dir() / "journals"
-
-
-def converted_dir() -> Path:
-    """Published hypernetworks in loracast's form; may be deleted at any time and are converted again."""
-    return _cache_dir() / "converted"
-
-
-def exports_dir() -> Path:
-    """Adapters exported for servers; may be deleted while no server uses them, and are written again."""
-    return _cache_dir() / "exports"
-
-
-def _cache_dir() -> Path:
-    home = os.environ.get("LORACAST_HOME")
-    return Path(home) if home else Path(platformdirs.user_cache_dir("loracast", appauthor=False))
+    Args:
+        name: `bases`, `encoders` and `converted` hold models that were fetched or converted, `fetched` the data files
+            of URLs, `features` those of images and signals, `exports` adapters for servers (not to be deleted while a
+            server uses them), and `journals` what is known of learned folders.
+    """
+    return _user_dir(platformdirs.user_cache_dir, name)
 
 
 def library_dir() -> Path:
     """The adapters on this machine: what the user made, not a cache."""
-    home = os.environ.get("LORACAST_HOME")
-    return (Path(home) if home else Path(platformdirs.user_data_dir("loracast", appauthor=False))) / "adapters"
+    return _user_dir(platformdirs.user_data_dir, "adapters")
 
 
 def servers_dir() -> Path:
@@ -77,8 +47,11 @@ def servers_dir() -> Path:
 
     Only its user may look into it: the files hold keys.
     """
-    home = os.environ.get("LORACAST_HOME")
-    return (Path(home) if home else Path(platformdirs.user_state_dir("loracast", appauthor=False))) / "servers"
+    return _user_dir(platformdirs.user_state_dir, "servers")
+
+
+def _user_dir(of_user: Callable[..., str], name: str) -> Path:
+    return Path(os.environ.get("LORACAST_HOME") or of_user("loracast", appauthor=False)) / name
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -86,11 +59,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     write_with(path, lambda temporary: temporary.write_bytes(content))
 
 
-def write_with(path: Path, write: Callable[[Path], object], *, is_private: bool = False) -> None:
+def write_with(path: Path, write: Callable[[Path], object], *, is_private: bool = False, is_new: bool = False) -> None:
     """Write a file atomically through a function that takes a path: `write` gets that of the temporary file.
 
     Args:
         is_private: only its user may read it; otherwise whoever the umask allows.
+        is_new: raise FileExistsError where the file is there already.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -100,24 +74,22 @@ def write_with(path: Path, write: Callable[[Path], object], *, is_private: bool 
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if not is_private:  # mkstemp makes it so
-            temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
+            umask = os.umask(0o077)  # it can only be read by setting it
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+        if is_new:
+            os.link(temporary, path)  # unlike a rename, it never replaces a file
+        else:
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
 def create_once(path: Path, content: bytes) -> None:
     """Write a file that is not there yet, whole or not at all. Raises FileExistsError where another one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        Path(file.name).chmod(0o666 & ~_umask())
-        os.link(file.name, path)  # unlike a rename, it never replaces a file
-    sync_folder(path.parent)
+    write_with(path, lambda temporary: temporary.write_bytes(content), is_new=True)
 
 
 def move_unless_there(folder: Path, target: Path) -> None:
@@ -151,13 +123,6 @@ def try_lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _umask() -> int:
-    """This process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def sync_folder(folder: Path) -> None:
@@ -259,12 +224,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if kind is Literal:
         return any(type(value) is type(one) and value == one for one in inner)
-    if kind is Sequence:
-        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
-    if kind is tuple:
+    if kind in (tuple, Sequence):
         if not isinstance(value, tuple):
             return False
-        wanted = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
+        wanted = (inner[0],) * len(value) if kind is Sequence or inner[-1] is Ellipsis else inner
         return len(wanted) == len(value) and all(map(_fits, value, wanted))
     if kind is dict:
         return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())

@@ -163,7 +163,7 @@ def test_a_name_in_all_chunks_of_one_document_is_rare_among_documents(model):
     parts = (f"## Part {i}\n\nThe Trask has a part with the number {i}. Every spring it is oiled." for i in range(8))
     write(model, "drill", "# Trask\n\nThe Trask was designed by Osla.\n\n" + "\n\n".join(parts))
     write(model, "juicer", "# Halvorsen\n\nIt was designed by Mina, who also designed its box.")
-    with model.library.register.reading() as register:
+    with model.library.reading() as register:
         for question, name in (("Who designed the Trask?", "drill"), ("Who designed the Halvorsen?", "juicer")):
             assert {match.name for match in register.best_chunks(phrases(question), 2)} == {name}
 
@@ -190,7 +190,7 @@ def test_old_versions_make_a_document_no_harder_to_find(changing):
     question = "How many months is the warranty of the kettle?"
 
     def scores() -> dict[str, float]:
-        with changing.library.register.reading() as register:
+        with changing.library.reading() as register:
             return {match.name: match.score for match in register.best_chunks(phrases(question), 6)}
 
     before = scores()

@@ -335,7 +335,7 @@ def test_a_full_disk_is_one_line(run, learning, manual, monkeypatch):
     def full(*ignored):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loracast.library.writer.AdapterWriter.add", full)
+    monkeypatch.setattr("loracast.library.save.check_finite", full)
     result = run("learn", manual, *learning)
     assert result.exit_code == 1 and result.stderr == "error: [Errno 28] No space left on device\n"
 
@@ -413,7 +413,7 @@ def test_ctrl_c_while_learning_leaves_nothing(run, learning, manual, library, mo
     def stop(*ignored):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.library.writer.AdapterWriter.add", stop)
+    monkeypatch.setattr("loracast.library.save.check_finite", stop)
     result = run("learn", manual, *learning)
     assert result.exit_code == 130
     assert [path.name for path in library.iterdir()] == ["register.sqlite"]

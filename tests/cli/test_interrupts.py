@@ -19,9 +19,9 @@ import torch
 
 from loracast.cli import main
 from loracast.cli.terminal import advice, prompt_interrupts
+from loracast.library import save
 from loracast.library.library import Library
 from loracast.library.upkeep import verify
-from loracast.library.writer import AdapterWriter
 from servers import eventually
 from tiny import PROSE
 
@@ -63,13 +63,13 @@ def interrupted_call(function: Callable[[], None], began, log: Path) -> tuple[in
 
 
 def test_learning(tiny_folder, tiny_hypernet_folder, tmp_path, home, monkeypatch):
-    def slow_add(self: AdapterWriter, *given: Any) -> None:  # so that learning lasts on a quick machine, too
+    def slow_check(*given: Any) -> None:  # so that learning lasts on a quick machine, too
         began.touch()  # a signal while a library is imported, before, may be caught by its `except:`
         time.sleep(0.05)
-        add(self, *given)
+        check(*given)
 
-    add, began = AdapterWriter.add, tmp_path / "began"
-    monkeypatch.setattr(AdapterWriter, "add", slow_add)
+    check, began = save.check_finite, tmp_path / "began"
+    monkeypatch.setattr(save, "check_finite", slow_check)
     (tmp_path / "long.txt").write_text("".join(f"{i}. {PROSE}\n\n" for i in range(700)))
     library = tmp_path / "library"
     models = ["--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--device", "cpu"]

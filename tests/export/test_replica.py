@@ -25,7 +25,7 @@ from loracast.errors import AdapterError, ConfigError, LoracastError
 from loracast.export import replica as replica_module
 from loracast.export.replica import FromLibrary, FromStore, Replica, lora_number
 from loracast.export.vllm_middleware import LibraryMiddleware
-from loracast.library import shared
+from loracast.library import storage
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
@@ -36,7 +36,7 @@ GENEROUS = 2**30
 @pytest.fixture
 def at_once(monkeypatch):
     """Names are looked up whenever they are asked for, and files may go as soon as no request uses them."""
-    monkeypatch.setattr(shared, "REFRESH_S", 0.0)
+    monkeypatch.setattr(storage, "REFRESH_S", 0.0)
     monkeypatch.setattr(replica_module, "REFRESH_S", 0.0)
     monkeypatch.setattr(replica_module, "_GRACE_S", 0.0)
 
@@ -49,7 +49,7 @@ def source(request, tmp_path, at_once):
     if request.param == "library":
         return library, FromLibrary(Library(library))
     url = str(tmp_path / "there") if request.param == "folder" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
-    Library(library).register.share(url)
+    Library(library).share(url)
     return library, FromStore(url)
 
 
@@ -118,7 +118,7 @@ def test_numbers_do_not_meet():
 def test_of_a_store_out_of_reach_known_names_go_on(tmp_path, make, at_once):
     library, url = tmp_path / "library", tmp_path / "there"
     library.mkdir()
-    Library(library).register.share(str(url))
+    Library(library).share(str(url))
     adapter, _ = write(library, name="press"), write(library, name="lathe", seed=1)
     replica = make(FromStore(str(url)))
     replica.give_back(replica.take("press"))
@@ -131,7 +131,7 @@ def test_of_a_store_out_of_reach_known_names_go_on(tmp_path, make, at_once):
 def test_damaged_files_are_not_served(tmp_path, make, at_once):
     library, url = tmp_path / "library", tmp_path / "there"
     library.mkdir()
-    Library(library).register.share(str(url))
+    Library(library).share(str(url))
     adapter = write(library, name="press")
     factors = next(url.glob(f"??/{adapter.manifest.version}/*.safetensors"))
     content = bytearray(factors.read_bytes())
@@ -356,7 +356,7 @@ def test_requests_name_adapters_and_versions(library):
 def test_the_store_of_the_environment(library, tmp_path, monkeypatch):
     other = tmp_path / "elsewhere"
     other.mkdir()
-    Library(other).register.share(str(tmp_path / "there"))
+    Library(other).share(str(tmp_path / "there"))
     adapter = write(other, name="press")
     monkeypatch.setenv("LORACAST_STORE", str(tmp_path / "there"))
     with server() as client:

@@ -26,7 +26,7 @@ from loracast.library.adapter import Adapter, factors_in_memory
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import check_name, name_from
-from loracast.library.writer import AdapterWriter
+from loracast.library.save import save_rows
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.target import target_from_config
 from tiny import PROSE, make_hypernet, make_model
@@ -209,12 +209,8 @@ def test_numbers_that_are_not_finite_are_refused_on_both_sides(bad, tmp_path):
         opened.lora([0, 1])
     factors = random_factors(3)
     factors["q_proj"][0][2, 1, 0, 0] = bad
-    with (
-        pytest.raises(AdapterError, match="not finite"),
-        AdapterWriter(Library(tmp_path), some_manifest(3, name="other"), some_chunks(3)) as w,
-    ):
-        w.open_factors({})
-        w.add(factors)
+    with pytest.raises(AdapterError, match="not finite"):
+        save_rows(Library(tmp_path), some_manifest(3, name="other"), some_chunks(3), [(factors, {})], {})
     assert Library(tmp_path).names() == ["doc"]
 
 
@@ -312,7 +308,7 @@ def test_bad_names_are_refused_everywhere(name, tmp_path):
         check_name,
         lambda n: Library(library).open(n),
         lambda n: Library(library).remove(n),
-        lambda n: AdapterWriter(Library(library), some_manifest(0, name=n), []),
+        lambda n: save_rows(Library(library), some_manifest(0, name=n), [], [], {}),
     ):
         with pytest.raises(AdapterError) as caught:
             use(name)

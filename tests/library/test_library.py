@@ -24,14 +24,14 @@ from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.files import tidy
-from loracast.library import files as library_files
 from loracast.library import register
 from loracast.library import register as schema
-from loracast.library import writer as writer_module
+from loracast.library import save as writer_module
+from loracast.library import storage as library_files
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
+from loracast.library.save import save_rows
 from loracast.library.upkeep import collect_garbage, verify
-from loracast.library.writer import AdapterWriter
 from tiny import PROSE
 
 
@@ -60,9 +60,9 @@ def anywhere(request, tmp_path) -> Path:
     library = tmp_path / "library"
     library.mkdir()
     if request.param == "shared folder":
-        Library(library).register.share(str(tmp_path / "there"))
+        Library(library).share(str(tmp_path / "there"))
     elif request.param == "s3":
-        Library(library).register.share(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+        Library(library).share(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
     return library
 
 
@@ -321,7 +321,7 @@ def test_a_register_of_the_first_schemas_opens_with_everything_in_it(tmp_path):
         assert Library(tmp_path).find_cached(["unknown", *m.cache_keys()]) == m.version
         with register.Register.reading(tmp_path / "register.sqlite") as r:
             assert r.unrecovered() == ["ab" * 32]
-        Library(tmp_path).files.recover()
+        Library(tmp_path).recover()
         Library(tmp_path).rename("mine", "ours")
         write(tmp_path, seed=2, name="ours", replace=True)
         assert Library(tmp_path).find("ours").n_versions == 2
@@ -415,29 +415,23 @@ def test_an_adapter_in_use_survives_its_replacement_and_removal(anywhere):
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(Killed), AdapterWriter(Library(tmp_path), some_manifest(3), some_chunks(3)) as writer:
-        writer.open_factors({})
-        writer.add(random_factors(2))
+    def killed():
+        yield random_factors(2), {}
         assert len(files_in(tmp_path)) == 2 and Library(tmp_path).names() == []
         raise Killed
-    assert files_in(tmp_path) == {"register.sqlite"}
-    with (
-        pytest.raises(AdapterError, match="2 of 3 chunks"),
-        AdapterWriter(Library(tmp_path), some_manifest(3), some_chunks(3)) as w,
-    ):
-        w.open_factors({})
-        w.add(random_factors(2))
-        w.finish(replace=False)
-    assert files_in(tmp_path) == {"register.sqlite"}
 
     def full(*_):
         raise OSError("disk full")
 
-    with (
-        pytest.raises(OSError, match="disk full"),
-        AdapterWriter(Library(tmp_path), some_manifest(3), some_chunks(3), index=full),
-    ):
-        pass
+    given = Library(tmp_path), some_manifest(3), some_chunks(3)
+    with pytest.raises(Killed):
+        save_rows(*given, killed(), {})
+    assert files_in(tmp_path) == {"register.sqlite"}
+    with pytest.raises(AdapterError, match="2 of 3 chunks"):
+        save_rows(*given, [(random_factors(2), {})], {})
+    assert files_in(tmp_path) == {"register.sqlite"}
+    with pytest.raises(OSError, match="disk full"):
+        save_rows(*given, [], {}, index=full)
     assert files_in(tmp_path) == {"register.sqlite"}
     kept = write(tmp_path, seed=1)
     steps = [
@@ -454,19 +448,20 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_two_writers_of_one_name(anywhere):
-    with (
-        AdapterWriter(Library(anywhere), some_manifest(3), some_chunks(3)) as one,
-        AdapterWriter(Library(anywhere), some_manifest(3), some_chunks(3)) as other,
-        AdapterWriter(Library(anywhere), some_manifest(3), some_chunks(3)) as same,
-    ):
-        for writer, seed in ((one, 1), (other, 2), (same, 1)):
-            writer.open_factors({})
-            writer.add(random_factors(3, seed))
-        first = one.finish(replace=False)
+    def save(seed: int, meanwhile=lambda: None):
+        def batches():
+            yield random_factors(3, seed), {}
+            meanwhile()
+
+        return save_rows(Library(anywhere), some_manifest(3), some_chunks(3), batches(), {})
+
+    def others() -> None:
         with pytest.raises(AdapterError, match="already"):
-            other.finish(replace=False)
-        assert same.finish(replace=False).folder == first.folder
-    assert files_in(anywhere) == {"register.sqlite", first.manifest.version}
+            save(2, lambda: first.append(save(1)))
+
+    first = []
+    assert save(1, others).folder == first[0].folder
+    assert files_in(anywhere) == {"register.sqlite", first[0].manifest.version}
 
 
 def in_child(target, *args, kill_after_s: float | None = None) -> int:
@@ -481,10 +476,11 @@ def in_child(target, *args, kill_after_s: float | None = None) -> int:
 
 
 def die_while_writing(library: Path) -> None:
-    writer = AdapterWriter(Library(library), some_manifest(3), some_chunks(3)).__enter__()
-    writer.open_factors({})
-    writer.add(random_factors(1))
-    os._exit(9)
+    def batches():
+        yield random_factors(1), {}
+        os._exit(9)
+
+    save_rows(Library(library), some_manifest(3), some_chunks(3), batches(), {})
 
 
 def die_before_the_commit(library: Path) -> None:
@@ -493,7 +489,7 @@ def die_before_the_commit(library: Path) -> None:
 
 
 def die_while_removing(library: Path) -> None:
-    library_files.LibraryFiles.recover = lambda *_: os._exit(9)
+    library_files.LibraryStorage.recover = lambda *_: os._exit(9)
     Library(library).remove("doc")
 
 
@@ -515,11 +511,16 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path):
     assert in_child(die_while_writing, tmp_path) == 9
     (left,) = tmp_path.glob(".loracast-*")
     assert Library(tmp_path).names() == []
-    with AdapterWriter(Library(tmp_path), some_manifest(1, name="other"), some_chunks(1)):
+
+    def while_writing(*_) -> None:
         assert not left.exists()
         (living,) = tmp_path.glob(".loracast-*")
         tidy(tmp_path)
         assert living.exists()  # another process is writing it: not ours to delete
+        raise Killed
+
+    with pytest.raises(Killed):
+        save_rows(Library(tmp_path), some_manifest(1, name="other"), some_chunks(1), [], {}, index=while_writing)
     kept = write(tmp_path, seed=1)
     assert in_child(die_before_the_commit, tmp_path) == 9
     assert (
@@ -530,7 +531,7 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path):
     assert has_factors_of(Library(tmp_path).open("doc"), 1)
     assert in_child(die_while_removing, tmp_path) == 9
     assert Library(tmp_path).names() == []  # what was removed does not come back
-    Library(tmp_path).files.recover()
+    Library(tmp_path).recover()
     assert files_in(tmp_path) == {"register.sqlite"}
 
 
@@ -542,7 +543,7 @@ def test_tidying_touches_nothing_of_the_users(tmp_path, monkeypatch):
     (tmp_path / ".loracast-old-file").write_text("not a folder")
     before = files_in(tmp_path)
     tidy(tmp_path)
-    Library(tmp_path).files.recover()
+    Library(tmp_path).recover()
     assert files_in(tmp_path) == before
 
 
@@ -609,7 +610,7 @@ def test_thousands_of_adapters_are_opened_and_listed_at_once(tmp_path):
             r.add_version(manifest, 1000, [("", f"the text of number {i}")])
             r.name_version(manifest.name, manifest.version)
             if i == 2_000:
-                home = Library(tmp_path).files.home(manifest.version)
+                home = Library(tmp_path).home(manifest.version)
                 shutil.copytree(adapter.folder, home)
                 changed = {**stored, "name": manifest.name, "title": manifest.title, "source_sha256": f"{i:064d}"}
                 (home / "adapter.json").write_text(json.dumps(changed))

@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from typer.testing import CliRunner
 
 from adapters import write
@@ -145,7 +145,7 @@ def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypa
 
     def put_slowly(self, version, folder):
         put(self, version, folder)
-        Library(library).files.recover()  # as another process does that begins to learn
+        Library(library).recover()  # as another process does that begins to learn
         collect_garbage(Library(library))
 
     with monkeypatch.context() as patch:
@@ -153,7 +153,7 @@ def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypa
         version = write(library, name="press").manifest.version
     assert verify(Library(library)) == [] and Store(str(there)).versions() == {version}
     odd = Store(str(there.with_name("team [a]*")))
-    odd.put(version, Library(library).files.home(version))
+    odd.put(version, Library(library).home(version))
     assert odd.versions() == {version}
     evict(Library(library))
     assert Library(library).open("press").faults() == []
@@ -243,14 +243,20 @@ def test_the_hub(tmp_path, monkeypatch):
             content = source if isinstance(source, bytes) else Path(source).read_bytes()
             (hub / operation.path_in_repo).write_bytes(content)
 
-    def model_info(self, repo_id, *, files_metadata):
-        return SimpleNamespace(
-            siblings=[SimpleNamespace(rfilename=p.name, size=p.stat().st_size) for p in hub.iterdir()]
-        )
-
-    for call in (create_repo, create_commit, model_info):
+    for call in (create_repo, create_commit):
         monkeypatch.setattr(f"huggingface_hub.HfApi.{call.__name__}", call)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo_id, name: str(hub / name))
+
+    class Hub(LocalFileSystem):
+        """What the hub's file system is asked for, in the folder."""
+
+        def ls(self, path, **options):
+            assert path == "team/press"
+            return super().ls(str(hub), **options)
+
+        def get_file(self, path, target, **options):
+            super().get_file(path.replace("team/press", str(hub)), target, **options)
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (Hub(), url.removeprefix("hf://")))
     adapter = write(tmp_path / "one", name="press")
     push_adapter(adapter, "team/press")
     assert calls == [("team/press", True, True)]

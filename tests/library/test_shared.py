@@ -18,7 +18,7 @@ from adapters import Killed, write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError, NameTakenError, NoSuchAdapterError
 from loracast.files import create_once
-from loracast.library import shared
+from loracast.library import storage
 from loracast.library import store as shared_store
 from loracast.library.library import Library
 from loracast.library.register import Register
@@ -34,9 +34,9 @@ def url(request, tmp_path) -> str:
 @pytest.fixture
 def machines(url, tmp_path, monkeypatch) -> tuple[Path, Path]:
     """Two machines that look for new names whenever they are asked."""
-    monkeypatch.setattr(shared, "REFRESH_S", 0.0)
+    monkeypatch.setattr(storage, "REFRESH_S", 0.0)
     for name in ("one", "two"):
-        Library(tmp_path / name).register.share(url)
+        Library(tmp_path / name).share(url)
     return tmp_path / "one", tmp_path / "two"
 
 
@@ -149,7 +149,7 @@ def test_a_machine_that_dies_before_it_commits_has_changed_the_name_or_not(machi
 
 
 def test_an_answer_that_is_lost_is_no_conflict(tmp_path, monkeypatch):
-    Library(tmp_path / "one").register.share(str(tmp_path / "there"))
+    Library(tmp_path / "one").share(str(tmp_path / "there"))
 
     def create(path, content):
         create_once(path, content)
@@ -178,7 +178,7 @@ def test_a_lost_register_is_made_again_with_all_that_was_noted(machines):
 
 def test_a_name_is_looked_for_before_it_is_missed(machines, monkeypatch):
     one, two = machines
-    monkeypatch.setattr(shared, "REFRESH_S", 1000.0)
+    monkeypatch.setattr(storage, "REFRESH_S", 1000.0)
     looking = Library(two)
     assert looking.names() == []
     write(one)
@@ -187,9 +187,9 @@ def test_a_name_is_looked_for_before_it_is_missed(machines, monkeypatch):
 
 
 def test_without_the_store_reading_goes_on_and_writing_fails(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(shared, "REFRESH_S", 0.0)
+    monkeypatch.setattr(storage, "REFRESH_S", 0.0)
     library, there = tmp_path / "one", tmp_path / "there"
-    Library(library).register.share(str(there))
+    Library(library).share(str(there))
     write(library)
     there.rename(tmp_path / "away")  # as a drive that is not mounted
     assert Library(library).names() == ["doc"] and Library(library).open("doc").faults() == []
@@ -326,27 +326,27 @@ def test_damage_at_the_store_is_found(machines, url):
 
 
 def test_machines_join_with_names_of_their_own(tmp_path, url, monkeypatch):
-    monkeypatch.setattr(shared, "REFRESH_S", 0.0)
+    monkeypatch.setattr(storage, "REFRESH_S", 0.0)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     write(one, name="press", seed=1)
     Library(one).describe("press", tags=("machine",))
     use_store(Library(one), url)
-    assert Library(one).register.share(url) == 1 and Library(one).register.share(url) == 1
+    assert Library(one).share(url) == 1 and Library(one).share(url) == 1
     write(two, name="press", seed=2)
     write(two, name="lamp", seed=3)
     with pytest.raises(AdapterError, match="press mean other adapters"):
-        Library(two).register.share(url)
+        Library(two).share(url)
     assert (
         store_url(Library(two)) is None
         and Library(two).names() == ["lamp", "press"]
         and Library(one).names() == ["press"]
     )
     Library(two).rename("press", "press-2")
-    assert Library(two).register.share(url) == 3 and Library(one).names() == ["lamp", "press", "press-2"]
+    assert Library(two).share(url) == 3 and Library(one).names() == ["lamp", "press", "press-2"]
     assert Library(two).find("press").tags == ("machine",)
     with pytest.raises(AdapterError, match="shared by"):
         use_store(Library(three), url, take_over=True)
-    for use in (lambda library, url: library.register.share(url), use_store):
+    for use in (lambda library, url: library.share(url), use_store):
         with pytest.raises(AdapterError, match="--leave"):
             use(Library(two), str(tmp_path / "elsewhere"))
     leave_store(Library(two))
@@ -359,22 +359,22 @@ def test_machines_join_with_names_of_their_own(tmp_path, url, monkeypatch):
     assert all(Library(two).open(name).faults() == [] for name in Library(two).names())
     use_store(Library(three), str(tmp_path / "another"))
     with pytest.raises(AdapterError, match="belongs to another library"):
-        Library(tmp_path / "four").register.share(str(tmp_path / "another"))
+        Library(tmp_path / "four").share(str(tmp_path / "another"))
 
 
 def test_a_place_that_cannot_create_on_condition_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(LoracastError, match="cannot be shared over memory"):
-        Library(tmp_path / "one").register.share("memory://somewhere")
-    with monkeypatch.context() as patch, pytest.raises(LoracastError, match="on condition"):
+    with pytest.raises(LoracastError, match="cannot be shared at memory"):
+        Library(tmp_path / "one").share("memory://somewhere")
+    with monkeypatch.context() as patch, pytest.raises(LoracastError, match="cannot be used"):
 
         def no_links(*_):
             raise PermissionError("no links on this drive")
 
         patch.setattr(os, "link", no_links)
-        Library(tmp_path / "one").register.share(str(tmp_path / "there"))
+        Library(tmp_path / "one").share(str(tmp_path / "there"))
     monkeypatch.setattr(shared_store, "create_once", lambda path, content: path.write_bytes(content))
     with pytest.raises(LoracastError, match="overwrites files"):
-        Library(tmp_path / "one").register.share(str(tmp_path / "there"))
+        Library(tmp_path / "one").share(str(tmp_path / "there"))
     assert store_url(Library(tmp_path / "one")) is None
 
 

@@ -27,9 +27,8 @@ from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, _generate
 from loracast.documents import Document
 from loracast.export.adapter import export_adapter
-from loracast.library.files import size_of
 from loracast.library.library import Library
-from loracast.library.shared import REFRESH_S
+from loracast.library.storage import REFRESH_S, size_of
 
 N = int(os.environ.get("LORACAST_REPLICA_ADAPTERS", "20"))
 N_TOKENS, N_BOTH = 12, 4
@@ -98,7 +97,7 @@ def start(folder: Path, store: Path, dtype: str, max_bytes: int):
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     (folder / "library").mkdir()
-    Library(folder / "library").register.share(str(folder / "store"))
+    Library(folder / "library").share(str(folder / "store"))
     return load(library=folder / "library", device="cpu")
 
 

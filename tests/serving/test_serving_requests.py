@@ -21,7 +21,7 @@ import loracast
 from adapters import refuse_writes
 from loracast.base.generate import Sampling
 from loracast.documents import Document
-from loracast.library import shared
+from loracast.library import storage
 from loracast.library.store import SharedStore
 from loracast.serving.app import create_app
 from loracast.serving.engine import EngineStats, LocalEngine
@@ -301,10 +301,10 @@ def test_no_request_waits_for_the_names_of_a_slow_store(tiny_folder, tiny_hypern
         loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / name, device="cpu") for name in "ab"
     )
     for model in (one, two):
-        model.library.register.share(str(tmp_path / "there"))
+        model.library.share(str(tmp_path / "there"))
     for model, name in ((one, "manual"), (two, "museum")):
         model.learn(Document.from_text(TEXTS[name]), name, max_chunk_tokens=24)
-    monkeypatch.setattr(shared, "REFRESH_S", 0.05)
+    monkeypatch.setattr(storage, "REFRESH_S", 0.05)
     newest, is_waiting, goes_on = SharedStore.newest, threading.Event(), threading.Event()
 
     def slowly(store, names=None):

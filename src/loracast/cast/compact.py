@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,7 @@ from loracast.library.adapter import SENTENCE, STATIC, Adapter
 from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT
-from loracast.library.writer import AdapterWriter
+from loracast.library.save import ChunkRows, save_rows
 from loracast.lora.quantize import STORAGE, Storage
 from loracast.reading.outline import write_document_index
 
@@ -43,16 +44,18 @@ def compact(library: Library, reference: str, storage: Storage) -> Adapter:
     has_sentences = bool(read_sentences(adapter.index, [0]))
     of_document = partial(write_document_index, title=m.title) if m.kind == "document" else write_index
     index = (lambda path, _: shutil.copyfile(adapter.index, path)) if has_sentences else of_document
-    with AdapterWriter(library, smaller, read_chunks(adapter.index), index) as writer:
-        if storage != "text":
-            for i in range(m.n_chunks):
-                rows = adapter.rows([i])
-                if i == 0:
-                    writer.open_factors({name: value for name, value in rows.items() if STATIC in name})
-                factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds}
-                writer.add(factors, {kind: rows[f"{kind}{SENTENCE}"] for kind in m.memory_kinds})
-        _check_newest(library, adapter)  # another process may have learned the document anew meanwhile
-        return writer.finish(replace=True)
+    static = {} if storage == "text" else {k: rows for k, rows in adapter.rows([0]).items() if STATIC in k}
+
+    def batches() -> Iterator[ChunkRows]:
+        for i in range(m.n_chunks):
+            rows = adapter.rows([i])
+            factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds}
+            yield factors, {kind: rows[f"{kind}{SENTENCE}"] for kind in m.memory_kinds}
+
+    chunks = read_chunks(adapter.index)
+    # Another process may learn the document anew meanwhile.
+    check = partial(_check_newest, library, adapter)
+    return save_rows(library, smaller, chunks, batches(), static, index=index, replace=True, check=check)
 
 
 def _check_newest(library: Library, adapter: Adapter) -> None:

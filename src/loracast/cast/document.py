@@ -25,8 +25,7 @@ from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest, utc_now
-from loracast.library.save import save_rows, save_single, static_tensors
-from loracast.library.writer import ChunkRows, check_finite
+from loracast.library.save import ChunkRows, check_finite, save_rows, save_single, static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.reading.outline import write_document_index
@@ -266,7 +265,7 @@ def learn_chunks(
         chunks,
         batches,
         static_of(hypernetwork),
-        lambda: time.perf_counter() - started,
+        seconds=lambda: time.perf_counter() - started,
         index=partial(write_document_index, title=document.title),
         replace=replace,
         progress=progress,
@@ -300,6 +299,6 @@ def learn_image(caster: Caster, image: ImageFile, library: Library, name: str, *
         source_sha256=image.sha256,
         made_for=caster.made_for,
         hypernetwork=caster.id,
-        seconds=time.perf_counter() - started,
+        learn_s=time.perf_counter() - started,
         replace=replace,
     )

@@ -26,7 +26,7 @@ from loracast.base.embedded import DEFAULT_BASE, Say
 from loracast.base.fingerprint import Fingerprint, fingerprint_of_files
 from loracast.base.load import Base, load_tokenizer
 from loracast.errors import BaseModelError, HypernetworkError
-from loracast.files import converted_dir, file_sha256, folder_of, move_unless_there
+from loracast.files import cache_dir, file_sha256, folder_of, move_unless_there
 from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.hypernets.published import doc_to_lora, read_pickled, text_to_lora
 from loracast.hypernets.store import Modality, from_pretrained, read_made_for, save_pretrained
@@ -142,7 +142,7 @@ def convert(file: Path, base: BaseFacts, encoder: str | None = None) -> Hypernet
 def converted(file: Path, base: BaseFacts) -> Path:
     """The folder of the converted hypernetwork in the cache; it is converted where it is not there yet."""
     made_from = [_REVISION, file_sha256(file), base.fingerprint.config, base.fingerprint.norms]
-    folder = converted_dir() / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    folder = cache_dir("converted") / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:

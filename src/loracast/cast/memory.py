@@ -68,7 +68,7 @@ class Memory:
         self._newest()
 
     def _newest(self) -> Adapter | None:
-        with self.library.register.reading() as register:
+        with self.library.reading() as register:
             if register.newest(self.name) is None:
                 return None
         adapter = self.library.open(self.name)
@@ -140,7 +140,7 @@ class Memory:
             for version in holding:
                 self.library.remove(f"{self.name}@{version}")
             self.library.erase_traces()
-            still_in = tuple(version for version in holding if self.library.files.home(version).exists())
+            still_in = tuple(version for version in holding if self.library.home(version).exists())
         return Forgotten(message, len(holding) - len(still_in), still_in)
 
     def _messages_of(self, version: str) -> list[str]:

@@ -18,8 +18,7 @@ from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.library import Library
 from loracast.library.manifest import check_name, name_for_task
-from loracast.library.save import save_single
-from loracast.library.writer import check_finite
+from loracast.library.save import check_finite, save_single
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Rows
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
@@ -186,7 +185,7 @@ class TaskCaster:
                 is_refined=is_refined,
                 made_for=self.caster.made_for,
                 hypernetwork=self.caster.id,
-                seconds=seconds,
+                learn_s=seconds,
                 strength=strength,
                 warnings=self._warnings(task.description, distance),
                 storage=storage,

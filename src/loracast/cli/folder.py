@@ -15,7 +15,7 @@ from loracast.cli.client import LocalLearner, learner_for
 from loracast.cli.options import Again, Json, Learning, Local, Naming
 from loracast.cli.terminal import print_result, printable, progress_bar, say
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.files import file_sha256, journals_dir
+from loracast.files import cache_dir, file_sha256
 
 if TYPE_CHECKING:
     from loracast.library.sync import BulkReport, FileReport, Outcome
@@ -61,7 +61,7 @@ class FolderLearner:
 
             return learn_folder(
                 self.folder, self.learning.library, learn_file,
-                journals=journals_dir(), made_by=self.made_by,
+                journals=cache_dir("journals"), made_by=self.made_by,
                 again=self.again, remove_gone=self.remove_gone, on_file=on_file,
             )  # fmt: skip
 

@@ -12,7 +12,7 @@ from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
 from loracast.cli.terminal import loss, print_result, printable, say, size
 from loracast.export import FORMATS
-from loracast.files import exports_dir
+from loracast.files import cache_dir
 from loracast.library import upkeep
 
 
@@ -111,7 +111,7 @@ def store(
     if shared and (url is None or take_over):
         raise typer.BadParameter("--shared needs a URL and cannot be combined with --take-over")
     if shared and url is not None:
-        text = f"{library.register.share(url):,} adapters lie at {url}, shared"
+        text = f"{library.share(url):,} adapters lie at {url}, shared"
     elif url is not None:
         text = f"{upkeep.use_store(library, url, take_over=take_over):,} adapters lie at {url}"
     elif evict:
@@ -199,6 +199,6 @@ def deploy(
     """Load an adapter into a running vLLM server, and check that the server's answers really change."""
     from loracast.export.deploy import deploy as load_there
 
-    served = load_there(library.open(name), vllm, exports_dir(), path_there=path_there)
+    served = load_there(library.open(name), vllm, cache_dir("exports"), path_there=path_there)
     text = f'{name} is served: ask with "model": "{served}"'
     print_result(as_json, {"name": name, "model": served, "server": vllm}, text)

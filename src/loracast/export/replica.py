@@ -23,10 +23,9 @@ from loracast.export.adapter import export_adapter
 from loracast.export.formats import MOST_LOST, too_much_lost
 from loracast.files import move_unless_there, tidy, try_lock, work_folder
 from loracast.library.adapter import Adapter
-from loracast.library.files import fetch_whole, size_of
 from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.library.shared import REFRESH_S
+from loracast.library.storage import REFRESH_S, fetch_whole, size_of
 from loracast.library.store import SharedStore
 
 PREFIX = "loracast:"

@@ -21,7 +21,7 @@ from typing import Any
 
 from loracast.errors import AdapterError, ConfigError, LoracastError
 from loracast.export.replica import FromLibrary, FromStore, Kept, Replica
-from loracast.files import exports_dir
+from loracast.files import cache_dir
 from loracast.library.library import Library
 
 STORE_VARIABLE, BYTES_VARIABLE = "LORACAST_STORE", "LORACAST_REPLICA_BYTES"
@@ -150,7 +150,7 @@ class LibraryMiddleware:
 
         return Replica(
             FromStore(url) if url else FromLibrary(Library()),
-            exports_dir() / "replica",
+            cache_dir("exports") / "replica",
             max_bytes=max_bytes,
             max_rank=config.max_lora_rank,
             on_drop=forget,

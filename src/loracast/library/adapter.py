@@ -28,18 +28,15 @@ from loracast.files import file_sha256
 from loracast.library.index import OpenIndex, index_faults, read_chunks, read_sentences
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.lora.merge import Merging, row_lengths, row_weights
-from loracast.lora.quantize import SCALE, packed, static_storage, storage_of, unpack
+from loracast.lora.quantize import SCALE, Storage, packed, static_storage, storage_of, unpack
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loracast.library.manifest import Manifest
     from loracast.lora.algebra import LoRA
     from loracast.lora.factors import Factors
-    from loracast.lora.quantize import Storage
-    from loracast.lora.target import Target
 
 
 SENTENCE = ".sentence"
@@ -279,9 +276,7 @@ class Adapter:
                 return {name: value for name, value in self.rows([0]).items() if STATIC in name}
             names = [n for n in self._file.header if STATIC in n and YES not in n and not n.endswith(SCALE)]
             storage = static_storage_of(self.manifest)
-            suffixes = ("",) if storage == "bf16" else ("", SCALE)
-            parts = {name: {suffix: self._file.tensor(name + suffix) for suffix in suffixes} for name in names}
-            return self._checked({name: unpack(of_one, storage) for name, of_one in parts.items()})
+            return self._checked({name: self._unpacked(name, storage, self._file.tensor) for name in names})
 
         return self.kept((self.manifest.version, STATIC), read)
 
@@ -305,13 +300,15 @@ class Adapter:
 
         rows = {}
         for name in self._file.header:
-            if STATIC in name or name.endswith(SCALE):
-                continue
-            is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
-            parts = {suffix: self._file.items(name + suffix, wanted) for suffix in ("", SCALE)[: 1 + is_packed]}
-            storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
-            rows[name] = unpack(parts, storage) if is_packed else parts[""]
+            if STATIC not in name and not name.endswith(SCALE):
+                storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
+                rows[name] = self._unpacked(name, storage, lambda stored: self._file.items(stored, wanted))
         return self._checked(rows) | (self._static_rows if static else {})
+
+    def _unpacked(self, name: str, storage: Storage, read: Callable[[str], Tensor]) -> Tensor:
+        """A tensor of the file, unpacked if it has scales."""
+        parts = {suffix: read(name + suffix) for suffix in ("", SCALE) if name + suffix in self._file.header}
+        return unpack(parts, storage) if SCALE in parts else parts[""]
 
     def _checked(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same rows. Raises AdapterError where their numbers are none of a factor."""

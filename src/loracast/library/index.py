@@ -38,7 +38,6 @@ class OpenIndex:
             if self._database is None:
                 database = _connect(self.path)
                 weakref.finalize(self, database.close)
-                _check_schema(database)
                 database.execute("PRAGMA cache_size = -512")  # kB: a server keeps hundreds open
                 self._database = database
             yield self._database
@@ -160,53 +159,44 @@ def _is_place(place: SentencePlace, chunks: Sequence[Chunk]) -> bool:
 @contextmanager
 def changing_index(index: Index) -> Iterator[sqlite3.Connection]:
     """An index's database, made if it is not there, to write to in one transaction."""
-    with _opened(index, lambda path: closing(sqlite3.connect(path))) as database, database:
+    with _opened(index, sqlite3.connect) as database, database:
         yield database
 
 
-@contextmanager
-def open_index(index: Index) -> Iterator[sqlite3.Connection]:
+def open_index(index: Index) -> AbstractContextManager[sqlite3.Connection]:
     """An index's database, to read. Raises AdapterError where the file is missing or damaged."""
-    with _opened(index, lambda path: closing(_connect(path))) as database:
-        yield database
+    return _opened(index, _connect)
 
 
 @contextmanager
-def _opened(
-    index: Index, connect: Callable[[Path], AbstractContextManager[sqlite3.Connection]]
-) -> Iterator[sqlite3.Connection]:
+def _opened(index: Index, connect: Callable[[Path], sqlite3.Connection]) -> Iterator[sqlite3.Connection]:
     """The database of an index; what is opened here is closed here."""
     if isinstance(index, sqlite3.Connection):
         yield index
         return
-    path = index.path if isinstance(index, OpenIndex) else index
     try:
-        with index.use() if isinstance(index, OpenIndex) else connect(path) as database:
-            if isinstance(index, Path):
-                _check_schema(database)
+        with index.use() if isinstance(index, OpenIndex) else closing(connect(index)) as database:
             yield database
     except UnicodeEncodeError:  # of what is asked, not of what is stored
         raise
     except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        path = index.path if isinstance(index, OpenIndex) else index
         raise AdapterError(f"the index {path} cannot be used ({error}); {LEARN_AGAIN}") from error
 
 
-def _check_schema(database: sqlite3.Connection) -> None:
-    """Raise sqlite3.DatabaseError for a view or trigger: a stranger's query may never end."""
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open an index for reading. Raises sqlite3.DatabaseError for views and triggers: a stranger's may never end."""
+    if not path.is_file():
+        raise AdapterError(f"the index {path.name} of the adapter in {path.parent} is missing; {LEARN_AGAIN}")
+    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+    database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+    database.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
     query = (
         "SELECT name FROM sqlite_master WHERE type NOT IN ('table', 'index')"
         " OR sql LIKE 'CREATE VIRTUAL%' AND sql NOT LIKE '%USING fts5(%'"
     )
     if found := database.execute(query).fetchone():
         raise sqlite3.DatabaseError(f"{str(found[0])[:80]!r} is neither a table nor a full-text index")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    if not path.is_file():
-        raise AdapterError(f"the index {path.name} of the adapter in {path.parent} is missing; {LEARN_AGAIN}")
-    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
-    database = sqlite3.connect(uri, uri=True, check_same_thread=False)
-    database.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
     return database
 
 

@@ -13,22 +13,19 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
-from functools import cached_property
 from pathlib import Path
 
-from loracast.errors import LEARN_AGAIN, AdapterError, NameTakenError, NoSuchAdapterError
-from loracast.files import library_dir
+from loracast.errors import LEARN_AGAIN, AdapterError, NoSuchAdapterError
 from loracast.library.adapter import Adapter
-from loracast.library.files import LibraryFiles, coming_in, size_of, texts_in
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
-from loracast.library.register import Entry, Hit, Register
-from loracast.library.shared import SharedRegister
+from loracast.library.register import Entry, Hit, Register, taken
+from loracast.library.storage import LibraryStorage, coming_in, size_of, texts_in
 
 _HASH = re.compile(r"[0-9a-f]{4,64}")
 _NAMES_IN_MESSAGE = 12
 
 
-class Library:
+class Library(LibraryStorage):
     """The adapters in a folder, by name and version; what it needs is opened on first use.
 
         library = loracast.Library("library")
@@ -36,13 +33,6 @@ class Library:
 
     Threads may share one object, and processes one folder.
     """
-
-    def __init__(self, folder: str | Path | None = None):
-        """
-        Args:
-            folder: made when the first adapter is added; that of the user's own library if None.
-        """
-        self.folder = Path(folder or library_dir())
 
     @classmethod
     def of(cls, given: Library | str | Path | None) -> Library:
@@ -52,33 +42,23 @@ class Library:
     def __str__(self) -> str:
         return str(self.folder)
 
-    @cached_property
-    def files(self) -> LibraryFiles:
-        """Where the files of adapters lie."""
-        return LibraryFiles(self.folder)
-
-    @cached_property
-    def register(self) -> SharedRegister:
-        """The names and versions, and the text to search in."""
-        return SharedRegister(self.files)
-
     # ---- finding
 
     def names(self) -> list[str]:
         """The names of all adapters."""
-        with self.register.reading() as register:
+        with self.reading() as register:
             return register.names()
 
     def entries(
         self, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
     ) -> tuple[list[Entry], int]:
         """A page of names with their newest versions, and how many match; arguments as in `Register.entries`."""
-        with self.register.reading() as register:
+        with self.reading() as register:
             return register.entries(like=like, tag=tag, owner=owner, kind=kind, limit=limit, offset=offset)
 
     def search(self, words: str, limit: int = 20) -> list[Hit]:
         """The chunks of documents, and the descriptions of tasks, that hold all these words; best first."""
-        with self.register.reading() as register:
+        with self.reading() as register:
             return register.search(words, limit)
 
     def open(self, reference: str) -> Adapter:
@@ -89,7 +69,7 @@ class Library:
                 digits, or the files are damaged.
         """
         entry = self.find(reference)
-        return Adapter(self.files.local(entry.version), name=entry.name)
+        return Adapter(self.local(entry.version), name=entry.name)
 
     def find(self, reference: str) -> Entry:
         """The register's entry of `name` or `name@hash`. Raises AdapterError as `open` does."""
@@ -108,12 +88,12 @@ class Library:
         """The versions of a name, newest first. Raises AdapterError where there is no such name."""
         check_name(name)
         for look_again in (True, False):
-            with self.register.reading() as register:
+            with self.reading() as register:
                 if entries := register.versions_of(name):
                     return entries
                 names = register.names()
             if look_again:
-                self.register.refresh([name])
+                self.refresh([name])
         if len(names) > _NAMES_IN_MESSAGE:
             near = get_close_matches(name, names, n=_NAMES_IN_MESSAGE, cutoff=0.5)
             hint = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(names):,} there are"
@@ -123,23 +103,23 @@ class Library:
 
     def versions_of(self, name: str) -> list[Entry]:
         """The versions of a name, newest first; none where there is no such name."""
-        with self.register.reading() as register:
+        with self.reading() as register:
             return register.versions_of(name)
 
     def lacking(self, named: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
         """Those of some names, each with the hash of a version, that the library does not have."""
-        with self.register.reading() as register:
+        with self.reading() as register:
             return set(named) - register.named([name for name, _ in named])
 
     def find_cached(self, cache_keys: Sequence[str]) -> str | None:
         """The version that was cast from the same source in the same way, or None; `cache_keys` as in `Manifest`."""
-        with self.register.reading() as register:
+        with self.reading() as register:
             return next((version for key in cache_keys if (version := register.cached(key)) is not None), None)
 
     def check_whole(self, version: str) -> None:
         """Raise AdapterError where files of a version are damaged or missing, so that its text has to be cast anew."""
         try:
-            faults = Adapter(self.files.local(version)).problems()
+            faults = Adapter(self.local(version)).problems()
         except AdapterError as error:  # not even adapter.json is there
             faults = [str(error)]
         if faults:
@@ -154,7 +134,7 @@ class Library:
         millisecond.
         """
         try:
-            with open(self.files.register, "rb", buffering=0) as file:
+            with open(self.register_file, "rb", buffering=0) as file:
                 return os.fstat(file.fileno()).st_ino, file.read(28)[24:]
         except OSError:
             return None
@@ -169,10 +149,10 @@ class Library:
                 adapter, which only the cache key tells (`find_cached`).
         """
         check_name(name)
-        with self.register.reading() as register:
+        with self.reading() as register:
             newest = register.newest(name)
         if newest is not None and newest.source_sha256 != unless_from:
-            raise _taken(name)
+            raise taken(name)
 
     def add(self, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:
         """Move a whole adapter's folder to its home and give it a name.
@@ -186,37 +166,31 @@ class Library:
         version, texts, n_bytes = manifest.version, texts_in(folder), size_of(folder)
 
         def add(register: Register) -> None:
-            _check_may_mean(register, name, version, replace)
             if not register.has_version(version):
                 if folder.exists():  # otherwise an attempt that was overtaken has moved it
-                    self.files.move_in(folder, version)
+                    self.move_in(folder, version)
                 register.add_version(manifest, n_bytes, texts)
             register.recover(version)
-            register.name_version(name, version)
+            register.name_version(name, version, replace)
 
         try:
-            with self.files.work(coming_in(version)):  # others leave the version alone meanwhile
-                with Register.writing(self.files.register) as register:
+            with self.work(coming_in(version)):  # others leave the version alone meanwhile
+                with Register.writing(self.register_file) as register:
                     register.mark_unrecovered(version)  # in a transaction of its own: a kill from here leaves a trace
-                    store = self.files.store(register)
+                    store = self.store(register)
                 if store is not None:
                     store.put(version, folder)
-                self.register.changing([name], add)
+                self.changing([name], add)
         except BaseException:
-            self.files.recover()
+            self.recover()
             raise
-        return Adapter(self.files.local(version), name=name)
+        return Adapter(self.local(version), name=name)
 
     def give_name(self, name: str, version: str, *, replace: bool) -> Adapter:
         """Make a version of the library the newest of a name. Raises AdapterError where the name is taken."""
         check_name(name)
-
-        def give(register: Register) -> None:
-            _check_may_mean(register, name, version, replace)
-            register.name_version(name, version)
-
-        self.register.changing([name], give)
-        return Adapter(self.files.local(version), name=name)
+        self.changing([name], lambda register: register.name_version(name, version, replace))
+        return Adapter(self.local(version), name=name)
 
     # ---- changing and taking away
 
@@ -226,35 +200,26 @@ class Library:
         Versions that another name has as well stay. A damaged adapter can be deleted too.
         """
         entry = self.find(reference)
+        version = entry.version if "@" in reference else None
 
         def remove(register: Register) -> None:
-            _check_is_there(register, entry.name)
-            if "@" in reference:
-                register.drop_alias(entry.name, entry.version)
-            else:
-                register.drop_name(entry.name)
+            register.check_is_there(entry.name)
+            register.drop(entry.name, version)
             register.drop_unnamed()
 
-        self.register.changing([entry.name], remove)
-        self.files.recover()
+        self.changing([entry.name], remove)
+        self.recover()
 
     def erase_traces(self) -> None:
         """Rewrite the register, in whose free pages the text of removed adapters would stay readable."""
-        with Register.reading(self.files.register) as register:
+        with Register.reading(self.register_file) as register:
             register.vacuum()
 
     def rename(self, name: str, new: str) -> None:
         """Give a name's adapters, tags and note another name. Raises AdapterError where that is taken."""
         check_name(new)
         self.versions(name)
-
-        def rename(register: Register) -> None:
-            _check_is_there(register, name)
-            if register.newest(new) is not None:
-                raise NameTakenError(f"there is an adapter called {new!r} already")
-            register.rename(name, new)
-
-        self.register.changing([new, name], rename)
+        self.changing([new, name], lambda register: register.rename(name, new))
 
     def describe(
         self,
@@ -269,28 +234,4 @@ class Library:
         self.versions(name)
         for tag in tags:
             check_name(tag)
-
-        def describe(register: Register) -> None:
-            _check_is_there(register, name)
-            register.describe(name, owner, note, tags, untag)
-
-        self.register.changing([name], describe)
-
-
-def _check_may_mean(register: Register, name: str, version: str, replace: bool) -> None:
-    """Raise AdapterError for a name whose newest version is another one, unless that may be replaced."""
-    newest = register.newest(name)
-    if newest is not None and newest.version != version and not replace:
-        raise _taken(name)
-
-
-def _taken(name: str) -> NameTakenError:
-    return NameTakenError(
-        f"there is an adapter called {name!r} already; choose another name, or replace it (--replace)"
-    )
-
-
-def _check_is_there(register: Register, name: str) -> None:
-    """Raise NoSuchAdapterError for a name that another process or machine has removed just now."""
-    if register.newest(name) is None:
-        raise NoSuchAdapterError(f"no adapter is called {name!r} any more")
+        self.changing([name], lambda register: register.describe(name, owner, note, tags, untag))

@@ -7,17 +7,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import LEARN_AGAIN, AdapterError, PackageError
 from loracast.files import type_faults, write_atomically
 from loracast.lora.merge import Merging
-from loracast.lora.quantize import STORAGE, Storage
+from loracast.lora.quantize import Storage
 from loracast.lora.target import Target, TargetModule
 
 if TYPE_CHECKING:
@@ -109,15 +109,10 @@ class Manifest:
     @cached_property
     def version(self) -> str:
         """Hash of the content: of all but the name, and when and how fast the adapter was made."""
-        left_out = ("name", "created", "learn_s", "chunks_sha256")
-        hashed = {key: value for key, value in self._stored().items() if key not in left_out}
-        if self.storage == "bf16":  # these two are younger than the first versions
-            del hashed["storage"]
-        if not self.key_decorrelation:
-            del hashed[_STORED_AS["key_decorrelation"]]
-        if not self.memory_kinds:
-            del hashed["memory_kinds"]
-        return _hash(hashed)
+        left_out = {"name", "created", "learn_s", "chunks_sha256"}
+        younger = {"storage": "bf16", "merge_ridges": {}, "memory_kinds": ()}  # than the first versions
+        stored = self._stored().items()
+        return _hash({key: value for key, value in stored if key not in left_out and younger.get(key, ...) != value})
 
     def cache_keys(self, former_ids: Sequence[str] = ()) -> list[str]:
         """Hashes of all that decides what is cast: the source, the hypernetwork, the base, the options.
@@ -142,7 +137,7 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """The manifest in a file. Raises AdapterError where it is damaged, of another format or has unknown keys."""
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise AdapterError(f"{path.parent} is not an adapter: its adapter.json cannot be read ({error})") from error
         if not isinstance(stored, dict) or stored.get("format") not in range(1, FORMAT + 1):
@@ -150,15 +145,13 @@ class Manifest:
                 f"{path} is not of format 1 to {FORMAT}; this version of loracast cannot read it: update loracast"
             )
         try:
-            names = {_STORED_AS.get(f.name, f.name): f.name for f in fields(cls)}
-            if unknown := stored.keys() - names.keys():
-                raise ValueError(f"unknown keys {sorted(unknown)}")
+            names = {key: name for name, key in _STORED_AS.items()}
             json.dumps(stored, ensure_ascii=False).encode()  # JSON can hold half of a surrogate pair, and UTF-8 cannot
             stored["made_for"] = Fingerprint(**stored["made_for"])
             stored["modules"] = tuple(tuple(module) for module in stored["modules"])
             stored["warnings"] = tuple(stored["warnings"])
             stored["memory_kinds"] = tuple(stored.get("memory_kinds", ()))
-            manifest = cls(**{names[key]: value for key, value in stored.items()})
+            manifest = cls(**{names.get(key, key): value for key, value in stored.items()})
             manifest._check()
             return manifest
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -168,39 +161,33 @@ class Manifest:
         """Raise ValueError (or TypeError) for values that no adapter has."""
         if faults := type_faults(self):
             raise ValueError("; ".join(faults))
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name[:80]!r} is no adapter's name")
+        kinds = set(self.target.kinds)
         sizes = [
-            *dict(self.max_unscaled_chunks).values(),
-            *(rank or 1 for rank in dict(self.ranks).values()),
             self.n_chunks,
+            *self.max_unscaled_chunks.values(),
+            *(rank or 1 for rank in self.ranks.values()),
             *(d for m in self.modules for d in m[3:]),
         ]
-        if not self.modules or min(sizes) < 1 or max(sizes) > _LARGEST_SIZE:
-            raise ValueError("it targets nothing, or a size in it is not from 1 to ten million")
-        if not all(0 < ridge < math.inf for ridge in dict(self.key_decorrelation).values()):
-            raise ValueError("a ridge in it is not a positive number")
-        if unknown := set(self.target.kinds) ^ {module.kind for module in self.target.modules}:
-            raise ValueError(f"unknown module kinds {sorted(unknown)}")
-        if not set(self.memory_kinds) <= set(self.target.kinds):
-            raise ValueError("its memory is in modules that it does not target")
-        if self.kind not in get_args(AdapterKind):
-            raise ValueError(f"unknown kind {self.kind!r}")
-        if self.storage not in STORAGE:
-            raise ValueError(f"unknown storage {self.storage!r}")
-        if self.ranks.keys() != set(self.target.kinds):
-            raise ValueError("its ranks are not those of its module kinds")
+        checks = {
+            f"{self.name[:80]!r} is no adapter's name": not _NAME.fullmatch(self.name),
+            "it targets nothing": not self.modules,
+            "a size in it is not from 1 to ten million": min(sizes) < 1 or max(sizes) > _LARGEST_SIZE,
+            "a ridge in it is not a positive number": min(self.key_decorrelation.values(), default=1) <= 0,
+            "it has unknown module kinds": kinds != {module.kind for module in self.target.modules},
+            "its memory is in modules that it does not target": not kinds.issuperset(self.memory_kinds),
+            "its ranks are not those of its module kinds": self.ranks.keys() != kinds,
+        }
+        if found := [fault for fault, is_there in checks.items() if is_there]:
+            raise ValueError("; ".join(found))
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(self._stored(), indent=1, ensure_ascii=False).encode())
 
     def _stored(self) -> dict[str, Any]:
         """The manifest under the keys of adapter.json."""
-        stored = {**asdict(self), "made_for": self.made_for.to_dict()}
-        for key in ("n_examples", "is_refined"):  # younger than the first versions
-            if not stored[key]:
-                del stored[key]
-        return {_STORED_AS.get(key, key): value for key, value in stored.items()}
+        stored = {**asdict(self), "made_for": self.made_for.to_dict()}.items()
+        younger = ("n_examples", "is_refined")  # than the first versions
+        return {_STORED_AS.get(key, key): value for key, value in stored if value or key not in younger}
 
 
 def _hash(value: object) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 from unicodedata import normalize
 
-from loracast.errors import AdapterError
+from loracast.errors import AdapterError, NameTakenError, NoSuchAdapterError
 from loracast.library.index import Phrases, match_scores
 from loracast.library.manifest import MEMORY_SOURCE, Manifest, utc_now
 from loracast.text import is_unicode
@@ -205,23 +205,18 @@ class Register:
             like: only those with this in their name, title or note, in any case.
             limit: at most so many; -1 for all.
         """
-        where, values = _NEWEST, []
-        if like:
-            pattern = "%" + re.sub(r"([\\%_])", r"\\\1", like) + "%"
-            where += r" AND (names.name LIKE ? ESCAPE '\' OR title LIKE ? ESCAPE '\' OR note LIKE ? ESCAPE '\')"
-            values += [pattern] * 3
-        if tag:
-            where += " AND EXISTS (SELECT 1 FROM tags WHERE tags.name = names.name AND tag = ?)"
-            values.append(tag)
-        for column, value in (("owner", owner), ("kind", kind)):
-            if value:
-                where += f" AND {column} = ?"
-                values.append(value)
-        query = f"{_ENTRY} WHERE {where} ORDER BY names.name LIMIT ? OFFSET ?"
-        page = [_entry(row) for row in self._db.execute(query, (*values, limit, offset))]
-        if not values:
-            return page, self._one("SELECT count(*) FROM names")
-        return page, self._one(f"SELECT count(*) FROM {_JOINED} WHERE {where}", *values)
+        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", like) + "%" if like else ""
+        where = rf"""
+            {_NEWEST} AND :owner IN ('', owner) AND :kind IN ('', kind)
+            AND (:tag = '' OR EXISTS (SELECT 1 FROM tags WHERE tags.name = names.name AND tag = :tag))
+            AND (:like = '' OR names.name LIKE :like ESCAPE '\' OR title LIKE :like ESCAPE '\'
+                OR note LIKE :like ESCAPE '\')
+        """
+        given = {"like": pattern, "tag": tag, "owner": owner, "kind": kind, "limit": limit, "offset": offset}
+        page = self._db.execute(f"{_ENTRY} WHERE {where} ORDER BY names.name LIMIT :limit OFFSET :offset", given)
+        is_part = like or tag or owner or kind
+        count = f"SELECT count(*) FROM {_JOINED} WHERE {where}" if is_part else "SELECT count(*) FROM names"
+        return [_entry(row) for row in page], self._db.execute(count, given).fetchone()[0]
 
     def names(self) -> list[str]:
         return [name for (name,) in self._db.execute("SELECT name FROM names ORDER BY name")]
@@ -232,11 +227,8 @@ class Register:
 
     def versions_of(self, name: str) -> list[Entry]:
         """The versions of a name, each once, newest first."""
-        rows = self._db.execute(f"{_ENTRY} WHERE names.name = ? ORDER BY number DESC", (name,))
-        found: dict[str, Entry] = {}
-        for entry in map(_entry, rows):
-            found.setdefault(entry.version, entry)
-        return list(found.values())
+        query = f"{_ENTRY} WHERE names.name = ? GROUP BY versions.id ORDER BY max(number) DESC"
+        return [_entry(row) for row in self._db.execute(query, (name,))]
 
     def named(self, names: Sequence[str]) -> set[tuple[str, str]]:
         """Those of some names that there are, each with the hashes of its versions."""
@@ -370,26 +362,34 @@ class Register:
             self._db.executemany("INSERT INTO texts (rowid, heading, text) VALUES (?, ?, ?)", rows)
             self._db.execute("INSERT INTO texts_of VALUES (?, ?, ?)", (version, first, first + len(texts) - 1))
 
-    def name_version(self, name: str, version: str, owner: str = "") -> None:
-        """Make a version the newest of a name, which is created if need be."""
-        self._db.execute("INSERT OR IGNORE INTO names (name, owner) VALUES (?, ?)", (name, owner))
+    def name_version(self, name: str, version: str, replace: bool = True) -> None:
+        """Make a version the newest of a name, which is created if need be.
+
+        Raises NameTakenError where the name has another version, which is not to be replaced.
+        """
         newest = self.newest(name)
-        if newest is None or newest.version != version:
-            self._db.execute("INSERT INTO aliases (name, version, added) VALUES (?, ?, ?)", (name, version, utc_now()))
+        if newest is not None and newest.version == version:
+            return
+        if newest is not None and not replace:
+            raise taken(name)
+        self._db.execute("INSERT OR IGNORE INTO names (name) VALUES (?)", (name,))
+        self._db.execute("INSERT INTO aliases (name, version, added) VALUES (?, ?, ?)", (name, version, utc_now()))
 
-    def drop_name(self, name: str) -> None:
-        self._db.execute("DELETE FROM names WHERE name = ?", (name,))
+    def check_is_there(self, name: str) -> None:
+        """Raise NoSuchAdapterError for a name that another process or machine has removed just now."""
+        if self.newest(name) is None:
+            raise NoSuchAdapterError(f"no adapter is called {name!r} any more")
 
-    def drop_alias(self, name: str, version: str) -> None:
-        """Take one version from a name, and the name itself with its last one."""
-        self._db.execute("DELETE FROM aliases WHERE name = ? AND version = ?", (name, version))
+    def drop(self, name: str, version: str | None = None) -> None:
+        """Delete a name, or take one version from it, and the name itself with its last one."""
+        self._db.execute("DELETE FROM aliases WHERE name = ? AND version = coalesce(?, version)", (name, version))
         self._db.execute("DELETE FROM names WHERE name = ? AND name NOT IN (SELECT name FROM aliases)", (name,))
 
     def drop_older(self, keep: int) -> None:
         """Take from each name all but its newest `keep` versions."""
         for name in self.names():
             for entry in self.versions_of(name)[keep:]:
-                self.drop_alias(name, entry.version)
+                self.drop(name, entry.version)
 
     def drop_unnamed(self) -> None:
         """Delete the rows of versions without a name; they are listed as unrecovered until their folders are gone."""
@@ -414,12 +414,17 @@ class Register:
         self._db.execute("VACUUM")
 
     def rename(self, name: str, new: str) -> None:
+        """Give a name another one. Raises AdapterError where that is taken, or the name is gone."""
+        self.check_is_there(name)
+        if self.newest(new) is not None:
+            raise NameTakenError(f"there is an adapter called {new!r} already")
         self._db.execute("UPDATE names SET name = ? WHERE name = ?", (new, name))
 
     def describe(
         self, name: str, owner: str | None, note: str | None, tags: Sequence[str], untag: Sequence[str]
     ) -> None:
         """Change a name's owner and note (None keeps them), and add and remove tags."""
+        self.check_is_there(name)
         for column, value in (("owner", owner), ("note", note)):
             if value is not None:
                 if not is_unicode(value):
@@ -430,7 +435,7 @@ class Register:
 
     def set_state(self, name: str, state: NameState) -> None:
         """Put a state in the place of all that is known of a name. Its versions have rows already."""
-        self.drop_name(name)
+        self.drop(name)
         if state.versions:
             self._db.execute("INSERT INTO names VALUES (?, ?, ?)", (name, state.owner, state.note))
             rows = [(name, version, added) for version, added in state.versions]
@@ -509,6 +514,13 @@ def _connected(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
                 "tags, notes and owners"
             ) from error
         raise AdapterError(f"{file} cannot be used: {said}") from error
+
+
+def taken(name: str) -> NameTakenError:
+    """The error for a name that means another adapter."""
+    return NameTakenError(
+        f"there is an adapter called {name!r} already; choose another name, or replace it (--replace)"
+    )
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Callable
 from getpass import getpass
 from pathlib import Path
+from typing import Any
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
-from loracast.library.files import fetch_whole
 from loracast.library.library import Library
 from loracast.library.manifest import SUFFIX, VERSION_DIGITS, Manifest, check_covers, check_name, sign, verify
+from loracast.library.storage import fetch_whole
 from loracast.library.store import file_system, store_errors
 from loracast.lora.tensor_file import BYTES
 
@@ -89,23 +89,12 @@ def pull_adapter(
             library has this version with another text, or the name is taken.
     """
     library.folder.mkdir(parents=True, exist_ok=True)
-    with library.files.work("new") as work:
+    url = f"hf://{where}" if is_hub_id(where) else where
+    with library.work("new") as work:
         folder = work / "adapter"
         folder.mkdir()
-        if is_hub_id(where):
-            from huggingface_hub import HfApi, hf_hub_download
-
-            with store_errors(where):
-                there = HfApi().model_info(where, files_metadata=True).siblings or []
-                sizes = {file.rfilename: file.size or 0 for file in there}
-                _fetch_files(
-                    sizes, folder, lambda name: shutil.copyfile(hf_hub_download(where, name), folder / name), signed_by
-                )
-        else:
-            with file_system(where) as (fs, root):
-                sizes = {entry["name"].rpartition("/")[2]: entry["size"] or 0 for entry in fs.ls(root, detail=True)}
-                _fetch_files(sizes, folder, lambda name: fs.get_file(f"{root}/{name}", str(folder / name)), signed_by)
-        manifest = Manifest.read(folder / MANIFEST)
+        with file_system(url) as (fs, root):
+            manifest = _fetch_checked(fs, root, folder, signed_by)
         if faults := Adapter(folder).faults():
             raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
         if signed_by is not None:
@@ -118,12 +107,12 @@ def _check_copy(library: Library, signed: Manifest, work: Path) -> None:
 
     The version says nothing of the text's file.
     """
-    with library.register.reading() as register:
-        is_here, store = register.has_version(signed.version), library.files.store(register)
+    with library.reading() as register:
+        is_here, store = register.has_version(signed.version), library.store(register)
         named = (entry for name in register.names() for entry in register.versions_of(name))
         names = [f"{one.name}@{one.version[:VERSION_DIGITS]}" for one in named if one.version == signed.version]
     if is_here:
-        copy = Adapter(library.files.local(signed.version))
+        copy = Adapter(library.local(signed.version))
     elif store is not None and store.has(signed.version):
         copy = fetch_whole(store, signed.version, work)
     else:
@@ -169,44 +158,34 @@ To use it with PEFT, vLLM, llama.cpp or mlx-lm: `loracast export {adapter.name} 
 """
 
 
-def _fetch_files(sizes: dict[str, int], folder: Path, fetch: Callable[[str], object], signed_by: str | None) -> None:
-    """Fetch the manifest, then the files that it speaks of, each after a look at its size.
+def _fetch_checked(fs: Any, root: str, folder: Path, signed_by: str | None) -> Manifest:
+    """Fetch the manifest, then the files that it speaks of, each after a look at its size."""
+    sizes = {entry["name"].rpartition("/")[2]: entry["size"] or 0 for entry in fs.ls(root, detail=True)}
 
-    Args:
-        sizes: the files there and their sizes in bytes.
-        fetch: copies one file into the folder.
-        signed_by: as in `pull_adapter`; the manifest's signature is verified before the manifest is read.
-    """
+    def fetch(name: str, max_bytes: int) -> None:
+        if sizes[name] > max_bytes:
+            fault = f"{name} has {sizes[name]:,} bytes, and no more than {max_bytes:,} fit what adapter.json says"
+            raise AdapterError(f"{fault}; it is not fetched")
+        fs.get_file(f"{root}/{name}", str(folder / name))
+
     if MANIFEST not in sizes:
         raise AdapterError(f"there is no adapter: {MANIFEST} is missing")
-    _check_size(sizes, MANIFEST, _MAX_MANIFEST_BYTES)
-    fetch(MANIFEST)
-    if signed_by is not None:
+    fetch(MANIFEST, _MAX_MANIFEST_BYTES)
+    if signed_by is not None:  # the signature is verified before the manifest is read
         if SIGNATURE in sizes:
-            _check_size(sizes, SIGNATURE, _MAX_SIGNATURE_BYTES)
-            fetch(SIGNATURE)
+            fetch(SIGNATURE, _MAX_SIGNATURE_BYTES)
         verify(folder / MANIFEST, folder / SIGNATURE, signed_by)
         (folder / SIGNATURE).unlink()
     manifest = Manifest.read(folder / MANIFEST)
     if signed_by is not None:
         check_covers(manifest)
-    _check_size(sizes, INDEX, _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens))
-    wanted = [INDEX]
-    if manifest.storage != "text":
-        _check_size(sizes, FACTORS, 2 * _SLACK_BYTES + factor_bytes(manifest))
-        wanted.append(FACTORS)
-    for name in wanted:
-        if name in sizes:  # what is missing is reported with all other faults
-            fetch(name)
+    if INDEX in sizes:  # what is missing is reported with all other faults
+        fetch(INDEX, _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens))
+    if FACTORS in sizes and manifest.storage != "text":
+        fetch(FACTORS, 2 * _SLACK_BYTES + factor_bytes(manifest))
+    return manifest
 
 
 def factor_bytes(manifest: Manifest) -> int:
     """Bytes that the factors of an adapter's chunks take according to its manifest."""
     return sum(BYTES[info.dtype] * math.prod(info.shape) for info in layout(manifest, {}).values())
-
-
-def _check_size(sizes: dict[str, int], name: str, most: int) -> None:
-    if sizes.get(name, 0) > most:
-        raise AdapterError(
-            f"{name} has {sizes[name]:,} bytes, and no more than {most:,} fit what adapter.json says; it is not fetched"
-        )

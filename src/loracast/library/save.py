@@ -1,31 +1,43 @@
-"""Keeps LoRAs as adapters of the library: the rows that a hypernetwork cast, or a LoRA from anywhere else."""
+"""Keeps LoRAs as adapters of the library: the rows that a hypernetwork cast, or a LoRA from anywhere else.
+
+An adapter's files are written chunk after chunk, so that a long document never lies in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace as with_changes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.adapter import STATIC, Adapter
+from loracast.files import file_sha256, sync_folder, tidy
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, STATIC, Adapter, layout, static_storage_of
 from loracast.library.index import write_index
 from loracast.library.library import Library
-from loracast.library.manifest import AdapterKind, Manifest, utc_now
-from loracast.library.writer import AdapterWriter, ChunkRows, WriteIndex
+from loracast.library.manifest import FORMAT, Manifest, check_name, utc_now
 from loracast.lora.algebra import LoRA, compress
 from loracast.lora.factors import Rows
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
-from loracast.lora.quantize import Storage
+from loracast.lora.quantize import pack, storage_of
 from loracast.lora.target import KINDS, Target, TargetModule
+from loracast.lora.tensor_file import BYTES
 
+ChunkRows = tuple[Rows, Mapping[str, Tensor]]
+"""The rows of n chunks, and by kind of a memory the sentence of each row in its chunk [n, r], -1 for none."""
+WriteIndex = Callable[[Path, Sequence[Chunk]], object]
+"""Writes the index of some chunks to a file."""
 _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
 
 
@@ -35,34 +47,102 @@ def save_rows(
     chunks: Sequence[Chunk],
     batches: Iterable[ChunkRows],
     static: Mapping[str, Tensor],
-    seconds: Callable[[], float],
     *,
+    seconds: Callable[[], float] | None = None,
     index: WriteIndex = write_index,
     replace: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Callable[[], object] = lambda: None,
 ) -> Adapter:
-    """Keep the rows of an adapter's chunks under the manifest's name, batch by batch.
+    """Keep the rows of an adapter's chunks under the manifest's name, batch by batch; on any error nothing is left.
 
     Args:
+        manifest: all but the hashes of the files, which are filled in.
         batches: the rows of all chunks, in order; with the storage `text` none are taken.
         static: what the adapter shares with others of its hypernetwork, as `static_tensors` names it.
-        seconds: called at the end: how long casting has taken.
+        seconds: called at the end: how long casting has taken; the manifest says it if None.
         index: writes the file of the index, given the chunks.
+        replace: an adapter of that name gives way.
         progress: called with the chunks done and the chunks in all.
+        check: called once everything is written; an error of it is one of this function.
 
     Raises:
         AdapterError: the name is taken or not allowed, or numbers are not finite; nothing is kept then.
     """
-    with AdapterWriter(library, manifest, chunks, index) as writer:
-        done = len(chunks) if manifest.storage == "text" else 0
-        progress(done, len(chunks))
-        if manifest.storage != "text":
-            writer.open_factors(static)
-            for rows, sentences in batches:
-                writer.add(rows, sentences)
-                done += next(iter(rows.values()))[0].shape[0]
-                progress(done, len(chunks))
-        return writer.finish(replace=replace, learn_s=seconds())
+    check_name(manifest.name)
+    library.folder.mkdir(parents=True, exist_ok=True)
+    tidy(library.folder)
+    library.recover()
+    with library.work("new") as folder:
+        index(folder / INDEX, chunks)
+        changes: dict[str, Any] = {"chunks_sha256": file_sha256(folder / INDEX), "factors_sha256": ""}
+        if manifest.storage == "text":
+            progress(len(chunks), len(chunks))
+        else:
+            _write_factors(folder / FACTORS, manifest, batches, static, progress)
+            changes["factors_sha256"] = file_sha256(folder / FACTORS)
+        if seconds is not None:
+            changes["learn_s"] = round(seconds(), 4)
+        check()
+        whole = with_changes(manifest, **changes)
+        whole.write(folder / MANIFEST)
+        sync_folder(folder)
+        return library.add(whole.name, folder, whole, replace=replace)
+
+
+def _write_factors(
+    path: Path,
+    manifest: Manifest,
+    batches: Iterable[ChunkRows],
+    static: Mapping[str, Tensor],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write factors.safetensors: the header, the static LoRA, and the factors of each chunk as they come."""
+    tensors = layout(manifest, {name: tuple(value.shape) for name, value in static.items()})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "loracast": str(FORMAT)}}
+    end = 0
+    for name, info in tensors.items():
+        start, end = end, end + BYTES[info.dtype] * math.prod(info.shape)
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+
+        def write(name: str, value: Tensor, row: int = 0) -> None:
+            """Write the rows of a tensor from this one on."""
+            place = 8 + len(encoded) + header[name]["data_offsets"][0]
+            file.seek(place + row * value[0].numel() * value.element_size())
+            file.write(value.cpu().contiguous().view(torch.uint8).numpy().data)
+
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+        for name, value in static.items():
+            for suffix, part in pack(value.detach().bfloat16(), static_storage_of(manifest)).items():
+                write(name + suffix, part)
+        n_done = 0
+        progress(0, manifest.n_chunks)
+        for rows, sentences in batches:
+            check_finite(rows, "this document")
+            for kind, pair in rows.items():
+                storage = storage_of(manifest.storage, kind in manifest.memory_kinds)
+                for side, factors in zip("ab", pair, strict=True):
+                    if factors.numel():  # chunks have none of the kinds that receive the static LoRA alone
+                        for suffix, value in pack(factors.detach().bfloat16(), storage).items():
+                            write(f"{kind}.{side}{suffix}", value, n_done)
+            for kind, numbers in sentences.items():
+                write(f"{kind}{SENTENCE}", numbers, n_done)
+            n_done += next(iter(rows.values()))[0].shape[0]
+            progress(n_done, manifest.n_chunks)
+        if n_done != manifest.n_chunks:
+            raise AdapterError(f"{n_done} of {manifest.n_chunks} chunks were written")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_finite(rows: Rows, source: str) -> None:
+    """Raise AdapterError where a hypernetwork gave numbers that are not finite."""
+    if not all(side.isfinite().all() for pair in rows.values() for side in pair):
+        raise AdapterError(f"the hypernetwork gave numbers that are not finite for {source}; nothing is kept")
 
 
 def static_tensors(static: Rows) -> dict[str, Tensor]:
@@ -78,72 +158,40 @@ def save_single(
     library: Library,
     name: str,
     *,
-    kind: AdapterKind,
     title: str,
-    made_for: Fingerprint,
     static: Rows | None = None,
-    source: str | None = None,
-    source_sha256: str | None = None,
-    hypernetwork: str = "",
-    seconds: float = 0.0,
-    strength: float = 1.0,
-    n_examples: int = 0,
-    is_refined: bool = False,
-    warnings: tuple[str, ...] = (),
-    storage: Storage = "bf16",
     replace: bool = False,
+    **about: Any,
 ) -> Adapter:
     """Keep the rows of one LoRA (n = 1) as an adapter of one chunk.
 
     Args:
-        kind: what it was made from.
         title: for people: a task's description, or what was combined.
-        source: the file or folder it came from, without its folders.
-        source_sha256: hash of what it was made from; of the title if None.
-        hypernetwork: id of the hypernetwork that cast it; "" where none did.
+        about: other fields of the manifest. `kind` and `made_for` have to be given; by default the source is the title
+            and no hypernetwork made it.
 
     Raises:
         AdapterError: the name is taken or not allowed, or numbers are not finite.
     """
+    defaults = {"source": None, "source_sha256": source_of(title), "hypernetwork": "", "learn_s": 0.0}
     manifest = Manifest(
         name=name,
-        kind=kind,
         title=title,
-        source=source,
-        source_sha256=source_sha256 or source_of(title),
-        made_for=made_for,
-        hypernetwork=hypernetwork,
         modules=target.rows,
         ranks={kind: rows[kind][0].shape[2] for kind in target.kinds},
         n_chunks=1,
         n_tokens=0,
         max_chunk_tokens=0,
         created=utc_now(),
-        learn_s=0.0,
-        strength=strength,
-        n_examples=n_examples,
-        is_refined=is_refined,
-        warnings=warnings,
-        storage=storage,
+        **(defaults | about),
     )
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
-    return save_rows(
-        library, manifest, [only], [(rows, {})], static_tensors(static or {}), lambda: seconds, replace=replace
-    )
+    batches: list[ChunkRows] = [(rows, {})]
+    shared = static_tensors(static or {})
+    return save_rows(library, manifest, [only], batches, shared, seconds=lambda: manifest.learn_s, replace=replace)
 
 
-def save_lora(
-    lora: LoRA,
-    library: Library,
-    name: str,
-    *,
-    kind: AdapterKind,
-    title: str,
-    made_for: Fingerprint,
-    source: str | None = None,
-    static: LoRA = LoRA(),
-    replace: bool = False,
-) -> Adapter:
+def save_lora(lora: LoRA, library: Library, name: str, *, static: LoRA = LoRA(), **about: Any) -> Adapter:
     """Keep a LoRA as an adapter of one chunk, in bf16.
 
     Modules of one kind have one rank in an adapter: smaller ones are padded with zeros, and a dense delta becomes the
@@ -151,7 +199,7 @@ def save_lora(
 
     Args:
         static: a static LoRA that other adapters have too; it is kept apart from `lora`, which is without it.
-        kind, title, made_for, source, replace: as in `save_single`.
+        about: as in `save_single`.
 
     Raises:
         AdapterError: a module that no base of ours has, and as in `save_single`.
@@ -161,10 +209,7 @@ def save_lora(
     target = target_of(LoRA({**static.factors, **lora.factors}))
     rows = {kind: (a[None], b[None]) for kind, (a, b) in _stacked(lora, target).items()}
     kept_apart = {kind: pair for kind, pair in _stacked(static, target).items() if pair[0].shape[1]}
-    return save_single(
-        rows, target, library, name, kind=kind, title=title, made_for=made_for, source=source, static=kept_apart,
-        replace=replace,
-    )  # fmt: skip
+    return save_single(rows, target, library, name, static=kept_apart, **about)
 
 
 def import_lora(base: Base, folder: Path, library: Library, name: str, *, replace: bool = False) -> Adapter:
@@ -172,11 +217,9 @@ def import_lora(base: Base, folder: Path, library: Library, name: str, *, replac
 
     Raises AdapterError where it is damaged or does not fit the base, or the name is taken or not allowed.
     """
-    source = folder.resolve().name
-    return save_lora(
-        LoRA(read_peft(folder, linear_shapes(base.model))), library, name, kind="imported",
-        title=f"LoRA from {source}", made_for=base.fingerprint, source=source, replace=replace,
-    )  # fmt: skip
+    source, lora = folder.resolve().name, LoRA(read_peft(folder, linear_shapes(base.model)))
+    about: dict[str, Any] = {"title": f"LoRA from {source}", "source": source, "made_for": base.fingerprint}
+    return save_lora(lora, library, name, kind="imported", replace=replace, **about)
 
 
 def _stacked(lora: LoRA, target: Target) -> Rows:

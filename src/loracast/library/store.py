@@ -9,7 +9,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from loracast.errors import AdapterError, LoracastError
-from loracast.files import create_once, write_atomically
-from loracast.library.adapter import INDEX, MANIFEST
+from loracast.files import create_once, type_faults, write_atomically
+from loracast.library.adapter import MANIFEST
 from loracast.library.manifest import check_name
 from loracast.library.register import NameState
 
 MARK = "loracast-library.json"
 SHARED = "shared"
 """What the mark of a store says in the place of a library's id when libraries share it."""
-_LAST = "adapter.json"  # a version without it is not whole
 
 
 @contextmanager
@@ -91,33 +90,49 @@ class Store:
             return
         with self._at(version) as (fs, place):
             fs.makedirs(place, exist_ok=True)
-            for path in sorted(folder.iterdir(), key=lambda path: path.name == _LAST):
-                if path.name == _LAST:
-                    write(fs, f"{place}/{_LAST}", path.read_bytes())
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+                if path.name == MANIFEST:
+                    write(fs, f"{place}/{MANIFEST}", path.read_bytes())
                 else:
                     fs.put_file(str(path), f"{place}/{path.name}")
 
-    def fetch(self, version: str, folder: Path) -> None:
-        """Copy the files of a version into a folder. Raises AdapterError where the store lacks it."""
+    def fetch(self, version: str, folder: Path, only: Collection[str] | None = None) -> int:
+        """Copy the files of a version into a folder; bytes of all its files.
+
+        Raises AdapterError where the store lacks it.
+
+        Args:
+            only: names of the files that are copied; None for all.
+        """
         if not self.has(version):
             raise AdapterError(f"the files of the version {version[:12]} are neither on this machine nor at {self.url}")
-        with self._at(version) as (fs, place):
-            for entry in fs.ls(place, detail=True):
-                name = entry["name"].rstrip("/").rpartition("/")[2]
-                if entry["type"] == "file" and name:
+        with self._at(version, anew=True) as (fs, place):
+            files = {entry["name"].rpartition("/")[2]: entry for entry in fs.ls(place, detail=True)}
+            for name, entry in files.items():
+                if name and entry["type"] == "file" and (only is None or name in only):
                     fs.get_file(entry["name"], str(folder / name))
+        return sum(entry["size"] for entry in files.values())
 
     def delete(self, version: str) -> None:
         """Delete the files of a version, the manifest first, so that half of it never counts as whole."""
         with self._at(version) as (fs, place):
-            if fs.exists(f"{place}/{_LAST}"):
-                fs.rm_file(f"{place}/{_LAST}")
+            if fs.exists(f"{place}/{MANIFEST}"):
+                fs.rm_file(f"{place}/{MANIFEST}")
             if fs.exists(place):
                 fs.rm(place, recursive=True)
 
     def has(self, version: str) -> bool:
-        with self._at(version, anew=True) as (fs, place):
-            return bool(fs.exists(f"{place}/{_LAST}"))
+        """Whether the store has all files of a version."""
+        return self._exists(f"{version[:2]}/{version}/{MANIFEST}")
+
+    def _exists(self, path: str) -> bool:
+        """Whether a small file is there: it is read, for which S3 takes one request and not two."""
+        with self._at() as (fs, root):
+            try:
+                fs.cat_file(f"{root}/{path}")
+            except FileNotFoundError:
+                return False
+            return True
 
     def versions(self) -> set[str]:
         """All versions in the store, those that are not whole included."""
@@ -191,39 +206,25 @@ class SharedStore(Store):
         with self._at() as (fs, root):
             write(fs, f"{root}/uses/{version}", b"")
 
-    def look_at(self, version: str, folder: Path) -> int:
-        """Fetch what describes a version, not its factors; bytes of all its files. Raises AdapterError if missing."""
-        if not self.has(version):
-            raise AdapterError(f"the files of the version {version[:12]} are not at {self.url}")
-        with self._at(version) as (fs, place):
-            sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in fs.ls(place, detail=True)}
-            for name in (MANIFEST, INDEX):
-                if name in sizes:
-                    fs.get_file(f"{place}/{name}", str(folder / name))
-        return sum(sizes.values())
-
     # ---- names
 
     def check(self) -> None:
         """Raise LoracastError where two machines could write the same file without one of them learning of it."""
         with self._at() as (fs, root):
-            protocols = [fs.protocol] if isinstance(fs.protocol, str) else list(fs.protocol)
-            if not is_local(fs) and "s3" not in protocols:
+            if not is_local(fs) and "s3" not in fs.protocol:
                 raise LoracastError(
-                    f"a library cannot be shared over {protocols[0]}: only folders, network drives and S3 are known to "
+                    f"a library cannot be shared at {self.url}: only folders, network drives and S3 are known to "
                     "create a file for one of two machines alone"
                 )
-            for _ in range(2):  # a server that knows nothing of conditions overwrites without a word
-                try:
+            try:
+                for _ in range(2):  # a server that knows nothing of conditions overwrites without a word
                     self._create(fs, f"{root}/names/_check", {})
-                except OvertakenError:
-                    return
-                except OSError as error:
-                    raise LoracastError(f"no file can be created at {self.url} on condition: {error}") from error
-            raise LoracastError(
-                f"{self.url} overwrites files that it is asked to create only if they are not there, so machines would "
-                "lose each other's names: use another server, or a newer s3fs"
-            )
+            except OvertakenError:
+                return
+        raise LoracastError(
+            f"{self.url} overwrites files that it is asked to create only if they are not there, so machines would "
+            "lose each other's names: use another server, or a newer s3fs"
+        )
 
     def newest(self, names: Iterable[str] | None = None) -> dict[str, int]:
         """The number of the newest state of these names, or of all; deleted ones included."""
@@ -246,11 +247,11 @@ class SharedStore(Store):
             except FileNotFoundError as error:  # SeaweedFS lists a file a moment before it can be read
                 raise OvertakenError(f"names/{name}/{number:08d}.json at {self.url} cannot be read yet") from error
         try:
-            versions = tuple((version, added) for version, added in found["versions"])
-            texts = [found["owner"], found["note"], *(added for _, added in versions)]
-            if not all(_VERSION.fullmatch(v) for v, _ in versions) or not all(isinstance(text, str) for text in texts):
+            versions, tags = tuple(map(tuple, found["versions"])), tuple(map(check_name, found["tags"]))
+            state = NameState(versions, found["owner"], found["note"], tags)
+            if type_faults(state) or not all(_VERSION.fullmatch(version) for version, _ in versions):
                 raise ValueError
-            return NameState(versions, found["owner"], found["note"], tuple(check_name(tag) for tag in found["tags"]))
+            return state
         except (KeyError, TypeError, ValueError, AdapterError) as error:
             raise LoracastError(f"names/{name}/{number:08d}.json at {self.url} is damaged") from error
 
@@ -329,15 +330,6 @@ class SharedStore(Store):
                 return bool(now - fs.modified(f"{root}/{path}") > age)
             except FileNotFoundError:
                 return True
-
-    def _exists(self, path: str) -> bool:
-        """Whether a small file is there: it is read, for which S3 takes one request and not two."""
-        with self._at() as (fs, root):
-            try:
-                fs.cat_file(f"{root}/{path}")
-            except FileNotFoundError:
-                return False
-            return True
 
     def _remove(self, path: str) -> None:
         """Delete a file, if it is there."""

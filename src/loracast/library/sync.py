@@ -101,35 +101,24 @@ class Journal:
         self.sources[new] = self.sources.pop(path)
         self.forget(path)
 
-    def put_back(self, path: str, entry: dict[str, Any] | None) -> None:
-        """Let a file's entry be what it was, None for none."""
-        self.entries.pop(path, None)
-        if entry:
-            self.entries[path] = entry
-
-    def write_now_and_then(self) -> None:
-        """Write the journal if the last time is some seconds ago: a kill then costs seconds of work."""
-        if time.monotonic() - self._written_s > _WRITE_EVERY_S:
-            self.write()
-
-    def write(self) -> None:
+    def write(self, every_s: float = 0.0) -> None:
+        """Write the journal, unless it was written within so many seconds: a kill costs their work."""
+        if time.monotonic() - self._written_s < every_s:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         used = self._taken | {entry["name"] for entry in self.entries.values()}
         before = {name: versions for name, versions in self.before.items() if name in used}
         _store(self._path, {"about": self._about, "device": self.device, "before": before, "entries": self.entries})
         for path in self._siblings if self._forgotten else ():
             with suppress(FileNotFoundError):  # any journal may be deleted at any time
-                _drop(path, self._forgotten)
+                stored = json.loads(
+                    path.read_text(encoding="utf-8")
+                )  # another process may have written to it meanwhile
+                entries = {one: entry for one, entry in stored["entries"].items() if one not in self._forgotten}
+                if len(entries) < len(stored["entries"]):
+                    _store(path, {**stored, "entries": entries})
         self._forgotten.clear()
         self._written_s = time.monotonic()
-
-
-def _drop(journal: Path, paths: set[str]) -> None:
-    """Take files out of a journal of the same folder, which another process may have written to meanwhile."""
-    stored = json.loads(journal.read_text(encoding="utf-8"))
-    entries = {path: entry for path, entry in stored["entries"].items() if path not in paths}
-    if len(entries) < len(stored["entries"]):
-        _store(journal, {**stored, "entries": entries})
 
 
 def _store(path: Path, content: Mapping[str, Any]) -> None:
@@ -212,35 +201,37 @@ def learn_folder(
         raise AdapterError(f"{folder} is not a folder")
     device, unread = folder.stat().st_dev, dict[str, str]()
     paths = {path.relative_to(folder).as_posix(): path for path in files_in(folder, unread)}
-    wanted = {relative: path for relative, path in paths.items() if is_readable(relative)}
+    wanted = [relative for relative in paths if is_readable(relative)]
     journal = Journal(journals, folder, library, made_by)
     if paths:
         journal.device = device
-    kept = {entry.name: entry for entry in library.entries()[0]}
     if remove_gone and not unread:
-        _follow_renames([*wanted], journal)
-    names = _own_names(folder, [*wanted], kept, journal)
-    journal.take({name: _not_ours(library, name, kept, journal) for name in names.values()})
-    report = BulkReport(ignored=[relative for relative in paths if relative not in wanted])
+        _follow_renames(wanted, journal)
+    run = _Run(folder, library, journal, {entry.name: entry for entry in library.entries()[0]})
+    names = run.names_of(wanted)
+    journal.take({name: run.not_ours(name) for name in names.values()})
+    report = BulkReport(ignored=[relative for relative in paths if not is_readable(relative)])
+
+    def note(file: FileReport, n_done: int = len(wanted)) -> None:
+        report.files.append(file)
+        on_file(n_done, len(wanted), file)
+
     try:
-        for number, (relative, path) in enumerate(wanted.items(), 1):
-            name = names[relative]
-            report.files.append(_learn_file(path, relative, name, kept.get(name), library, learn, journal, again))
-            journal.write_now_and_then()
-            on_file(number, len(wanted), report.files[-1])
+        for number, relative in enumerate(wanted, 1):
+            learned = run.learn(relative, names[relative], learn, again)
+            journal.write(_WRITE_EVERY_S)
+            note(learned, number)
         gone = journal.sources.keys() - names.keys() if remove_gone else set()
-        has_adapters = any(name in kept for path in gone for name in journal.sources[path])
+        has_adapters = any(name in run.kept for path in gone for name in journal.sources[path])
         if has_adapters and not paths and journal.device != device:
             unread.setdefault(".", _NOT_MOUNTED)
         others = journal.elsewhere.union(names.values())
         for relative in sorted(path for path in gone if not _is_below(path, unread)):
-            for removed in _remove(relative, kept.keys() - others, library, journal):
-                report.files.append(removed)
-                on_file(len(wanted), len(wanted), removed)
+            for removed in run.remove(relative, others):
+                note(removed)
         for relative, why in sorted(unread.items()):
             error = f"{folder / relative} cannot be read, and what was learned from it stays: {why}"
-            report.files.append(FileReport(relative, "", "failed", error=error))
-            on_file(len(wanted), len(wanted), report.files[-1])
+            note(FileReport(relative, "", "failed", error=error))
     except KeyboardInterrupt:
         report.is_complete = False
     finally:
@@ -263,12 +254,10 @@ def files_in(folder: Path, unread: dict[str, str]) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(where) / name for name in sorted(names) if not name.startswith(".")):
             try:
-                is_file = S_ISREG(path.lstat().st_mode)
+                if S_ISREG(path.lstat().st_mode):
+                    yield path
             except OSError as error:
                 note(error)
-            else:
-                if is_file:
-                    yield path
 
 
 def _is_below(path: str, folders: Collection[str]) -> bool:
@@ -293,12 +282,12 @@ def names_for(
         may_have: whether a file may have a name, as far as the other files do not matter.
     """
     made = {path: _name_of(path) for path in paths}
-    taken = Counter(name for path, name in made.items() if path not in kept)
-    taken.update(kept.values())
+    taken = Counter([*kept.values(), *(name for path, name in made.items() if path not in kept)])
     names = {}
     for path, name in made.items():
         is_free = taken[name] == 1 and len(name) < LONGEST_NAME
-        candidates = itertools.chain([name] if is_free else [], _marked(path, name))
+        marks = itertools.chain([path], (f"{path} {number}" for number in itertools.count(2)))
+        candidates = itertools.chain([name] if is_free else [], (marked_name(name, mark) for mark in marks))
         names[path] = kept.get(path) or next(one for one in candidates if may_have(path, one))
     return names
 
@@ -322,116 +311,106 @@ def _follow_renames(paths: Sequence[str], journal: Journal) -> None:
             journal.rename(gone.pop(name), path)
 
 
-def _marked(path: str, name: str) -> Iterator[str]:
-    """Names with a hash of the path; from the second on also of a number."""
-    for number in itertools.count(1):
-        yield marked_name(name, path if number == 1 else f"{path} {number}")
+@dataclass(frozen=True)
+class _Run:
+    """One pass over a folder."""
 
+    folder: Path
+    library: Library
+    journal: Journal
+    kept: Mapping[str, Entry]
+    """The adapters that the library had at the beginning, by name."""
 
-def _own_names(folder: Path, paths: Sequence[str], kept: Mapping[str, Entry], journal: Journal) -> dict[str, str]:
-    """A name for each file that means nothing else in the library.
+    def names_of(self, paths: Sequence[str]) -> dict[str, str]:
+        """A name for each file that means nothing else in the library.
 
-    It is the one that the file has, unless somebody has given that to another adapter; or else a free one, or one whose
-    adapter was made from the very same content.
-    """
-    others = journal.elsewhere.union(*journal.sources.values())
+        It is the one that the file has, unless somebody has given that to another adapter; or else a free one, or one
+        whose adapter was made from the very same content.
+        """
+        sources = self.journal.sources
+        others = self.journal.elsewhere.union(*sources.values())
 
-    @cache
-    def content(path: str) -> str:
+        @cache
+        def content(path: str) -> str:
+            try:
+                return file_sha256(self.folder / path)
+            except OSError:  # learning it says so
+                return ""
+
+        def may_have(path: str, name: str) -> bool:
+            own = sources.get(path, {})
+            if name not in self.kept or self.kept[name].source_sha256 in own.get(name, ()):
+                return True
+            return (name in own or name not in others) and self.kept[name].source_sha256 == content(path)
+
+        owners: dict[str, str] = {}
+        for path in paths:
+            own = (name for name in sources.get(path, {}) if name not in owners and may_have(path, name))
+            if name := next(own, None):
+                owners[name] = path
+        return names_for(paths, {path: name for name, path in owners.items()}, may_have)
+
+    def not_ours(self, name: str) -> list[str]:
+        """The versions of a name that the folder did not make."""
+        if name not in self.kept:
+            return []
+        before = self.journal.before
+        return before[name] if name in before else [one.version for one in self.library.versions_of(name)]
+
+    def learn(self, relative: str, name: str, learn: Learn, again: bool) -> FileReport:
+        """Learn a file, unless nothing has changed."""
+        started, path, journal = time.perf_counter(), self.folder / relative, self.journal
+        before, newest = journal.entries.get(relative), self.kept.get(name)
         try:
-            return file_sha256(folder / path)
-        except OSError:  # learning it says so
-            return ""
-
-    def may_have(path: str, name: str) -> bool:
-        own = journal.sources.get(path, {})
-        if name not in kept or kept[name].source_sha256 in own.get(name, ()):
-            return True
-        return (name in own or name not in others) and kept[name].source_sha256 == content(path)
-
-    own_names: dict[str, str] = {}
-    taken: set[str] = set()
-    for path in paths:
-        own = (name for name in journal.sources.get(path, {}) if name not in taken and may_have(path, name))
-        if name := next(own, None):
-            own_names[path] = name
-            taken.add(name)
-    return names_for(paths, own_names, may_have)
-
-
-def _not_ours(library: Library, name: str, kept: Mapping[str, Entry], journal: Journal) -> list[str]:
-    """The versions of a name that the folder did not make."""
-    if name not in kept:
-        return []
-    return journal.before[name] if name in journal.before else [one.version for one in library.versions_of(name)]
-
-
-def _learn_file(
-    path: Path,
-    relative: str,
-    name: str,
-    newest: Entry | None,
-    library: Library,
-    learn: Learn,
-    journal: Journal,
-    again: bool,
-) -> FileReport:
-    started = time.perf_counter()
-    before = journal.entries.get(relative)
-    try:
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # the last tells files that changed places
-        sha256 = before["sha256"] if before and before["stamp"] == stamp else file_sha256(path)
-        sources = sorted({*journal.sources.get(relative, {}).get(name, ()), sha256})
-        entry = {"name": name, "sha256": sha256, "stamp": stamp, "error": None, "sources": sources}
-        journal.entries[relative] = entry
-        if before and before["sha256"] == sha256 and not again:
-            if before["error"]:
-                entry["error"] = before["error"]
-                return FileReport(relative, name, "failed", error=before["error"])
-            if newest and newest.source_sha256 == sha256:
-                return FileReport(relative, name, "unchanged")
-        try:
-            _check_is_as_before(library, name, newest, sha256)
+            stat = path.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # the last tells files that changed places
+            sha256 = before["sha256"] if before and before["stamp"] == stamp else file_sha256(path)
+            sources = sorted({*journal.sources.get(relative, {}).get(name, ()), sha256})
+            entry = {"name": name, "sha256": sha256, "stamp": stamp, "error": None, "sources": sources}
+            journal.entries[relative] = entry
+            if before and before["sha256"] == sha256 and not again:
+                if before["error"]:
+                    raise DocumentError(before["error"])
+                if newest and newest.source_sha256 == sha256:
+                    return FileReport(relative, name, "unchanged")
+            now = next(iter(self.library.versions_of(name)), None)
+            if now and now.source_sha256 != sha256 and now.version != (newest and newest.version):
+                raise NameTakenError(
+                    f"another adapter has been called {name!r} meanwhile; the next run finds a free name"
+                )
             learn(path, name)
-        except LoracastError as error:
-            if isinstance(error, DocumentError):  # the file's own fault: it fails again until it has changed
-                entry["error"] = str(error)
-            else:  # a locked library, a base that cannot be fetched: the next run tries again
-                journal.put_back(relative, before)
-            return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
-        made = next((one.source_sha256 for one in library.versions_of(name)), sha256)
-        if made != sha256:  # the file changed before it was read, and may have changed again since
-            entry |= {"sha256": made, "stamp": [], "sources": sorted({*sources, made})}
-        return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
-    except OSError as error:  # gone meanwhile, or not to be read: what was learned from it is still the folder's
-        journal.put_back(relative, before)
-        return FileReport(relative, name, "failed", error=f"{relative} cannot be read: {error}")
+            made = next((one.source_sha256 for one in self.library.versions_of(name)), sha256)
+            if made != sha256:  # the file changed before it was read, and may have changed again since
+                entry |= {"sha256": made, "stamp": [], "sources": sorted({*sources, made})}
+            return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
+        except DocumentError as error:  # the file's own fault: it fails again until it has changed
+            entry["error"] = message = str(error)
+        except (LoracastError, OSError) as error:  # a locked library, a file that is gone: the next run tries again
+            message = f"{relative} cannot be read: {error}" if isinstance(error, OSError) else str(error)
+            journal.entries.pop(relative, None)
+            if before:
+                journal.entries[relative] = before
+        return FileReport(relative, name, "failed", time.perf_counter() - started, message)
 
+    def remove(self, relative: str, others: Collection[str]) -> Iterator[FileReport]:
+        """Delete what was learned from a file that is gone, and only then forget the file: what fails is tried again.
 
-def _check_is_as_before(library: Library, name: str, newest: Entry | None, sha256: str) -> None:
-    """Raise NameTakenError where somebody has named another adapter so since names were chosen, maybe hours ago."""
-    now = next(iter(library.versions_of(name)), None)
-    if now and now.source_sha256 != sha256 and now.version != (newest and newest.version):
-        raise NameTakenError(f"another adapter has been called {name!r} meanwhile; the next run finds a free name")
+        A name whose newest version is not the folder's means something else by now, and keeps all that it has.
 
-
-def _remove(relative: str, may_go: Collection[str], library: Library, journal: Journal) -> Iterator[FileReport]:
-    """Delete what was learned from a file that is gone, and only then forget the file: what fails is tried again.
-
-    A name whose newest version is not the folder's means something else by now, and keeps all that it has.
-    """
-    for name, sources in journal.sources[relative].items():
-        versions = library.versions_of(name) if name in may_go else []
-        not_ours = journal.before.get(name, ())
-        made = [one for one in versions if one.version not in not_ours and one.source_sha256 in sources]
-        if not made or made[0] != versions[0]:
-            continue
-        try:
-            for one in reversed(made):  # the newest goes last: until then the next run knows the name for the folder's
-                library.remove(f"{name}@{one.version}")
-        except (LoracastError, OSError) as error:
-            yield FileReport(relative, name, "failed", error=f"its adapter cannot be deleted: {error}")
-            return
-        yield FileReport(relative, name, "removed")
-    journal.forget(relative)
+        Args:
+            others: names that are left alone.
+        """
+        for name, sources in self.journal.sources[relative].items():
+            versions = self.library.versions_of(name) if name in self.kept and name not in others else []
+            not_ours = self.journal.before.get(name, ())
+            made = [one for one in versions if one.version not in not_ours and one.source_sha256 in sources]
+            if not made or made[0] != versions[0]:
+                continue
+            try:
+                for one in reversed(made):  # the newest goes last: until then the next run knows the name
+                    self.library.remove(f"{name}@{one.version}")
+            except (LoracastError, OSError) as error:
+                yield FileReport(relative, name, "failed", error=f"its adapter cannot be deleted: {error}")
+                return
+            yield FileReport(relative, name, "removed")
+        self.journal.forget(relative)

@@ -103,7 +103,7 @@ def route_adapters(
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
         check_patterns(library, patterns, tag)
         versions = {adapter.manifest.version for adapter in named}
-        with library.register.reading() as register:
+        with library.reading() as register:
             others = register.best_chunks(phrases(question), k, patterns, tag, versions)
         routed += share_out(others, question, k, threshold, lambda match: open_named(match.reference), route_adapter)
     return routed
@@ -124,7 +124,7 @@ def are_silent(routed: Iterable[tuple[Adapter, Route]], patterns: Sequence[str] 
 
 def check_patterns(library: Library, patterns: Sequence[str], tag: str = "") -> None:
     """Raise NoSuchAdapterError where patterns and a tag stand for no document."""
-    with library.register.reading() as register:
+    with library.reading() as register:
         if not register.has_documents(patterns, tag):
             called = "" if "*" in patterns else f" called {' or '.join(patterns)}"
             tagged = f" with the tag {tag!r}" if tag else ""

@@ -65,7 +65,7 @@ def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSe
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with model.library.register.refreshing():
+        with model.library.refreshing():
             service.learning.start()
             service.watcher.start()
             yield

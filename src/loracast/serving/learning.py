@@ -19,7 +19,7 @@ from loracast.documents.file_types import Limits
 from loracast.documents.images import ImageFile, is_image_file, read_image_file
 from loracast.documents.read import Document
 from loracast.errors import LoracastError
-from loracast.files import journals_dir
+from loracast.files import cache_dir
 from loracast.library.adapter import Adapter
 from loracast.library.combine import Part, combined
 from loracast.library.manifest import check_name, name_for_task, name_from
@@ -130,7 +130,7 @@ class Watcher:
 
         made_by = f"{self._model.base.name} {self._model.documents.id} {DEFAULT_CHUNK_TOKENS} {DEFAULT_STORAGE}"
         return learn_folder(
-            folder, self._model.library, learn, journals=journals_dir(), made_by=made_by, remove_gone=True
+            folder, self._model.library, learn, journals=cache_dir("journals"), made_by=made_by, remove_gone=True
         )
 
 

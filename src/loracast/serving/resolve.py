@@ -134,7 +134,7 @@ class Names:
             return False
 
     def _is_for_base(self, version: str, base: str) -> bool:
-        path = self._model.library.files.home(version) / MANIFEST
+        path = self._model.library.home(version) / MANIFEST
         if not path.is_file():  # in the library's remote store: it is not fetched to be listed
             return base == self._model.base.name
         made_for, ours = Manifest.read(path).made_for, self._model.base.fingerprint
@@ -153,7 +153,7 @@ class Names:
     def _find(self, reference: str) -> Entry:
         """As `find`, but from memory as long as the library has not changed."""
         library = self._model.library
-        library.register.refresh()
+        library.refresh()
         changes, found = library.change_counter(), self._found
         if found[0] != changes:
             found = self._found = (changes, {})

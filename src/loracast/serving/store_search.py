@@ -91,7 +91,7 @@ def search(
     best: dict[tuple[str, int], float] = {}
     if not by_name:
         return []
-    with library.register.reading() as register:
+    with library.reading() as register:
         for query in queries:
             matches = register.best_chunks(phrases(query), limit, tuple(by_name))
             for match in matches:

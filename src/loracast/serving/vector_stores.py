@@ -51,7 +51,7 @@ class StoreAdapters:
 
     def look(self) -> None:
         """As `note_lost`, unless the library is as it was at the last look."""
-        self.library.register.refresh()
+        self.library.refresh()
         changes = self.library.change_counter()
         if changes is None or changes != self._looked:
             self.note_lost()

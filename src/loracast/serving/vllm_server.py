@@ -31,7 +31,7 @@ from loracast.base.embedded import embedded, embedded_folder
 from loracast.base.load import Base
 from loracast.errors import ConfigError, LoracastError
 from loracast.export.formats import KEY_VARIABLE
-from loracast.files import exports_dir, tidy, work_folder
+from loracast.files import cache_dir, tidy, work_folder
 from loracast.serving.generation import EngineConfig, EngineFailed, EngineStats, GenerationRequest, Ticket
 from loracast.serving.vllm import MAX_LOADED, PREFIX, LoadedLoRAs, VllmClient, VllmEngine, VllmTicket
 
@@ -131,7 +131,7 @@ def vllm_engine(where: str, base: Base, config: EngineConfig = EngineConfig()) -
         EngineFailed: the server does not answer.
         LoracastError: it does not start.
     """
-    exports = exports_dir()
+    exports = cache_dir("exports")
     exports.mkdir(parents=True, exist_ok=True)
     tidy(exports)
     with ExitStack() as ends:

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from loracast.errors import ConfigError
-from loracast.files import fetched_dir
+from loracast.files import cache_dir
 
 
 @cache
@@ -45,7 +45,7 @@ def local_file(name: str) -> Path:
     try:
         system, place = fsspec.core.url_to_fs(name)
         version = hashlib.sha256(f"{name} {system.info(place)}".encode()).hexdigest()[:16]
-        copy = fetched_dir() / version / PurePosixPath(urlsplit(name).path).name
+        copy = cache_dir("fetched") / version / PurePosixPath(urlsplit(name).path).name
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             part = copy.with_name(f"{copy.name}.{os.getpid()}.part")  # other processes fetch it at the same time

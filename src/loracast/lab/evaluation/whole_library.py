@@ -152,7 +152,7 @@ class TemporaryLibrary:
         self._on_disk: set[str] = set()
         target = model.documents.hypernetwork.config.target
         folder.mkdir()
-        with Register.writing(self.model.library.files.register) as register:
+        with Register.writing(self.model.library.register_file) as register:
             for i, document in enumerate(map(self.document, range(len(drawn)))):
                 about = document.document
                 manifest = Manifest(
@@ -180,7 +180,7 @@ class TemporaryLibrary:
     def rank_all(self, progress: Progress) -> list[Asked]:
         """All questions of all documents, with how the library ranks their documents."""
         asked = []
-        with self.model.library.register.reading() as register:
+        with self.model.library.reading() as register:
             holders = cache(lambda word: frozenset(hit.name for hit in register.search(word, -1)))
             most = max(1, int(MAX_HOLDER_SHARE * len(self.drawn)))
             for i, document in enumerate(self.drawn):
@@ -197,7 +197,7 @@ class TemporaryLibrary:
     def case(self, about: Asked, route: int, document: Callable[[int], InMemoryAdapter]) -> LibraryCase:
         """What a question gets by the name of its document, and of the library."""
         question, own = about.asked.question, document(about.place)
-        with self.model.library.register.reading() as register:
+        with self.model.library.reading() as register:
             matches = register.best_chunks(phrases(question), route)
         picked = share_out(
             matches, question, route, THRESHOLD_OF_MANY, lambda match: document(self.place(match.name)),
@@ -216,7 +216,7 @@ class TemporaryLibrary:
                 self._on_disk.add(name)  # it is now the youngest: of equal chunks others may come first
 
     def _picked(self, about: Asked, route: int) -> list[str]:
-        with self.model.library.register.reading() as register:
+        with self.model.library.reading() as register:
             return [match.name for match in register.best_chunks(phrases(about.asked.question), route)]
 
 

@@ -18,7 +18,7 @@ from loracast.base.chat import ChatFormat
 from loracast.base.load import Base
 from loracast.base.scoring import Episode, Question, pack, score_answers
 from loracast.errors import ConfigError, TrainingError
-from loracast.files import features_dir
+from loracast.files import cache_dir
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import Encoder, Features, check_encoder
 from loracast.lab.data.labelled import Labelled
@@ -100,7 +100,7 @@ def encoded(
     from safetensors.torch import load_file, save_file
 
     which = hashlib.sha256(f"{encoder.fingerprint}/{labelled.fingerprint}/{list(indices)}".encode()).hexdigest()[:16]
-    path = features_dir() / f"{labelled.modality}-{which}.safetensors"
+    path = cache_dir("features") / f"{labelled.modality}-{which}.safetensors"
     if not path.is_file():
         rows = []
         for first in range(0, len(indices), _BATCH):
