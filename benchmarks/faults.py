@@ -1,6 +1,6 @@
 """Kills and starves the commands that write a library, again and again, and looks at the library afterwards.
 
-    python benchmarks/faults.py [--rounds 200] [--seed 0] [--seconds 300] [--json FILE]
+    python benchmarks/faults.py [--rounds 200] [--seed 0] [--seconds 300]
     python benchmarks/faults.py --shared URL|folder|s3 [--rounds 1000] [--seed 0] [--seconds 300]
 
 A round draws a command (learn, task, combine, compact, edit, import, export, gc, rm) and a fault: SIGKILL or SIGINT at
@@ -273,11 +273,8 @@ class Rounds:
         """Note what is wrong with the library after a round, besides these problems, and mend it."""
         problems += [one for one in verify(Library(self.library)) if "belongs to no name" not in one]
         after = self.state()
-        problems += [
-            f"{name} was changed"
-            for name in (before.keys() | after.keys()) - changed
-            if before.get(name) != after.get(name)
-        ]
+        differing = {name for name, _ in before.items() ^ after.items()}
+        problems += [f"{name} was changed" for name in differing - changed]
         for name in after:
             adapter = Library(self.library).open(name)
             if adapter.manifest.storage != "text":
@@ -299,15 +296,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=300, help="it ends after so many seconds at the latest")
-    parser.add_argument("--json", type=Path, help="also write the counts into this file")
     parser.add_argument("--shared", metavar="URL", help="names of a library shared at a URL, in a folder, or at s3")
     given = parser.parse_args()
     if given.shared:
         counts = run_shared(given.shared, given.rounds, given.seed, given.seconds)
     else:
         counts = run(given.rounds, given.seed, given.seconds)
-    if given.json is not None:
-        given.json.write_text(json.dumps(counts, indent=1))
     print(json.dumps(counts, indent=1))
     sys.exit(bool(counts["broken"]))
 

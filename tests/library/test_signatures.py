@@ -133,12 +133,14 @@ def test_a_copy_with_another_text_is_not_vouched_for(signed, keys, has_store, tm
         pull_adapter(Library(two), str(signed), signed_by=keys.text)
 
 
-def test_a_password_opens_a_key(tmp_path):
+def test_a_password_opens_a_key(tmp_path, monkeypatch):
     keys, adapter = Keys(tmp_path / "keys", "a secret"), write(tmp_path / "one", name="press")
+    monkeypatch.setattr("loracast.library.remote.getpass", lambda: "a guess")
     with pytest.raises(AdapterError, match="wrong password"):
-        push_adapter(adapter, str(tmp_path / "there"), signing_key=keys.secret, ask_password=lambda: "a guess")
+        push_adapter(adapter, str(tmp_path / "there"), signing_key=keys.secret)
     assert not (tmp_path / "there").exists()
-    push_adapter(adapter, str(tmp_path / "there"), signing_key=keys.secret, ask_password=lambda: "a secret")
+    monkeypatch.setattr("loracast.library.remote.getpass", lambda: "a secret")
+    push_adapter(adapter, str(tmp_path / "there"), signing_key=keys.secret)
     assert (
         pull_adapter(Library(tmp_path / "two"), str(tmp_path / "there"), signed_by=keys.text).version == adapter.version
     )

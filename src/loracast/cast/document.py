@@ -6,7 +6,7 @@ Memory stays flat in the document's length. An image needs no base.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from threading import Lock
@@ -25,7 +25,7 @@ from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest, utc_now
-from loracast.library.save import ChunkRows, check_finite, save_rows, save_single, static_tensors
+from loracast.library.save import ChunkRows, Progress, check_finite, save_rows, save_single, static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.reading.outline import write_document_index
@@ -35,8 +35,6 @@ TOKENS_PER_BATCH = 1024
 devices take four times as many.
 """
 
-Progress = Callable[[int, int], None]
-"""(chunks done, chunks in all)"""
 Spans = Sequence[tuple[int, int]]
 """The (start, end) characters of a chunk's sentences in its prompt."""
 _Place = tuple[str, tuple[tuple[int, int], ...]]

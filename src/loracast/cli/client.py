@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from loracast.base.chat import Message
     from loracast.base.generate import OnText
     from loracast.base.load import Base as LoadedBase
-    from loracast.cast.document import Progress
     from loracast.cast.memory import Forgotten
     from loracast.cast.task import TaskCaster
     from loracast.documents.task_spec import TaskSpec
     from loracast.hypernets.store import Modality
     from loracast.library.adapter import Adapter
     from loracast.library.library import Library
+    from loracast.library.save import Progress
     from loracast.lora.quantize import Storage
     from loracast.reading.routing import Route
     from loracast.serving.client import Client as HTTPClient

@@ -51,21 +51,15 @@ def combine(
     All chunks of a document are merged: questions are no longer routed to a few of them. To answer with several
     adapters as they are, give `ask` several `-a`.
     """
-    from loracast.library.combine import Part, combined
-    from loracast.library.save import save_lora
+    from loracast.library.combine import Part, save_combined
 
     if not replace:
         library.check_free(name)
     chosen = [Part(library.open(one), weight) for one, weight in map(_part, parts)]
-    made_of = combined(chosen, rank)
-    title = " + ".join(map(str, chosen))
-    made = save_lora(
-        made_of.lora, library, name, kind="combined", title=title,
-        made_for=chosen[0].adapter.manifest.made_for, static=made_of.static, replace=replace,
-    )  # fmt: skip
-    ranks, parts = made.manifest.ranks, [str(part) for part in chosen]
-    text = f"combined {title} into {name}\nrank {made.manifest.rank_text}, {loss(made_of.error)}, {size(made.n_bytes)}"
-    print_result(as_json, {"name": name, "parts": parts, "ranks": ranks, "error": made_of.error}, text)
+    made, error = save_combined(chosen, library, name, rank, replace=replace)
+    m, parts = made.manifest, [str(part) for part in chosen]
+    text = f"combined {m.title} into {name}\nrank {m.rank_text}, {loss(error)}, {size(made.n_bytes)}"
+    print_result(as_json, {"name": name, "parts": parts, "ranks": m.ranks, "error": error}, text)
 
 
 def import_(

@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loracast.base.fingerprint import check
 from loracast.errors import AdapterError, LoracastError
 from loracast.library.adapter import Adapter, first_with_static
-from loracast.library.save import target_of
+from loracast.library.library import Library
+from loracast.library.save import save_lora, target_of
 from loracast.lora.algebra import LoRA, compress, concat, svd
 from loracast.lora.factors import effective_rank
 
@@ -64,6 +66,15 @@ def combined(parts: Sequence[Part], rank: int | None = None) -> Combination:
     if rank is not None and total.rank > rank:
         total, error = compress(total, rank)
     return Combination(total, statics[0] if statics else LoRA(), error)
+
+
+def save_combined(
+    parts: Sequence[Part], library: Library, name: str, rank: int | None = None, *, replace: bool = False
+) -> tuple[Adapter, float]:
+    """Keep the weighted sum of adapters as one; the adapter, and what the rank budget took (`Combination.error`)."""
+    made, made_for = combined(parts, rank), parts[0].adapter.manifest.made_for
+    about: dict[str, Any] = {"kind": "combined", "title": " + ".join(map(str, parts)), "made_for": made_for}
+    return save_lora(made.lora, library, name, static=made.static, replace=replace, **about), made.error
 
 
 @dataclass(frozen=True)

@@ -266,14 +266,9 @@ class Register:
         return [Hit(*row) for row in rows]
 
     def best_chunks(
-        self,
-        phrases: Phrases,
-        limit: int,
-        patterns: Sequence[str] = ("*",),
-        tag: str = "",
-        without: Collection[str] = (),
+        self, phrases: Phrases, k: int, patterns: Sequence[str] = ("*",), tag: str = "", without: Collection[str] = ()
     ) -> list[Match]:
-        """The chunks of documents' newest versions that match some weighted phrases best, best first.
+        """The k chunks of documents' newest versions that match some weighted phrases best, best first.
 
         A chunk's text and heading, which begins with the document's title, count, and the name of its adapter. The
         rarity of a word is counted over the documents of the whole library, each in its newest version.
@@ -306,7 +301,7 @@ class Register:
         """
         found: list[Match] = []
         for row in sorted(scores, key=lambda row: (-scores[row], row)):
-            if len(found) == limit:
+            if len(found) == k:
                 break
             owner = self._db.execute(query, (row, row, *values)).fetchone()
             if owner is not None and (match := Match(*(*owner, scores[row]))).version not in without:

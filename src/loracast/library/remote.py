@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from getpass import getpass
 from pathlib import Path
 from typing import Any
 
-from loracast.errors import AdapterError
+from loracast.errors import AdapterError, PackageError
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
 from loracast.library.library import Library
-from loracast.library.manifest import SUFFIX, VERSION_DIGITS, Manifest, check_covers, check_name, sign, verify
+from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.storage import fetch_whole
 from loracast.library.store import file_system, store_errors
 from loracast.lora.tensor_file import BYTES
@@ -24,7 +23,7 @@ from loracast.lora.tensor_file import BYTES
 CARD = "README.md"
 _FILES = (INDEX, FACTORS, MANIFEST)  # in this order: without a manifest an adapter is not whole
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SIGNATURE = MANIFEST + SUFFIX
+SIGNATURE = f"{MANIFEST}.minisig"
 _MAX_MANIFEST_BYTES = 10_000_000
 _MAX_SIGNATURE_BYTES = 10_000
 _MAX_INDEX_BYTES_PER_TOKEN = 1_000
@@ -33,21 +32,13 @@ _BASES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub ids of embedded bases."""
 
 
-def push_adapter(
-    adapter: Adapter,
-    where: str,
-    *,
-    private: bool = True,
-    signing_key: Path | None = None,
-    ask_password: Callable[[], str] = getpass,
-) -> None:
+def push_adapter(adapter: Adapter, where: str, *, private: bool = True, signing_key: Path | None = None) -> None:
     """Copy an adapter's files, with a model card, to where `pull_adapter` finds them.
 
     Args:
         where: a URL, as a folder; or `owner/name` on the hub, made if need be.
         private: whether a repository that is made is private.
         signing_key: file of a secret key of minisign, with which the adapter is signed.
-        ask_password: gives the key's password; called if it has one.
 
     Raises:
         LoracastError: nothing can be written there. AdapterError: the adapter is damaged, or the key is none.
@@ -55,7 +46,7 @@ def push_adapter(
     adapter.verify()
     texts = {CARD: model_card(adapter).encode()}
     if signing_key is not None:
-        texts[SIGNATURE] = sign(adapter.folder / MANIFEST, signing_key, ask_password)
+        texts[SIGNATURE] = sign(adapter.folder / MANIFEST, signing_key)
     files = {name: str(adapter.folder / name) for name in _FILES if (adapter.folder / name).is_file()}
     if is_hub_id(where):
         from huggingface_hub import CommitOperationAdd, HfApi
@@ -189,3 +180,63 @@ def _fetch_checked(fs: Any, root: str, folder: Path, signed_by: str | None) -> M
 def factor_bytes(manifest: Manifest) -> int:
     """Bytes that the factors of an adapter's chunks take according to its manifest."""
     return sum(BYTES[info.dtype] * math.prod(info.shape) for info in layout(manifest, {}).values())
+
+
+def sign(manifest: Path, key: Path) -> bytes:
+    """The signature of an adapter.json.
+
+    Args:
+        key: file of the secret key, as `minisign -G` writes it; for its password, if it has one, the user is asked.
+
+    Raises:
+        AdapterError: the key or its password is none, or the manifest does not hold all hashes.
+        PackageError: py-minisign is not installed.
+    """
+    minisign = _minisign()
+    parsed = Manifest.read(manifest)
+    check_covers(parsed)
+    try:
+        with minisign.SecretKey.from_file(key) as secret:
+            if secret.is_encrypted():
+                secret.decrypt(getpass())
+            signature = secret.sign(manifest.read_bytes(), trusted_comment=f"{parsed.name}@{parsed.version}")
+    except (OSError, ValueError, EOFError) as error:
+        raise AdapterError(f"nothing can be signed with {key}: {error}") from error
+    return bytes(signature) + b"\n"
+
+
+def verify(manifest: Path, signature: Path, key: str) -> None:
+    """Raise AdapterError unless a signature of an adapter.json was made with the secret half of a public key.
+
+    Args:
+        key: the public key, or its file. Raises AdapterError if it is none, PackageError without py-minisign.
+    """
+    minisign = _minisign()
+    try:
+        read = minisign.PublicKey.from_file if Path(key).is_file() else minisign.PublicKey.from_base64
+        public = read(key)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{key[:200]!r} is no public key of minisign and no file of one ({error})") from error
+    try:
+        public.verify(manifest.read_bytes(), minisign.Signature.from_file(signature))
+    except FileNotFoundError as error:
+        raise AdapterError("the adapter is not signed") from error
+    except ValueError as error:
+        raise AdapterError(f"the adapter is not signed with this key, or was changed since ({error})") from error
+
+
+def check_covers(manifest: Manifest) -> None:
+    """Raise AdapterError unless a manifest holds the hashes of all other files, so that its signature is theirs too."""
+    if not manifest.chunks_sha256 or not (manifest.factors_sha256 or manifest.storage == "text"):
+        raise AdapterError(
+            f"{manifest.name!r} is from before adapters kept a hash of their text, which a signature needs: learn it "
+            "again"
+        )
+
+
+def _minisign() -> Any:
+    try:
+        import minisign
+    except ImportError as error:
+        raise PackageError("signatures need py-minisign: pip install 'loracast[sign]'") from error
+    return minisign

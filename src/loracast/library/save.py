@@ -38,6 +38,8 @@ ChunkRows = tuple[Rows, Mapping[str, Tensor]]
 """The rows of n chunks, and by kind of a memory the sentence of each row in its chunk [n, r], -1 for none."""
 WriteIndex = Callable[[Path, Sequence[Chunk]], object]
 """Writes the index of some chunks to a file."""
+Progress = Callable[[int, int], None]
+"""Receives how many chunks are done, and how many there are."""
 _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
 
 
@@ -51,7 +53,7 @@ def save_rows(
     seconds: Callable[[], float] | None = None,
     index: WriteIndex = write_index,
     replace: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     check: Callable[[], object] = lambda: None,
 ) -> Adapter:
     """Keep the rows of an adapter's chunks under the manifest's name, batch by batch; on any error nothing is left.
@@ -91,11 +93,7 @@ def save_rows(
 
 
 def _write_factors(
-    path: Path,
-    manifest: Manifest,
-    batches: Iterable[ChunkRows],
-    static: Mapping[str, Tensor],
-    progress: Callable[[int, int], None],
+    path: Path, manifest: Manifest, batches: Iterable[ChunkRows], static: Mapping[str, Tensor], progress: Progress
 ) -> None:
     """Write factors.safetensors: the header, the static LoRA, and the factors of each chunk as they come."""
     tensors = layout(manifest, {name: tuple(value.shape) for name, value in static.items()})

@@ -26,14 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from loracast.errors import AdapterError, LoracastError
-from loracast.files import (
-    is_at_work,
-    library_dir,
-    move_unless_there,
-    sync_folder,
-    work_folder,
-    write_atomically,
-)
+from loracast.files import is_at_work, library_dir, move_unless_there, sync_folder, work_folder, write_atomically
 from loracast.library.adapter import INDEX, MANIFEST, Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
@@ -381,12 +374,10 @@ class LibraryStorage:
         store.claim(SHARED, own=own)
         there = store.newest()
         theirs = {name: store.read(name, there[name]) for name in states if name in there}
-        taken = [
-            name
-            for name, state in theirs.items()
-            if state.versions and states[name].versions[-1][0] not in dict(state.versions)
-        ]
-        if taken:
+        newest = {name: state.versions[-1][0] for name, state in states.items()}
+        if taken := [
+            name for name, state in theirs.items() if state.versions and newest[name] not in dict(state.versions)
+        ]:
             raise AdapterError(f"{', '.join(taken)} mean other adapters at {url}: rename or remove them here first")
         for name, state in states.items():
             if name not in theirs or not theirs[name].versions:

@@ -31,98 +31,8 @@ from loracast.errors import AdapterError, DocumentError, LoracastError, NameTake
 from loracast.files import file_sha256, write_atomically
 from loracast.library.library import Library
 from loracast.library.manifest import LONGEST_NAME, marked_name, name_from
-from loracast.library.register import Entry
 
 _WRITE_EVERY_S = 5.0
-
-
-class Journal:
-    """What is known of the files of one folder, cast in one way into one library."""
-
-    def __init__(self, journals: Path, folder: Path, library: Library, made_by: str):
-        self._about = {"folder": str(folder.resolve()), "library": str(library.folder.resolve()), "made_by": made_by}
-        key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:24]
-        self._path = journals / f"{key}.json"
-        self.entries: dict[str, dict[str, Any]] = {}
-        """By path: the file's name, its size and time, hash and fault, and its `sources` under that name."""
-        self.sources: dict[str, dict[str, set[str]]] = {}
-        """By path and name, the hashes of what a file has held under that name, whichever way it was cast."""
-        self.before: dict[str, list[str]] = {}
-        """By name, the versions that it had when the folder took it: those are not the folder's."""
-        self.elsewhere: set[str] = set()
-        """The names that files of other folders have."""
-        self._siblings: list[Path] = []
-        self._taken: set[str] = set()
-        self._forgotten: set[str] = set()
-        self.device: int | None = None
-        """The file system on which the folder's files were seen last."""
-        self._written_s = time.monotonic()
-        for path in sorted(journals.glob("*.json"), key=lambda path: path != self._path):  # its own comes first
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: all is learned anew
-                self._take_in(path, json.loads(path.read_text(encoding="utf-8")))
-
-    def _take_in(self, path: Path, stored: Mapping[str, Any]) -> None:
-        about, entries = stored["about"], stored["entries"]
-        names = {entry["name"] for entry in entries.values()}
-        if {**about, "made_by": self._about["made_by"]} != self._about:
-            if about["library"] == self._about["library"] and Path(about["folder"]).is_dir():
-                self.elsewhere |= names
-            return
-        if path == self._path:
-            self.entries = entries
-        else:
-            self._siblings.append(path)
-        if self.device is None:
-            self.device = stored.get("device")
-        self.before = {**stored.get("before", {name: [] for name in names}), **self.before}
-        for relative, entry in entries.items():
-            sources = self.sources.setdefault(relative, {}).setdefault(entry["name"], set())
-            sources.update(entry.get("sources", [entry["sha256"]]))  # up to 0.2.0 only the last one was noted
-
-    def take(self, before: Mapping[str, list[str]]) -> None:
-        """Note names, each with the versions that are not the folder's, before anything is learned under them.
-
-        Whatever a kill then interrupts, the next run knows what the folder made.
-        """
-        is_known = all(self.before.get(name) == versions for name, versions in before.items())
-        self._taken = set(before)
-        self.before.update(before)
-        if not is_known:
-            self.write()
-
-    def forget(self, path: str) -> None:
-        """Forget a file that is gone, in whichever way it was cast."""
-        self.entries.pop(path, None)
-        self._forgotten.add(path)
-
-    def rename(self, path: str, new: str) -> None:
-        """Let a file that is to be learned anew have the names of one that is gone."""
-        self.entries[new] = {**self.entries[path], "stamp": [], "sha256": ""}
-        self.sources[new] = self.sources.pop(path)
-        self.forget(path)
-
-    def write(self, every_s: float = 0.0) -> None:
-        """Write the journal, unless it was written within so many seconds: a kill costs their work."""
-        if time.monotonic() - self._written_s < every_s:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        used = self._taken | {entry["name"] for entry in self.entries.values()}
-        before = {name: versions for name, versions in self.before.items() if name in used}
-        _store(self._path, {"about": self._about, "device": self.device, "before": before, "entries": self.entries})
-        for path in self._siblings if self._forgotten else ():
-            with suppress(FileNotFoundError):  # any journal may be deleted at any time
-                stored = json.loads(
-                    path.read_text(encoding="utf-8")
-                )  # another process may have written to it meanwhile
-                entries = {one: entry for one, entry in stored["entries"].items() if one not in self._forgotten}
-                if len(entries) < len(stored["entries"]):
-                    _store(path, {**stored, "entries": entries})
-        self._forgotten.clear()
-        self._written_s = time.monotonic()
-
-
-def _store(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(content).encode())  # in ASCII: names of files may be no text
 
 
 Outcome = Literal["learned", "unchanged", "failed", "removed"]
@@ -171,6 +81,198 @@ class BulkReport:
         }
 
 
+class Journal:
+    """What is known of the files of one folder, cast in one way into one library; learns and removes them by that."""
+
+    def __init__(self, journals: Path, folder: Path, library: Library, made_by: str):
+        self.folder, self.library = folder, library
+        self.kept = {entry.name: entry for entry in library.entries()[0]}
+        """The adapters that the library had at the beginning, by name."""
+        self._about = {"folder": str(folder.resolve()), "library": str(library.folder.resolve()), "made_by": made_by}
+        key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:24]
+        self._path = journals / f"{key}.json"
+        self.entries: dict[str, dict[str, Any]] = {}
+        """By path: the file's name, its size and time, hash and fault, and its `sources` under that name."""
+        self.sources: dict[str, dict[str, set[str]]] = {}
+        """By path and name, the hashes of what a file has held under that name, whichever way it was cast."""
+        self.before: dict[str, list[str]] = {}
+        """By name, the versions that it had when the folder took it: those are not the folder's."""
+        self.elsewhere: set[str] = set()
+        """The names that files of other folders have."""
+        self._siblings: list[Path] = []
+        self._taken: set[str] = set()
+        self._forgotten: set[str] = set()
+        self.device: int | None = None
+        """The file system on which the folder's files were seen last."""
+        self._written_s = time.monotonic()
+        for path in sorted(journals.glob("*.json"), key=lambda path: path != self._path):  # its own comes first
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: all is learned anew
+                self._take_in(path, json.loads(path.read_text(encoding="utf-8")))
+
+    def _take_in(self, path: Path, stored: Mapping[str, Any]) -> None:
+        about, entries = stored["about"], stored["entries"]
+        names = {entry["name"] for entry in entries.values()}
+        if {**about, "made_by": self._about["made_by"]} != self._about:
+            if about["library"] == self._about["library"] and Path(about["folder"]).is_dir():
+                self.elsewhere |= names
+            return
+        if path == self._path:
+            self.entries = entries
+        else:
+            self._siblings.append(path)
+        if self.device is None:
+            self.device = stored.get("device")
+        self.before = {**stored.get("before", {name: [] for name in names}), **self.before}
+        for relative, entry in entries.items():
+            sources = self.sources.setdefault(relative, {}).setdefault(entry["name"], set())
+            sources.update(entry.get("sources", [entry["sha256"]]))  # up to 0.2.0 only the last one was noted
+
+    def take(self, names: Collection[str]) -> None:
+        """Note names, each with the versions that are not the folder's, before anything is learned under them.
+
+        Whatever a kill then interrupts, the next run knows what the folder made.
+        """
+        before: dict[str, list[str]] = {name: [] for name in names}
+        for name in before.keys() & self.kept.keys():
+            versions = [one.version for one in self.library.versions_of(name)] if name not in self.before else []
+            before[name] = self.before.get(name, versions)
+        is_known = all(self.before.get(name) == versions for name, versions in before.items())
+        self._taken = set(before)
+        self.before.update(before)
+        if not is_known:
+            self.write()
+
+    def forget(self, path: str) -> None:
+        """Forget a file that is gone, in whichever way it was cast."""
+        self.entries.pop(path, None)
+        self._forgotten.add(path)
+
+    def write(self, every_s: float = 0.0) -> None:
+        """Write the journal, unless it was written within so many seconds: a kill costs their work."""
+        if time.monotonic() - self._written_s < every_s:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        used = self._taken | {entry["name"] for entry in self.entries.values()}
+        before = {name: versions for name, versions in self.before.items() if name in used}
+        _store(self._path, {"about": self._about, "device": self.device, "before": before, "entries": self.entries})
+        for path in self._siblings if self._forgotten else ():
+            with suppress(FileNotFoundError):  # any journal may be deleted at any time
+                stored = json.loads(
+                    path.read_text(encoding="utf-8")
+                )  # another process may have written to it meanwhile
+                entries = {one: entry for one, entry in stored["entries"].items() if one not in self._forgotten}
+                if len(entries) < len(stored["entries"]):
+                    _store(path, {**stored, "entries": entries})
+        self._forgotten.clear()
+        self._written_s = time.monotonic()
+
+    def follow_renames(self, paths: Sequence[str]) -> None:
+        """Let a new file take the place of one that is gone and had its name, as where Manual.txt becomes manual.md.
+
+        It is learned as a new version of that name, which keeps its tags and its note.
+        """
+        there = set(paths)
+        gone = {entry["name"]: path for path, entry in self.entries.items() if path not in there}
+        wanted = Counter(map(_name_of, paths))
+        for path in paths:
+            name = _name_of(path)
+            if path not in self.sources and name in gone and wanted[name] == 1:
+                before = gone.pop(name)
+                self.entries[path] = {**self.entries[before], "stamp": [], "sha256": ""}
+                self.sources[path] = self.sources.pop(before)
+                self.forget(before)
+
+    def names_of(self, paths: Sequence[str]) -> dict[str, str]:
+        """A name for each file that means nothing else in the library.
+
+        It is the one that the file has, unless somebody has given that to another adapter; or else a free one, or one
+        whose adapter was made from the very same content.
+        """
+        sources, others = self.sources, self.elsewhere.union(*self.sources.values())
+
+        @cache
+        def content(path: str) -> str:
+            try:
+                return file_sha256(self.folder / path)
+            except OSError:  # learning it says so
+                return ""
+
+        def may_have(path: str, name: str) -> bool:
+            own = sources.get(path, {})
+            if name not in self.kept or self.kept[name].source_sha256 in own.get(name, ()):
+                return True
+            return (name in own or name not in others) and self.kept[name].source_sha256 == content(path)
+
+        owners: dict[str, str] = {}
+        for path in paths:
+            own = (name for name in sources.get(path, {}) if name not in owners and may_have(path, name))
+            if name := next(own, None):
+                owners[name] = path
+        return names_for(paths, {path: name for name, path in owners.items()}, may_have)
+
+    def learn(self, relative: str, name: str, learn: Learn, again: bool) -> FileReport:
+        """Learn a file, unless nothing has changed."""
+        started, path = time.perf_counter(), self.folder / relative
+        before, newest = self.entries.get(relative), self.kept.get(name)
+        try:
+            stat = path.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # the last tells files that changed places
+            sha256 = before["sha256"] if before and before["stamp"] == stamp else file_sha256(path)
+            sources = sorted({*self.sources.get(relative, {}).get(name, ()), sha256})
+            entry = {"name": name, "sha256": sha256, "stamp": stamp, "error": None, "sources": sources}
+            self.entries[relative] = entry
+            if before and before["sha256"] == sha256 and not again:
+                if before["error"]:
+                    raise DocumentError(before["error"])
+                if newest and newest.source_sha256 == sha256:
+                    return FileReport(relative, name, "unchanged")
+            now = next(iter(self.library.versions_of(name)), None)
+            if now and now.source_sha256 != sha256 and now.version != (newest and newest.version):
+                raise NameTakenError(
+                    f"another adapter has been called {name!r} meanwhile; the next run finds a free name"
+                )
+            learn(path, name)
+            made = next((one.source_sha256 for one in self.library.versions_of(name)), sha256)
+            if made != sha256:  # the file changed before it was read, and may have changed again since
+                entry |= {"sha256": made, "stamp": [], "sources": sorted({*sources, made})}
+            return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
+        except DocumentError as error:  # the file's own fault: it fails again until it has changed
+            entry["error"] = message = str(error)
+        except (LoracastError, OSError) as error:  # a locked library, a file that is gone: the next run tries again
+            message = f"{relative} cannot be read: {error}" if isinstance(error, OSError) else str(error)
+            self.entries.pop(relative, None)
+            if before:
+                self.entries[relative] = before
+        return FileReport(relative, name, "failed", time.perf_counter() - started, message)
+
+    def remove(self, relative: str, others: Collection[str]) -> Iterator[FileReport]:
+        """Delete what was learned from a file that is gone, and only then forget the file: what fails is tried again.
+
+        A name whose newest version is not the folder's means something else by now, and keeps all that it has.
+
+        Args:
+            others: names that are left alone.
+        """
+        for name, sources in self.sources[relative].items():
+            versions = self.library.versions_of(name) if name in self.kept and name not in others else []
+            not_ours = self.before.get(name, ())
+            made = [one for one in versions if one.version not in not_ours and one.source_sha256 in sources]
+            if not made or made[0] != versions[0]:
+                continue
+            try:
+                for one in reversed(made):  # the newest goes last: until then the next run knows the name
+                    self.library.remove(f"{name}@{one.version}")
+            except (LoracastError, OSError) as error:
+                yield FileReport(relative, name, "failed", error=f"its adapter cannot be deleted: {error}")
+                return
+            yield FileReport(relative, name, "removed")
+        self.forget(relative)
+
+
+def _store(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(content).encode())  # in ASCII: names of files may be no text
+
+
 def learn_folder(
     folder: Path,
     library: Library,
@@ -206,10 +308,9 @@ def learn_folder(
     if paths:
         journal.device = device
     if remove_gone and not unread:
-        _follow_renames(wanted, journal)
-    run = _Run(folder, library, journal, {entry.name: entry for entry in library.entries()[0]})
-    names = run.names_of(wanted)
-    journal.take({name: run.not_ours(name) for name in names.values()})
+        journal.follow_renames(wanted)
+    names = journal.names_of(wanted)
+    journal.take(names.values())
     report = BulkReport(ignored=[relative for relative in paths if not is_readable(relative)])
 
     def note(file: FileReport, n_done: int = len(wanted)) -> None:
@@ -218,16 +319,16 @@ def learn_folder(
 
     try:
         for number, relative in enumerate(wanted, 1):
-            learned = run.learn(relative, names[relative], learn, again)
+            learned = journal.learn(relative, names[relative], learn, again)
             journal.write(_WRITE_EVERY_S)
             note(learned, number)
         gone = journal.sources.keys() - names.keys() if remove_gone else set()
-        has_adapters = any(name in run.kept for path in gone for name in journal.sources[path])
+        has_adapters = any(name in journal.kept for path in gone for name in journal.sources[path])
         if has_adapters and not paths and journal.device != device:
             unread.setdefault(".", _NOT_MOUNTED)
         others = journal.elsewhere.union(names.values())
         for relative in sorted(path for path in gone if not _is_below(path, unread)):
-            for removed in run.remove(relative, others):
+            for removed in journal.remove(relative, others):
                 note(removed)
         for relative, why in sorted(unread.items()):
             error = f"{folder / relative} cannot be read, and what was learned from it stays: {why}"
@@ -295,122 +396,3 @@ def names_for(
 def _name_of(path: str) -> str:
     """The name that a file's adapter has where nothing else has it."""
     return name_from(path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path)
-
-
-def _follow_renames(paths: Sequence[str], journal: Journal) -> None:
-    """Let a new file take the place of one that is gone and had its name, as where Manual.txt becomes manual.md.
-
-    It is learned as a new version of that name, which keeps its tags and its note.
-    """
-    there = set(paths)
-    gone = {entry["name"]: path for path, entry in journal.entries.items() if path not in there}
-    wanted = Counter(map(_name_of, paths))
-    for path in paths:
-        name = _name_of(path)
-        if path not in journal.sources and name in gone and wanted[name] == 1:
-            journal.rename(gone.pop(name), path)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One pass over a folder."""
-
-    folder: Path
-    library: Library
-    journal: Journal
-    kept: Mapping[str, Entry]
-    """The adapters that the library had at the beginning, by name."""
-
-    def names_of(self, paths: Sequence[str]) -> dict[str, str]:
-        """A name for each file that means nothing else in the library.
-
-        It is the one that the file has, unless somebody has given that to another adapter; or else a free one, or one
-        whose adapter was made from the very same content.
-        """
-        sources = self.journal.sources
-        others = self.journal.elsewhere.union(*sources.values())
-
-        @cache
-        def content(path: str) -> str:
-            try:
-                return file_sha256(self.folder / path)
-            except OSError:  # learning it says so
-                return ""
-
-        def may_have(path: str, name: str) -> bool:
-            own = sources.get(path, {})
-            if name not in self.kept or self.kept[name].source_sha256 in own.get(name, ()):
-                return True
-            return (name in own or name not in others) and self.kept[name].source_sha256 == content(path)
-
-        owners: dict[str, str] = {}
-        for path in paths:
-            own = (name for name in sources.get(path, {}) if name not in owners and may_have(path, name))
-            if name := next(own, None):
-                owners[name] = path
-        return names_for(paths, {path: name for name, path in owners.items()}, may_have)
-
-    def not_ours(self, name: str) -> list[str]:
-        """The versions of a name that the folder did not make."""
-        if name not in self.kept:
-            return []
-        before = self.journal.before
-        return before[name] if name in before else [one.version for one in self.library.versions_of(name)]
-
-    def learn(self, relative: str, name: str, learn: Learn, again: bool) -> FileReport:
-        """Learn a file, unless nothing has changed."""
-        started, path, journal = time.perf_counter(), self.folder / relative, self.journal
-        before, newest = journal.entries.get(relative), self.kept.get(name)
-        try:
-            stat = path.stat()
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # the last tells files that changed places
-            sha256 = before["sha256"] if before and before["stamp"] == stamp else file_sha256(path)
-            sources = sorted({*journal.sources.get(relative, {}).get(name, ()), sha256})
-            entry = {"name": name, "sha256": sha256, "stamp": stamp, "error": None, "sources": sources}
-            journal.entries[relative] = entry
-            if before and before["sha256"] == sha256 and not again:
-                if before["error"]:
-                    raise DocumentError(before["error"])
-                if newest and newest.source_sha256 == sha256:
-                    return FileReport(relative, name, "unchanged")
-            now = next(iter(self.library.versions_of(name)), None)
-            if now and now.source_sha256 != sha256 and now.version != (newest and newest.version):
-                raise NameTakenError(
-                    f"another adapter has been called {name!r} meanwhile; the next run finds a free name"
-                )
-            learn(path, name)
-            made = next((one.source_sha256 for one in self.library.versions_of(name)), sha256)
-            if made != sha256:  # the file changed before it was read, and may have changed again since
-                entry |= {"sha256": made, "stamp": [], "sources": sorted({*sources, made})}
-            return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
-        except DocumentError as error:  # the file's own fault: it fails again until it has changed
-            entry["error"] = message = str(error)
-        except (LoracastError, OSError) as error:  # a locked library, a file that is gone: the next run tries again
-            message = f"{relative} cannot be read: {error}" if isinstance(error, OSError) else str(error)
-            journal.entries.pop(relative, None)
-            if before:
-                journal.entries[relative] = before
-        return FileReport(relative, name, "failed", time.perf_counter() - started, message)
-
-    def remove(self, relative: str, others: Collection[str]) -> Iterator[FileReport]:
-        """Delete what was learned from a file that is gone, and only then forget the file: what fails is tried again.
-
-        A name whose newest version is not the folder's means something else by now, and keeps all that it has.
-
-        Args:
-            others: names that are left alone.
-        """
-        for name, sources in self.journal.sources[relative].items():
-            versions = self.library.versions_of(name) if name in self.kept and name not in others else []
-            not_ours = self.journal.before.get(name, ())
-            made = [one for one in versions if one.version not in not_ours and one.source_sha256 in sources]
-            if not made or made[0] != versions[0]:
-                continue
-            try:
-                for one in reversed(made):  # the newest goes last: until then the next run knows the name
-                    self.library.remove(f"{name}@{one.version}")
-            except (LoracastError, OSError) as error:
-                yield FileReport(relative, name, "failed", error=f"its adapter cannot be deleted: {error}")
-                return
-            yield FileReport(relative, name, "removed")
-        self.journal.forget(relative)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loracast.cast.document import Progress
 from loracast.errors import DocumentError, HypernetworkError, LoracastError, NameTakenError
 from loracast.files import try_lock
 from loracast.library.adapter import Adapter
+from loracast.library.save import Progress
 from loracast.serving.errors import ApiError, log_failure
 from loracast.serving.state import Paging, Row, State, count, encode, known_row, new_id, now, one_row, page_of
 

@@ -21,9 +21,8 @@ from loracast.documents.read import Document
 from loracast.errors import LoracastError
 from loracast.files import cache_dir
 from loracast.library.adapter import Adapter
-from loracast.library.combine import Part, combined
+from loracast.library.combine import Part, save_combined
 from loracast.library.manifest import check_name, name_for_task, name_from
-from loracast.library.save import save_lora
 from loracast.library.sync import BulkReport, learn_folder
 from loracast.lora.quantize import DEFAULT_STORAGE
 from loracast.serving.errors import log_failure
@@ -263,17 +262,7 @@ class Learning:
     def _combine(self, job: Job, progress: Progress) -> Adapter:
         progress(0, 1)
         parts = [Part(self._model.adapter(name), weight) for name, weight in job.work["parts"]]
-        summed = combined(parts)
-        made = save_lora(
-            summed.lora,
-            self.library,
-            job.adapter,
-            kind="combined",
-            title=" + ".join(map(str, parts)),
-            made_for=parts[0].adapter.manifest.made_for,
-            static=summed.static,
-            replace=job.work["replace"],
-        )
+        made, _ = save_combined(parts, self.library, job.adapter, replace=job.work["replace"])
         return self._tagged(made, job)
 
     def _tagged(self, made: Adapter, job: Job) -> Adapter:
