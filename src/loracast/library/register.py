@@ -474,31 +474,21 @@ class Register:
     @contextmanager
     def writing(cls, file: Path) -> Iterator[Self]:
         """The register in a file under the write lock, created or migrated if need be; an error undoes everything."""
-        with _connected(file, "rwc") as database:
+        with _connected(file, "rwc") as database, database:  # the second commits or rolls back
             database.execute("BEGIN IMMEDIATE")
-            try:
-                migrate(database)
-                yield cls(database)
-                database.execute("COMMIT")
-            except BaseException:
-                if database.in_transaction:
-                    database.execute("ROLLBACK")
-                raise
+            migrate(database)
+            yield cls(database)
 
 
 @contextmanager
 def _connected(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
     try:
-        database = sqlite3.connect(
-            f"{file.resolve().as_uri()}?mode={mode}", uri=True, timeout=_WAIT_S, isolation_level=None
-        )
-        try:
+        uri = f"{file.resolve().as_uri()}?mode={mode}"
+        with closing(sqlite3.connect(uri, uri=True, timeout=_WAIT_S, isolation_level=None)) as database:
             database.execute("PRAGMA foreign_keys = ON")
             if (version := schema_version(database)) > len(MIGRATIONS):
                 raise AdapterError(f"{file} was written by a newer loracast (its schema is {version}); update loracast")
             yield database
-        finally:
-            database.close()
     except sqlite3.DatabaseError as error:
         said = str(error)
         if "locked" in said:

@@ -12,7 +12,6 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loracast.cast.document import Progress
 from loracast.documents import read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.file_types import Limits
@@ -23,6 +22,7 @@ from loracast.files import cache_dir
 from loracast.library.adapter import Adapter
 from loracast.library.combine import Part, save_combined
 from loracast.library.manifest import check_name, name_for_task, name_from
+from loracast.library.save import Progress
 from loracast.library.sync import BulkReport, learn_folder
 from loracast.lora.quantize import DEFAULT_STORAGE
 from loracast.serving.errors import log_failure

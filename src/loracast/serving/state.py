@@ -119,15 +119,9 @@ class State:
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """The records under the write lock. On return the change is on the disk; an error undoes all of it."""
-        with self._connected() as db:
+        with self._connected() as db, db:  # the second commits or rolls back
             db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+            yield db
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
