@@ -24,7 +24,7 @@ from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import Library
-from loracast.library.manifest import Manifest, utc_now
+from loracast.library.manifest import Manifest
 from loracast.library.save import ChunkRows, Progress, check_finite, save_rows, save_single, static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
@@ -245,8 +245,6 @@ def learn_chunks(
         n_chunks=len(chunks),
         n_tokens=sum(chunk.n_tokens for chunk in chunks),
         max_chunk_tokens=max_chunk_tokens or hypernetwork.chunk_tokens,
-        created=utc_now(),
-        learn_s=0.0,
         warnings=document.warnings,
         storage=storage,
     )

@@ -76,15 +76,8 @@ def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
             row = (i, chunk.heading, chunk.text)
             database.execute("INSERT INTO chunks (rowid, heading, text) VALUES (?, ?, ?)", row)
             database.execute("INSERT INTO places VALUES (?, ?, ?, ?)", (i, chunk.start, chunk.end, chunk.n_tokens))
-    _write_sentences(index, chunks)
-
-
-def _write_sentences(index: Index, chunks: Sequence[Chunk]) -> None:
-    """Store the places of the units in the chunks' prompts, numbered through, with a full-text index over them.
-
-    A sentence that follows a question is found by the words of both, since it may be the answer ("Price? 20 euros.").
-    The index keeps no second copy of the text.
-    """
+    # A sentence that follows a question is found by the words of both, since it may be the answer ("Price? 20 euros.").
+    # Its index keeps no second copy of the text.
     places = [SentencePlace(i, *span) for i, chunk in enumerate(chunks) for span in chunk.units]
     texts = [chunks[i].prompt[start:end] for i, start, end in places]
     with changing_index(index) as database:
@@ -93,11 +86,11 @@ def _write_sentences(index: Index, chunks: Sequence[Chunk]) -> None:
             "CREATE TABLE sentence_places (sentence INTEGER PRIMARY KEY, chunk INTEGER, start INTEGER, stop INTEGER)"
         )
         database.execute("CREATE INDEX sentences_by_chunk ON sentence_places (chunk)")
-        for i, (chunk, start, end) in enumerate(places):
-            is_answer = i > 0 and places[i - 1].chunk == chunk and texts[i - 1].endswith("?")
+        for i, place in enumerate(places):
+            is_answer = i > 0 and places[i - 1].chunk == place.chunk and texts[i - 1].endswith("?")
             found_by = f"{texts[i - 1]} {texts[i]}" if is_answer else texts[i]
             database.execute("INSERT INTO sentences (rowid, text) VALUES (?, ?)", (i, found_by))
-            database.execute("INSERT INTO sentence_places VALUES (?, ?, ?, ?)", (i, chunk, start, end))
+            database.execute("INSERT INTO sentence_places VALUES (?, ?, ?, ?)", (i, *place))
 
 
 def read_sentences(index: Index, chunks: Sequence[int] | None = None) -> list[SentencePlace]:

@@ -44,31 +44,36 @@ LONGEST_NAME = 64
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-@dataclass(frozen=True)
+def utc_now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The content of adapter.json: all that is known of an adapter without opening its factors."""
 
     name: str
     """The name it was made under."""
     title: str
-    source: str | None
+    source: str | None = None
     """The document's file name, without its folders."""
     source_sha256: str
     """Hash of the source's bytes."""
     made_for: Fingerprint
     """The base."""
-    hypernetwork: str
+    hypernetwork: str = ""
     """Id of the hypernetwork; in older adapters a hash of its weights alone; "" where none made it."""
     modules: tuple[tuple[str, int, str, int, int], ...]
     """The target, as in the hypernetwork's config."""
     ranks: dict[str, int]
     """Of one chunk, by module kind; 0 of kinds that receive the static LoRA alone."""
     n_chunks: int
-    n_tokens: int
-    max_chunk_tokens: int
-    created: str
+    n_tokens: int = 0
+    max_chunk_tokens: int = 0
+    created: str = field(default_factory=utc_now)
     """UTC, ISO 8601."""
-    learn_s: float
+    learn_s: float = 0.0
     """Seconds that casting took."""
     factors_sha256: str = ""
     chunks_sha256: str = ""
@@ -162,6 +167,7 @@ class Manifest:
         if faults := type_faults(self):
             raise ValueError("; ".join(faults))
         kinds = set(self.target.kinds)
+        unknown = {module.kind for module in self.target.modules} - kinds
         sizes = [
             self.n_chunks,
             *self.max_unscaled_chunks.values(),
@@ -173,7 +179,7 @@ class Manifest:
             "it targets nothing": not self.modules,
             "a size in it is not from 1 to ten million": min(sizes) < 1 or max(sizes) > _LARGEST_SIZE,
             "a ridge in it is not a positive number": min(self.key_decorrelation.values(), default=1) <= 0,
-            "it has unknown module kinds": kinds != {module.kind for module in self.target.modules},
+            f"it has unknown module kinds {sorted(unknown)}": bool(unknown),
             "its memory is in modules that it does not target": not kinds.issuperset(self.memory_kinds),
             "its ranks are not those of its module kinds": self.ranks.keys() != kinds,
         }
@@ -232,8 +238,3 @@ def marked_name(name: str, mark: str) -> str:
 def name_for(document: Document | ImageFile) -> str:
     """The default name of a document's or image's adapter: made from the file's name, or else from the title."""
     return name_from(Path(document.file_name).stem if document.file_name else document.title)
-
-
-def utc_now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

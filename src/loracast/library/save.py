@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -25,7 +26,7 @@ from loracast.files import file_sha256, sync_folder, tidy
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, STATIC, Adapter, layout, static_storage_of
 from loracast.library.index import write_index
 from loracast.library.library import Library
-from loracast.library.manifest import FORMAT, Manifest, check_name, utc_now
+from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.lora.algebra import LoRA, compress
 from loracast.lora.factors import Rows
 from loracast.lora.inject import linear_shapes
@@ -171,18 +172,9 @@ def save_single(
     Raises:
         AdapterError: the name is taken or not allowed, or numbers are not finite.
     """
-    defaults = {"source": None, "source_sha256": source_of(title), "hypernetwork": "", "learn_s": 0.0}
-    manifest = Manifest(
-        name=name,
-        title=title,
-        modules=target.rows,
-        ranks={kind: rows[kind][0].shape[2] for kind in target.kinds},
-        n_chunks=1,
-        n_tokens=0,
-        max_chunk_tokens=0,
-        created=utc_now(),
-        **(defaults | about),
-    )
+    ranks = {kind: rows[kind][0].shape[2] for kind in target.kinds}
+    about = {"source_sha256": source_of(title)} | about
+    manifest = Manifest(name=name, title=title, modules=target.rows, ranks=ranks, n_chunks=1, **about)
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
     batches: list[ChunkRows] = [(rows, {})]
     shared = static_tensors(static or {})
@@ -242,18 +234,12 @@ def source_of(title: str) -> str:
 
 def target_of(lora: LoRA) -> Target:
     """The modules of a LoRA as a target. Raises AdapterError for modules that are none of a decoder's linear ones."""
-    modules, problems = [], []
-    for name, (d_out, d_in) in lora.shapes.items():
-        found = _MODULE.fullmatch(name)
-        if found is None:
-            problems.append(name)
-        else:
-            modules.append(TargetModule(name, int(found[1]), found[2], d_in, d_out))
+    found = [(name, _MODULE.fullmatch(name), shape) for name, shape in lora.shapes.items()]
+    modules = [TargetModule(name, int(at[1]), at[2], d_in, d_out) for name, at, (d_out, d_in) in found if at]
     modules.sort(key=lambda m: (m.layer, KINDS.index(m.kind)))
-    by_kind: dict[str, set[tuple[int, int]]] = {}
-    for m in modules:
-        by_kind.setdefault(m.kind, set()).add((m.d_in, m.d_out))
-    problems += [f"{kind} of several shapes" for kind, shapes in by_kind.items() if len(shapes) > 1]
+    n_shapes = Counter(kind for kind, *_ in {(m.kind, m.d_in, m.d_out) for m in modules})
+    problems = [name for name, at, _ in found if at is None]
+    problems += [f"{kind} of several shapes" for kind in KINDS if n_shapes[kind] > 1]
     if problems or not modules:
         raise AdapterError(
             f"this LoRA is on modules that cannot be kept ({', '.join(problems) or 'none'}); those of an adapter are "

@@ -262,41 +262,21 @@ class LibraryStorage:
         url = register.setting(STORE)
         return self.shared_store or (None if url is None else Store(url))
 
-    def refresh(self, names: Sequence[str] | None = None) -> None:
-        """Take in what others changed: of all names every few seconds, of some names whenever it is asked for."""
+    def refresh(self, names: Sequence[str] | None = None, *, in_thread: bool = False) -> None:
+        """Take in what others changed: of all names every few seconds, of some names whenever it is asked for.
+
+        Where the store cannot be reached, a warning says so.
+
+        Args:
+            in_thread: called by the thread of `refreshing`, which alone looks for all names while it runs.
+        """
         now, (due, is_reachable) = time.monotonic(), self._due
         if now < due and (names is None or not is_reachable):
             return
         if names is None:
-            if self._in_background:
+            if self._in_background and not in_thread:
                 return
             self._due = (now + REFRESH_S, True)  # threads that come meanwhile need not wait
-        self._look(names)
-
-    @contextmanager
-    def refreshing(self) -> Iterator[None]:
-        """Take in what others changed every few seconds, in a thread, so that no reader here waits for a slow store.
-
-        Only a name that is not known is still looked for at once.
-        """
-        stopping = threading.Event()
-
-        def keep_up() -> None:
-            while not stopping.is_set():
-                if time.monotonic() >= self._due[0]:
-                    self._look(None)
-                stopping.wait(REFRESH_S)
-
-        self._in_background = True
-        threading.Thread(target=keep_up, name="names", daemon=True).start()
-        try:
-            yield
-        finally:
-            stopping.set()  # the thread may be waiting for the store, which nobody else need do
-            self._in_background = False
-
-    def _look(self, names: Sequence[str] | None) -> None:
-        """Take in what others changed, unless the store cannot be reached, of which a warning speaks."""
         store = self.shared_store
         if store is None:
             return
@@ -311,6 +291,27 @@ class LibraryStorage:
             self._due = (time.monotonic() + _RETRY_S, False)
             since = datetime.fromtimestamp((self.folder / SHARED_FILE).stat().st_mtime)
             _log.warning("%s; the names of the library are those of %s", error, since.isoformat(" ", "seconds"))
+
+    @contextmanager
+    def refreshing(self) -> Iterator[None]:
+        """Take in what others changed every few seconds, in a thread, so that no reader here waits for a slow store.
+
+        Only a name that is not known is still looked for at once.
+        """
+        stopping = threading.Event()
+
+        def keep_up() -> None:
+            while not stopping.is_set():
+                self.refresh(in_thread=True)
+                stopping.wait(REFRESH_S)
+
+        self._in_background = True
+        threading.Thread(target=keep_up, name="names", daemon=True).start()
+        try:
+            yield
+        finally:
+            stopping.set()  # the thread may be waiting for the store, which nobody else need do
+            self._in_background = False
 
     def take_in(self, store: SharedStore, names: Sequence[str] | None = None) -> None:
         """Bring the register up to what the store says of these names, or of all.

@@ -52,7 +52,7 @@ from loracast.lab.evaluation.runner import (
     in_turn,
     warm_up,
 )
-from loracast.library.manifest import Manifest, utc_now
+from loracast.library.manifest import Manifest
 from loracast.library.register import Register
 from loracast.reading.relevance import THRESHOLD_OF_MANY
 from loracast.reading.routing import Route
@@ -156,10 +156,9 @@ class TemporaryLibrary:
             for i, document in enumerate(map(self.document, range(len(drawn)))):
                 about = document.document
                 manifest = Manifest(
-                    name=self.name(i), title=about.title, source=None, source_sha256=about.sha256,
-                    made_for=model.base.fingerprint, hypernetwork="", modules=target.rows,
-                    ranks=dict.fromkeys(target.kinds, 1), n_chunks=len(document.chunks), n_tokens=document.n_tokens,
-                    max_chunk_tokens=chunk_tokens, created=utc_now(), learn_s=0.0,
+                    name=self.name(i), title=about.title, source_sha256=about.sha256, made_for=model.base.fingerprint,
+                    modules=target.rows, ranks=dict.fromkeys(target.kinds, 1), n_chunks=len(document.chunks),
+                    n_tokens=document.n_tokens, max_chunk_tokens=chunk_tokens,
                 )  # fmt: skip
                 register.add_version(manifest, 0, [(chunk.heading, chunk.text) for chunk in document.chunks])
                 register.name_version(self.name(i), manifest.version)
