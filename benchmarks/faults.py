@@ -34,7 +34,6 @@ import sys
 import tempfile
 import threading
 import time
-import unittest.mock
 from collections import Counter
 from pathlib import Path
 
@@ -85,9 +84,9 @@ class Rounds:
         tasks = for_base(make_task_hypernet(base, encoder, 4, 30.0), base.fingerprint)
         tasks.remember_seen(load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
         save_pretrained(tasks, folder / "tasks", storage="float32")
-        self.model = loracast.answering.model.load(
-            folder / "base", folder / "hypernetwork", library=self.library, device="cpu"
-        )
+        load = loracast.answering.model.load
+        self.model = load(folder / "base", folder / "hypernetwork", library=self.library, device="cpu")
+        loracast.answering.model.load = lambda *_, **__: self.model  # for all commands
         for number, name in enumerate(NAMES):
             self.model.learn(loracast.Document.from_text(self.text(number)), name)
         write_peft_folder(uniform(self.model.adapter("lamp").lora()).lora.factors, folder / "peft")
@@ -134,8 +133,7 @@ class Rounds:
         longest_s = 0.0
         for words, _ in self.commands():
             began = time.monotonic()
-            with unittest.mock.patch("loracast.answering.model.load", lambda *_, **__: self.model):
-                done = CliRunner().invoke(app, words)
+            done = CliRunner().invoke(app, words)
             assert done.exit_code in (0, 1), done.output
             longest_s = max(longest_s, time.monotonic() - began)
             self._mend(self.state())
@@ -216,7 +214,6 @@ class Rounds:
             subprocess.run(["umount", "-l", str(self.disk)], check=True)
 
     def _in_child(self, words: list[str], fault: str = "none", n_bytes: int = 0, ahead: int = 0) -> None:
-        loracast.answering.model.load = lambda *_, **__: self.model
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if fault == "full disk" and not self.is_mounted:
@@ -321,13 +318,11 @@ def run_shared(where: str, n_writes: int, seed: int, seconds: float) -> dict:
 def run(rounds: int, seed: int, seconds: float) -> dict:
     """The counts of faults and commands, and all that broke."""
     torch.set_num_threads(1)
+    workfolders._GRACE_S = 0.0
     rng, faults, commands = random.Random(seed), Counter(), Counter()
-    with (
-        unittest.mock.patch.object(workfolders, "_GRACE_S", 0.0),
-        tempfile.TemporaryDirectory() as folder,
-        unittest.mock.patch.dict(os.environ, LORACAST_HOME=folder),
-        contextlib.closing(Rounds(Path(folder), rng)) as runs,
-    ):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        os.environ["LORACAST_HOME"] = folder
+        runs = stack.enter_context(contextlib.closing(Rounds(Path(folder), rng)))
         began = time.monotonic()
         longest_s = runs.warm()
         while sum(faults.values()) < rounds and time.monotonic() - began < seconds:
