@@ -9,11 +9,10 @@ factors are from those of the first setting: the largest |x - y| / |y| of a tens
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
+import unittest.mock
 from pathlib import Path
 
 TASK = "Answer with the opposite word"
@@ -32,14 +31,14 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
 """By name: what the environment adds to one thread, and the type in which the base is loaded."""
 
 
-def learn(document: str, library: Path, dtype: str) -> None:
-    """In a process of a setting: learn the document and the task, and print versions and answers."""
+def learn(document: str, library: Path, dtype: str) -> tuple[list[str], list[str]]:
+    """Learn the document and the task: their versions, and the answers to the questions."""
     import loracast
 
     model = loracast.load(library=library, device="cpu", dtype=dtype)
     adapters = [model.learn(document, "document", storage="bf16"), model.task(TASK, "task")]
     answers = [*model.ask(list(QUESTIONS), adapters[0]), *model.ask(["hot", "tall"], adapters[1])]
-    print(json.dumps({"versions": [adapter.manifest.version for adapter in adapters], "answers": answers}))
+    return [adapter.manifest.version for adapter in adapters], answers
 
 
 def distances(library: Path, other: Path, name: str) -> tuple[float, float]:
@@ -69,31 +68,24 @@ def distances(library: Path, other: Path, name: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--document", default="examples/manual.pdf")
-    parser.add_argument("--learn", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.learn:
-        learn(asked.document, asked.learn, asked.dtype)
-        return
+    document = parser.parse_args().document
     with tempfile.TemporaryDirectory() as folder:
-        made: dict[tuple[str, int], dict] = {}
+        made: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
         first = next(iter(SETTINGS))
         for setting, (added, dtype) in SETTINGS.items():
             for run in range(2):
-                library = Path(folder) / f"{setting}-{run}"
-                options = ["--document", asked.document, "--learn", str(library), "--dtype", dtype]
-                environment = os.environ | {"OMP_NUM_THREADS": "1"} | added
-                done = subprocess.run(
-                    [sys.executable, __file__, *options], env=environment, check=True, capture_output=True, text=True
-                )
-                made[setting, run] = json.loads(done.stdout.splitlines()[-1])
+                with (
+                    unittest.mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", **added}),
+                    multiprocessing.get_context("spawn").Pool(1) as pool,  # a new Python, which reads the environment
+                ):
+                    made[setting, run] = pool.apply(learn, (document, Path(folder) / f"{setting}-{run}", dtype))
             same = made[setting, 0] == made[setting, 1]
             print(f"{setting}: {'the same' if same else 'other'} bits in a second process", flush=True)
             if setting != first:
                 for name in ("document", "task"):
                     tensor, module = distances(Path(folder) / f"{setting}-0", Path(folder) / f"{first}-0", name)
                     print(f"  {name}: {tensor:.1e} by tensor, {module:.1e} by module")
-                pairs = zip(made[setting, 0]["answers"], made[first, 0]["answers"], strict=True)
+                pairs = zip(made[setting, 0][1], made[first, 0][1], strict=True)
                 equal = [one == other for one, other in pairs]
                 print(f"  {sum(equal)} of {len(equal)} answers equal")
 

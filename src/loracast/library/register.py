@@ -1,6 +1,6 @@
 """The register of a library, one SQLite file: names, their versions, tags, notes, owners, and text to search in.
 
-What belongs to an adapter stands in its own folder as well, from which a lost register can be made again (files.py).
+What belongs to an adapter stands in its own folder as well, from which a lost register can be made again (storage.py).
 Its tables are made by `MIGRATIONS`, by which an older register gets those of this version too.
 """
 
@@ -397,7 +397,7 @@ class Register:
             self._db.execute("DELETE FROM versions WHERE id = ?", (version,))
 
     def mark_unrecovered(self, version: str) -> None:
-        """Note that a version's folder is on its way in or out; `recover` (files.py) deletes it where it has no row."""
+        """Note that a version's folder is on its way in or out; `LibraryStorage.recover` deletes it if it has no row."""
         self._db.execute("INSERT OR IGNORE INTO unrecovered VALUES (?)", (version,))
 
     def recover(self, version: str) -> None:

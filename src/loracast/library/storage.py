@@ -232,7 +232,7 @@ class LibraryStorage:
                 if is_at_work(self.folder, coming_in(version)):
                     continue
                 if not register.has_version(version):
-                    if store is not None and not store.is_shared:
+                    if store is not None and not isinstance(store, SharedStore):
                         store.delete(version)
                     home = self.home(version)
                     if home.exists():

@@ -71,8 +71,6 @@ def write(fs: Any, path: str, content: bytes) -> None:
 class Store:
     """Adapters' files by version, at `URL/3f/3f9a.../`."""
 
-    is_shared = False
-
     def __init__(self, url: str):
         self.url = url
 
@@ -176,8 +174,6 @@ class OvertakenError(LoracastError):
 
 class SharedStore(Store):
     """Adapters' files and the states of their names."""
-
-    is_shared = True
 
     def put(self, version: str, folder: Path) -> None:
         """As `Store.put`; no other machine deletes the version within a day."""

@@ -69,7 +69,7 @@ def collect_garbage(library: Library, *, keep: int | None = None, dry_run: bool 
 def _everywhere(library: Library, register: Register) -> set[str]:
     """The versions on this machine, or in a store that is this library's own."""
     store = library.store(register)
-    return library.homes().keys() | (set() if store is None or store.is_shared else store.versions())
+    return library.homes().keys() | (set() if store is None or isinstance(store, SharedStore) else store.versions())
 
 
 def use_store(library: Library, url: str, *, take_over: bool = False) -> int:
