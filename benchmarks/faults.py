@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 from collections import Counter
 from pathlib import Path
 
@@ -84,9 +85,8 @@ class Rounds:
         tasks = for_base(make_task_hypernet(base, encoder, 4, 30.0), base.fingerprint)
         tasks.remember_seen(load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
         save_pretrained(tasks, folder / "tasks", storage="float32")
-        load = loracast.answering.model.load
-        self.model = load(folder / "base", folder / "hypernetwork", library=self.library, device="cpu")
-        loracast.answering.model.load = lambda *_, **__: self.model  # for all commands
+        models = folder / "base", folder / "hypernetwork"
+        self.model = loracast.answering.model.load(*models, library=self.library, device="cpu")
         for number, name in enumerate(NAMES):
             self.model.learn(loracast.Document.from_text(self.text(number)), name)
         write_peft_folder(uniform(self.model.adapter("lamp").lora()).lora.factors, folder / "peft")
@@ -318,11 +318,14 @@ def run_shared(where: str, n_writes: int, seed: int, seconds: float) -> dict:
 def run(rounds: int, seed: int, seconds: float) -> dict:
     """The counts of faults and commands, and all that broke."""
     torch.set_num_threads(1)
-    workfolders._GRACE_S = 0.0
     rng, faults, commands = random.Random(seed), Counter(), Counter()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        os.environ["LORACAST_HOME"] = folder
-        runs = stack.enter_context(contextlib.closing(Rounds(Path(folder), rng)))
+    with (
+        unittest.mock.patch.object(workfolders, "_GRACE_S", 0.0),
+        tempfile.TemporaryDirectory() as folder,
+        unittest.mock.patch.dict(os.environ, LORACAST_HOME=folder),
+        contextlib.closing(Rounds(Path(folder), rng)) as runs,
+        unittest.mock.patch("loracast.answering.model.load", lambda *_, **__: runs.model),  # for all commands
+    ):
         began = time.monotonic()
         longest_s = runs.warm()
         while sum(faults.values()) < rounds and time.monotonic() - began < seconds:

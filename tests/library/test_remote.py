@@ -20,7 +20,7 @@ from loracast.errors import AdapterError, LoracastError
 from loracast.library.library import Library
 from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
 from loracast.library.store import Store
-from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
+from loracast.library.upkeep import collect_garbage, verify
 
 
 @pytest.fixture(params=["path", "file", "memory", "s3"])
@@ -60,11 +60,11 @@ def files_at(place: str) -> set[str]:
 def test_a_library_lies_at_a_store(place, tmp_path):
     library = tmp_path / "library"
     first = write(library, name="press", seed=1)
-    assert store_url(Library(library)) is None and use_store(Library(library), place) == 1
+    assert Library(library).store_url is None and Library(library).use_store(place) == 1
     second = write(library, name="lamp", seed=2)
     assert files_at(place) == {a.manifest.version for a in (first, second)} and verify(Library(library)) == []
     n_bytes = first.n_bytes + second.n_bytes
-    assert evict(Library(library)) == n_bytes
+    assert Library(library).evict() == n_bytes
     assert not first.folder.exists() and verify(Library(library)) == [] and len(Library(library).search("word1")) == 2
     assert verify(Library(library), ["press", "lamp"]) == []
     opened = Library(library).open("press")
@@ -73,23 +73,23 @@ def test_a_library_lies_at_a_store(place, tmp_path):
     Library(library).remove(second.version)
     assert second.manifest.version not in files_at(place) and len(files_at(place)) == 2
     collect_garbage(Library(library), keep=1)
-    evict(Library(library))
-    leave_store(Library(library))
-    assert store_url(Library(library)) is None and len(files_at(place)) == 2
+    Library(library).evict()
+    Library(library).leave_store()
+    assert Library(library).store_url is None and len(files_at(place)) == 2
     assert [Library(library).open(name).faults() for name in Library(library).names()] == [[], []]
 
 
 def test_a_store_is_one_library_s(place, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     adapter = write(one, name="press", seed=1)
-    use_store(Library(one), place)
-    use_store(Library(one), place)  # again: it is its own
+    Library(one).use_store(place)
+    Library(one).use_store(place)  # again: it is its own
     write(other, name="lamp", seed=2)
     with pytest.raises(AdapterError, match="--take-over"):
-        use_store(Library(other), place)
-    assert store_url(Library(other)) is None
+        Library(other).use_store(place)
+    assert Library(other).store_url is None
     shutil.rmtree(one)  # the machine is lost
-    assert use_store(Library(other), place, take_over=True) == 2
+    assert Library(other).use_store(place, take_over=True) == 2
     assert Library(other).names() == ["lamp", "press"] and Library(other).open("press").version == adapter.version
 
 
@@ -97,16 +97,16 @@ def test_the_version_made_last_is_the_newest_after_a_take_over(tmp_path):
     one, there = tmp_path / "one", str(tmp_path / "there")
     for seed in range(1, 6):
         last = write(one, name="press", seed=seed, created=f"2026-01-0{seed}T00:00:00+00:00", replace=True)
-    use_store(Library(one), there)
-    assert use_store(Library(tmp_path / "other"), there, take_over=True) == 5
+    Library(one).use_store(there)
+    assert Library(tmp_path / "other").use_store(there, take_over=True) == 5
     assert Library(tmp_path / "other").open("press").version == last.version
 
 
 def test_damage_at_a_store_is_found(place, tmp_path):
     library = tmp_path / "library"
     adapter = write(library, name="press")
-    use_store(Library(library), place)
-    evict(Library(library))
+    Library(library).use_store(place)
+    Library(library).evict()
     fs, root = fsspec.core.url_to_fs(place)
     there = f"{root}/{adapter.manifest.version[:2]}/{adapter.manifest.version}"
     fs.pipe_file(f"{there}/factors.safetensors", b"other")
@@ -123,7 +123,7 @@ def test_damage_at_a_store_is_found(place, tmp_path):
 def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
     library = tmp_path / "library"
     write(library, name="press")
-    use_store(Library(library), str(tmp_path / "there"))
+    Library(library).use_store(str(tmp_path / "there"))
 
     def down(self, version, folder):
         raise LoracastError("the store is down")
@@ -135,12 +135,12 @@ def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
     assert Library(library).names() == ["press"] and verify(Library(library)) == []
     write(library, name="lamp", seed=2)
     with pytest.raises(AdapterError, match="no store"):
-        evict(Library(tmp_path / "another"))
+        Library(tmp_path / "another").evict()
 
 
 def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypatch):
     library, there = tmp_path / "library", tmp_path / "there"
-    use_store(Library(library), str(there))
+    Library(library).use_store(str(there))
     put = Store.put
 
     def put_slowly(self, version, folder):
@@ -155,13 +155,13 @@ def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypa
     odd = Store(str(there.with_name("team [a]*")))
     odd.put(version, Library(library).home(version))
     assert odd.versions() == {version}
-    evict(Library(library))
+    Library(library).evict()
     assert Library(library).open("press").faults() == []
 
 
 def test_what_a_killed_process_was_sending_is_deleted(tmp_path):
     library, there = tmp_path / "library", tmp_path / "there"
-    use_store(Library(library), str(there))
+    Library(library).use_store(str(there))
     child = os.fork()
     if child == 0:
         put = Store.put

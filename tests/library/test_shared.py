@@ -23,7 +23,7 @@ from loracast.library import store as shared_store
 from loracast.library.library import Library
 from loracast.library.register import Register
 from loracast.library.store import SharedStore
-from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
+from loracast.library.upkeep import collect_garbage, verify
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -221,7 +221,7 @@ def test_garbage_stays_for_a_day(machines, url, monkeypatch):
     assert len(fs.find(f"{root}/names/gone")) == 1  # the state that says that it is deleted
     write(one, name="gone", seed=3)
     assert Library(two).names() == ["gone", "kept"] and verify(Library(two)) == []
-    evict(Library(two))
+    Library(two).evict()
     assert Library(two).open("kept").faults() == []
 
 
@@ -283,7 +283,7 @@ def test_who_names_a_version_waits_for_its_deletion_and_sends_it_again(machines,
     assert collect_garbage(Library(one)).versions == (version,)
     naming.join(60)
     assert written and verify(Library(one)) == verify(Library(two)) == [] and stored_versions(url) == {version}
-    evict(Library(two))
+    Library(two).evict()
     assert Library(two).open("again").faults() == []
 
 
@@ -330,14 +330,14 @@ def test_machines_join_with_names_of_their_own(tmp_path, url, monkeypatch):
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     write(one, name="press", seed=1)
     Library(one).describe("press", tags=("machine",))
-    use_store(Library(one), url)
+    Library(one).use_store(url)
     assert Library(one).share(url) == 1 and Library(one).share(url) == 1
     write(two, name="press", seed=2)
     write(two, name="lamp", seed=3)
     with pytest.raises(AdapterError, match="press mean other adapters"):
         Library(two).share(url)
     assert (
-        store_url(Library(two)) is None
+        Library(two).store_url is None
         and Library(two).names() == ["lamp", "press"]
         and Library(one).names() == ["press"]
     )
@@ -345,19 +345,19 @@ def test_machines_join_with_names_of_their_own(tmp_path, url, monkeypatch):
     assert Library(two).share(url) == 3 and Library(one).names() == ["lamp", "press", "press-2"]
     assert Library(two).find("press").tags == ("machine",)
     with pytest.raises(AdapterError, match="shared by"):
-        use_store(Library(three), url, take_over=True)
-    for use in (lambda library, url: library.share(url), use_store):
+        Library(three).use_store(url, take_over=True)
+    for use in (Library.share, Library.use_store):
         with pytest.raises(AdapterError, match="--leave"):
             use(Library(two), str(tmp_path / "elsewhere"))
-    leave_store(Library(two))
+    Library(two).leave_store()
     Library(one).remove("press")
     assert (
         Library(two).names() == ["lamp", "press", "press-2"]
-        and store_url(Library(two)) is None
+        and Library(two).store_url is None
         and verify(Library(two)) == []
     )
     assert all(Library(two).open(name).faults() == [] for name in Library(two).names())
-    use_store(Library(three), str(tmp_path / "another"))
+    Library(three).use_store(str(tmp_path / "another"))
     with pytest.raises(AdapterError, match="belongs to another library"):
         Library(tmp_path / "four").share(str(tmp_path / "another"))
 
@@ -375,7 +375,7 @@ def test_a_place_that_cannot_create_on_condition_is_refused(tmp_path, monkeypatc
     monkeypatch.setattr(shared_store, "create_once", lambda path, content: path.write_bytes(content))
     with pytest.raises(LoracastError, match="overwrites files"):
         Library(tmp_path / "one").share(str(tmp_path / "there"))
-    assert store_url(Library(tmp_path / "one")) is None
+    assert Library(tmp_path / "one").store_url is None
 
 
 def test_machines_that_are_killed_lose_no_name(url, tmp_path, monkeypatch):

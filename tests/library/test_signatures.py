@@ -17,7 +17,6 @@ from loracast.cli import app
 from loracast.errors import AdapterError, PackageError
 from loracast.library.library import Library
 from loracast.library.remote import SIGNATURE, pull_adapter, push_adapter
-from loracast.library.upkeep import evict, use_store
 
 minisign = pytest.importorskip("minisign", reason="run `pip install py-minisign` first")
 
@@ -119,8 +118,8 @@ def test_a_copy_with_another_text_is_not_vouched_for(signed, keys, has_store, tm
     two = tmp_path / "two"
     copy = write(two, name="mine", chunks=[replace(one, text="Forged.") for one in some_chunks(3)])
     if has_store:
-        use_store(Library(two), str(tmp_path / "store"))
-        evict(Library(two))
+        Library(two).use_store(str(tmp_path / "store"))
+        Library(two).evict()
     with pytest.raises(AdapterError, match=f"another text.*loracast rm {copy.version}"):
         pull_adapter(Library(two), str(signed), signed_by=keys.text)
     assert Library(two).names() == ["mine"]

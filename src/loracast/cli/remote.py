@@ -13,7 +13,6 @@ from loracast.cli import options
 from loracast.cli.terminal import loss, print_result, printable, say, size
 from loracast.export import FORMATS
 from loracast.files import cache_dir
-from loracast.library import upkeep
 
 
 def export(
@@ -113,15 +112,15 @@ def store(
     if shared and url is not None:
         text = f"{library.share(url):,} adapters lie at {url}, shared"
     elif url is not None:
-        text = f"{upkeep.use_store(library, url, take_over=take_over):,} adapters lie at {url}"
+        text = f"{library.use_store(url, take_over=take_over):,} adapters lie at {url}"
     elif evict:
-        text = f"{size(upkeep.evict(library))} deleted here"
+        text = f"{size(library.evict())} deleted here"
     elif leave:
-        upkeep.leave_store(library)
+        library.leave_store()
         text = f"all adapters lie in {library}"
     else:
-        text = f"adapters lie at {upkeep.store_url(library) or library}"
-    print_result(as_json, {"library": str(library), "store": upkeep.store_url(library)}, text)
+        text = f"adapters lie at {library.store_url or library}"
+    print_result(as_json, {"library": str(library), "store": library.store_url}, text)
 
 
 def push_adapter(

@@ -397,7 +397,7 @@ class Register:
             self._db.execute("DELETE FROM versions WHERE id = ?", (version,))
 
     def mark_unrecovered(self, version: str) -> None:
-        """Note that a version's folder is on its way in or out; `LibraryStorage.recover` deletes it if it has no row."""
+        """Note that a version's folder is on its way in or out: `LibraryStorage.recover` deletes it without a row."""
         self._db.execute("INSERT OR IGNORE INTO unrecovered VALUES (?)", (version,))
 
     def recover(self, version: str) -> None:

@@ -18,6 +18,7 @@ import random
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -35,10 +36,8 @@ from loracast.library.store import SHARED, OvertakenError, SharedStore, Store
 
 REFRESH_S = 3.0
 """Readers look for new names at most this often."""
-STORE = "store"
-"""The setting that holds the URL of a store that is this library's own."""
-SHARED_FILE = "shared.json"
-"""The file that holds the URL of a store that several libraries share; it outlives a lost register."""
+_STORE = "store"  # the setting that holds the URL of a store that is this library's own
+_SHARED_FILE = "shared.json"  # holds the URL of a store that several libraries share; it outlives a lost register
 _OBJECTS = "objects"
 _RETRY_S = 30.0  # after a store could not be reached
 _ATTEMPTS = 12
@@ -247,7 +246,7 @@ class LibraryStorage:
     def shared_url(self) -> str | None:
         """The URL of the store that the library shares with others; None where it does not."""
         try:
-            return json.loads((self.folder / SHARED_FILE).read_bytes())["store"]
+            return json.loads((self.folder / _SHARED_FILE).read_bytes())["store"]
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -257,9 +256,15 @@ class LibraryStorage:
         url = self.shared_url
         return None if url is None else SharedStore(url)
 
+    @property
+    def store_url(self) -> str | None:
+        """The URL of the library's store; None where adapters lie on this machine alone."""
+        with self.reading() as register:
+            return self.shared_url or register.setting(_STORE)
+
     def store(self, register: Register) -> Store | None:
         """The store of the library, if it has one."""
-        url = register.setting(STORE)
+        url = register.setting(_STORE)
         return self.shared_store or (None if url is None else Store(url))
 
     def refresh(self, names: Sequence[str] | None = None, *, in_thread: bool = False) -> None:
@@ -284,12 +289,12 @@ class LibraryStorage:
             self.take_in(store, names)
             if names is None:
                 with suppress(OSError):
-                    os.utime(self.folder / SHARED_FILE)
+                    os.utime(self.folder / _SHARED_FILE)
         except OvertakenError:
             pass  # another process of this machine changed the register just now: next time
         except (LoracastError, OSError) as error:
             self._due = (time.monotonic() + _RETRY_S, False)
-            since = datetime.fromtimestamp((self.folder / SHARED_FILE).stat().st_mtime)
+            since = datetime.fromtimestamp((self.folder / _SHARED_FILE).stat().st_mtime)
             _log.warning("%s; the names of the library are those of %s", error, since.isoformat(" ", "seconds"))
 
     @contextmanager
@@ -385,12 +390,72 @@ class LibraryStorage:
                 for version, _ in state.versions:
                     store.put(version, self.local(version))
                 store.publish(name, there.get(name, 0) + 1, state)
-        write_atomically(self.folder / SHARED_FILE, json.dumps({"store": url}).encode())
+        write_atomically(self.folder / _SHARED_FILE, json.dumps({"store": url}).encode())
         with Register.writing(self.register_file) as register:
-            register.set(STORE, None)
+            register.set(_STORE, None)
         self.take_in(store)
         with Register.reading(self.register_file) as register:
             return len(register.all_versions())
+
+    def use_store(self, url: str, *, take_over: bool = False) -> int:
+        """Copy the library's adapters to a URL and keep them there from now on, with this machine's folder as a cache.
+
+        Args:
+            take_over: make another library's store this one's, with its adapters under the names they were made under.
+
+        Returns:
+            how many adapters the store holds now.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_ready()
+        if shared := self.shared_url:
+            raise AdapterError(f"the library is shared at {shared}: `loracast store --leave` first")
+        store = Store(url)
+        with Register.writing(self.register_file) as register:
+            owner = register.setting("id") or uuid.uuid4().hex
+            store.claim(owner, take_over=take_over)
+            register.set("id", owner)
+            versions = register.all_versions()
+        for version in versions:
+            store.put(version, self.local(version))
+        with Register.writing(self.register_file) as register:
+            register.set(_STORE, url)
+        others = {one for one in store.versions() if store.has(one)} - set(versions) if take_over else set()
+        manifests = [Manifest.read(self.local(version) / MANIFEST) for version in others]
+        with Register.writing(self.register_file) as register:
+            self.enter(register, manifests)
+        return len(versions) + len(others)
+
+    def leave_store(self) -> None:
+        """Fetch all adapters to this machine and use the store no longer. Its files stay where they are."""
+        if self.make_ready():
+            with self.reading() as register:
+                versions = register.all_versions()
+            for version in versions:
+                self.local(version)
+            with Register.writing(self.register_file) as register:
+                register.forget_numbers()
+                register.set(_STORE, None)
+            (self.folder / _SHARED_FILE).unlink(missing_ok=True)
+
+    def evict(self) -> int:
+        """Delete this machine's copies of adapters in the store; the bytes freed.
+
+        Raises AdapterError without a store.
+        """
+        with self.reading() as register:
+            store = self.store(register)
+        if store is None:
+            raise AdapterError(
+                "this library has no store: its adapters lie on this machine alone (`loracast store URL` sets one)"
+            )
+        n_bytes = 0
+        for version, folder in self.homes().items():
+            if store.has(version):
+                n_bytes += size_of(folder)
+                with self.work("rm") as grave:
+                    os.replace(folder, grave / folder.name)
+        return n_bytes
 
 
 def size_of(folder: Path) -> int:

@@ -1,19 +1,17 @@
-"""Upkeep of a library: garbage, damage, and moves to and from a store."""
+"""Upkeep of a library: what nothing needs is deleted, and damage is found."""
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracast.errors import AdapterError
 from loracast.files import tidy
-from loracast.library.adapter import MANIFEST, Adapter
+from loracast.library.adapter import Adapter
 from loracast.library.library import Library
-from loracast.library.manifest import VERSION_DIGITS, Manifest
+from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.register import Register
-from loracast.library.storage import SHARED_FILE, STORE, size_of
+from loracast.library.storage import size_of
 from loracast.library.store import SharedStore, Store
 
 
@@ -70,71 +68,6 @@ def _everywhere(library: Library, register: Register) -> set[str]:
     """The versions on this machine, or in a store that is this library's own."""
     store = library.store(register)
     return library.homes().keys() | (set() if store is None or isinstance(store, SharedStore) else store.versions())
-
-
-def use_store(library: Library, url: str, *, take_over: bool = False) -> int:
-    """Copy a library's adapters to a URL and keep them there from now on, with this machine's folder as a cache.
-
-    Args:
-        take_over: make another library's store this one's, with its adapters, each under the name it was made under.
-
-    Returns:
-        how many adapters the store holds now.
-    """
-    library.folder.mkdir(parents=True, exist_ok=True)
-    library.make_ready()
-    if shared := library.shared_url:
-        raise AdapterError(f"the library is shared at {shared}: `loracast store --leave` first")
-    store = Store(url)
-    with Register.writing(library.register_file) as register:
-        owner = register.setting("id") or uuid.uuid4().hex
-        store.claim(owner, take_over=take_over)
-        register.set("id", owner)
-        versions = register.all_versions()
-    for version in versions:
-        store.put(version, library.local(version))
-    with Register.writing(library.register_file) as register:
-        register.set(STORE, url)
-    others = {version for version in store.versions() if store.has(version)} - set(versions) if take_over else set()
-    manifests = [Manifest.read(library.local(version) / MANIFEST) for version in others]
-    with Register.writing(library.register_file) as register:
-        library.enter(register, manifests)
-    return len(versions) + len(others)
-
-
-def store_url(library: Library) -> str | None:
-    """The URL of a library's store; None where adapters lie on this machine alone."""
-    with library.reading() as register:
-        return library.shared_url or register.setting(STORE)
-
-
-def leave_store(library: Library) -> None:
-    """Fetch all adapters to this machine and use the store no longer. Its files stay where they are."""
-    if library.make_ready():
-        with library.reading() as register:
-            versions = register.all_versions()
-        for version in versions:
-            library.local(version)
-        with Register.writing(library.register_file) as register:
-            register.forget_numbers()
-            register.set(STORE, None)
-        (library.folder / SHARED_FILE).unlink(missing_ok=True)
-
-
-def evict(library: Library) -> int:
-    """Delete this machine's copies of adapters in the store; the bytes freed. Raises AdapterError without a store."""
-    url = store_url(library)
-    if url is None:
-        raise AdapterError(
-            "this library has no store: its adapters lie on this machine alone (`loracast store URL` sets one)"
-        )
-    store, n_bytes = Store(url), 0
-    for version, folder in library.homes().items():
-        if store.has(version):
-            n_bytes += size_of(folder)
-            with library.work("rm") as grave:
-                os.replace(folder, grave / folder.name)
-    return n_bytes
 
 
 def verify(library: Library, names: Sequence[str] = ()) -> list[str]:
