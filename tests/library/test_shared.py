@@ -248,10 +248,10 @@ def test_a_version_that_gets_a_name_right_before_it_is_deleted_stays(machines, u
     Library(one).remove("gone")
     create, waiting = SharedStore._create, [lambda: write(two, name="again", seed=1)]
 
-    def created(self, fs, path, content):
-        if "/dying/" in path and waiting:
+    def created(self, path, content):
+        if path.startswith("dying/") and waiting:
             waiting.pop()()
-        create(self, fs, path, content)
+        create(self, path, content)
 
     is_older = SharedStore._is_older
 

@@ -168,7 +168,8 @@ class Adapter:
         Args:
             name: its name in the library; the one it was made under if None.
         """
-        self.folder = folder
+        self.folder, self.index = folder, folder / INDEX
+        """The adapter's files, and the one with the chunks' text."""
         self.manifest = Manifest.read(folder / MANIFEST)
         self.name = name or self.manifest.name
         self.recast: Recast | None = None
@@ -176,14 +177,9 @@ class Adapter:
         self.kept = factors_in_memory()
         """The factors of a key, from memory or read; whoever opens many adapters gives all of them the same memory."""
 
-    @property
-    def index(self) -> Path:
-        """The file with the chunks' text."""
-        return self.folder / INDEX
-
     @cached_property
     def open_index(self) -> OpenIndex:
-        """The same, open while the adapter is used."""
+        """The index, open while the adapter is used."""
         return OpenIndex(self.index)
 
     @property

@@ -121,16 +121,15 @@ class Store:
 
     def has(self, version: str) -> bool:
         """Whether the store has all files of a version."""
-        return self._exists(f"{version[:2]}/{version}/{MANIFEST}")
+        return self._content(f"{version[:2]}/{version}/{MANIFEST}") is not None
 
-    def _exists(self, path: str) -> bool:
-        """Whether a small file is there: it is read, for which S3 takes one request and not two."""
+    def _content(self, path: str) -> bytes | None:
+        """The content of a small file; None where it is missing. S3 takes one request for it."""
         with self._at() as (fs, root):
             try:
-                fs.cat_file(f"{root}/{path}")
+                return fs.cat_file(f"{root}/{path}")
             except FileNotFoundError:
-                return False
-            return True
+                return None
 
     def versions(self) -> set[str]:
         """All versions in the store, those that are not whole included."""
@@ -147,8 +146,8 @@ class Store:
         """
         with self._at() as (fs, root):
             fs.makedirs(root, exist_ok=True)
-            mark = f"{root}/{MARK}"
-            found = json.loads(fs.cat_file(mark)).get("library") if fs.exists(mark) else owner
+            mark = self._content(MARK)
+            found = owner if mark is None else json.loads(mark).get("library")
             if found == SHARED != owner:
                 raise AdapterError(f"{self.url} is shared by libraries: `loracast store URL --shared` joins them")
             if found not in (owner, own) and not take_over:
@@ -156,10 +155,10 @@ class Store:
                     f"{self.url} belongs to another library: give another URL, or --take-over to use what lies there "
                     "in this one from now on"
                 )
-            write(fs, mark, json.dumps({"library": owner}).encode())
+            write(fs, f"{root}/{MARK}", json.dumps({"library": owner}).encode())
 
 
-_STATE = re.compile(r".*/names/([a-z0-9][a-z0-9._-]{0,63})/(\d{8})\.json")
+_STATE = re.compile(r"(?:.*/)?names/([a-z0-9][a-z0-9._-]{0,63})/(\d{8})\.json")
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _GRACE = timedelta(days=1)
 """A version that nobody named or put for so long is garbage; a change takes an hour at most."""
@@ -188,7 +187,7 @@ class SharedStore(Store):
         until = time.monotonic() + _PATIENCE_S
         while True:
             self.mark_used(version)
-            if not self._exists(f"dying/{version}"):
+            if self._content(f"dying/{version}") is None:
                 return
             if self._is_older(f"dying/{version}", self._now(), _LONGEST_DELETION):
                 self._remove(f"dying/{version}")
@@ -206,17 +205,17 @@ class SharedStore(Store):
 
     def check(self) -> None:
         """Raise LoracastError where two machines could write the same file without one of them learning of it."""
-        with self._at() as (fs, root):
+        with self._at() as (fs, _):
             if not is_local(fs) and "s3" not in fs.protocol:
                 raise LoracastError(
                     f"a library cannot be shared at {self.url}: only folders, network drives and S3 are known to "
                     "create a file for one of two machines alone"
                 )
-            try:
-                for _ in range(2):  # a server that knows nothing of conditions overwrites without a word
-                    self._create(fs, f"{root}/names/_check", {})
-            except OvertakenError:
-                return
+        try:
+            for _ in range(2):  # a server that knows nothing of conditions overwrites without a word
+                self._create("names/_check", {})
+        except OvertakenError:
+            return
         raise LoracastError(
             f"{self.url} overwrites files that it is asked to create only if they are not there, so machines would "
             "lose each other's names: use another server, or a newer s3fs"
@@ -228,7 +227,7 @@ class SharedStore(Store):
         with self._at(anew=True) as (fs, root):
             folders = [f"{root}/names"] if names is None else [f"{root}/names/{name}" for name in names]
             found = [path for folder in folders for path in fs.find(folder)]
-            if not found and not fs.exists(f"{root}/{MARK}"):  # a drive that is not mounted, say
+            if not found and self._content(MARK) is None:  # a drive that is not mounted, say
                 raise LoracastError(f"there is no shared library at {self.url}")
         for path in found:
             if match := _STATE.fullmatch(path):
@@ -237,39 +236,39 @@ class SharedStore(Store):
 
     def read(self, name: str, number: int) -> NameState:
         """A state of a name. Raises LoracastError where it is missing or damaged."""
-        with self._at() as (fs, root):
-            try:
-                found = json.loads(fs.cat_file(f"{root}/names/{name}/{number:08d}.json"))
-            except FileNotFoundError as error:  # SeaweedFS lists a file a moment before it can be read
-                raise OvertakenError(f"names/{name}/{number:08d}.json at {self.url} cannot be read yet") from error
+        path = f"names/{name}/{number:08d}.json"
+        content = self._content(path)
+        if content is None:  # SeaweedFS lists a file a moment before it can be read
+            raise OvertakenError(f"{path} at {self.url} cannot be read yet")
         try:
+            found = json.loads(content)
             versions, tags = tuple(map(tuple, found["versions"])), tuple(map(check_name, found["tags"]))
             state = NameState(versions, found["owner"], found["note"], tags)
             if type_faults(state) or not all(_VERSION.fullmatch(version) for version, _ in versions):
                 raise ValueError
             return state
         except (KeyError, TypeError, ValueError, AdapterError) as error:
-            raise LoracastError(f"names/{name}/{number:08d}.json at {self.url} is damaged") from error
+            raise LoracastError(f"{path} at {self.url} is damaged") from error
 
     def publish(self, name: str, number: int, state: NameState) -> None:
         """Create a state of a name. Raises OvertakenError where the name has a state of this number."""
-        with self._at() as (fs, root):
-            self._create(fs, f"{root}/names/{name}/{number:08d}.json", asdict(state))
+        self._create(f"names/{name}/{number:08d}.json", asdict(state))
 
-    def _create(self, fs: Any, path: str, content: dict[str, Any]) -> None:
+    def _create(self, path: str, content: dict[str, Any]) -> None:
         change = uuid.uuid4().hex
         encoded = json.dumps({"format": 1, "change": change, **content}).encode()
-        try:
-            if is_local(fs):
-                create_once(Path(path), encoded)
-            else:
-                fs.pipe_file(path, encoded, mode="create")
-        except Exception as error:  # it is taken, or it was created and the answer was lost
-            fs.invalidate_cache()
-            if not fs.exists(path):
-                raise
-            if json.loads(fs.cat_file(path)).get("change") != change:
-                raise OvertakenError(f"another machine wrote {path}") from error
+        with self._at() as (fs, root):
+            try:
+                if is_local(fs):
+                    create_once(Path(root) / path, encoded)
+                else:
+                    fs.pipe_file(f"{root}/{path}", encoded, mode="create")
+            except Exception as error:  # it is taken, or it was created and the answer was lost
+                found = self._content(path)
+                if found is None:
+                    raise
+                if json.loads(found).get("change") != change:
+                    raise OvertakenError(f"another machine wrote {path}") from error
 
     # ---- garbage
 
@@ -288,8 +287,7 @@ class SharedStore(Store):
         """Delete a version that is garbage, unless a machine puts, names or deletes it just now; whether it did."""
         began = time.time()
         try:
-            with self._at() as (fs, root):
-                self._create(fs, f"{root}/dying/{version}", {})
+            self._create(f"dying/{version}", {})
         except OvertakenError:
             return False
         is_awake = time.time() - began < _LONGEST_DELETION.total_seconds() / 2
@@ -304,14 +302,13 @@ class SharedStore(Store):
         """Delete states of names that a newer one has replaced for a day, and what killed processes left."""
         newest, now = self.newest(), self._now()
         with self._at() as (fs, root):
-            for path in fs.find(f"{root}/names"):
-                match = _STATE.fullmatch(path)
-                is_replaced = match is None or int(match[2]) < newest.get(match[1], 0)
-                if is_replaced and self._is_older(path.removeprefix(f"{root}/"), now, _GRACE):
-                    fs.rm_file(path)
-            for path in fs.find(f"{root}/dying"):
-                if self._is_older(path.removeprefix(f"{root}/"), now, _LONGEST_DELETION):
-                    fs.rm_file(path)
+            found = [path.removeprefix(f"{root}/") for name in ("names", "dying") for path in fs.find(f"{root}/{name}")]
+        for path in found:
+            match = _STATE.fullmatch(path)
+            is_newest = match is not None and int(match[2]) >= newest.get(match[1], 0)
+            age = _LONGEST_DELETION if path.startswith("dying/") else _GRACE
+            if not is_newest and self._is_older(path, now, age):
+                self._remove(path)
 
     def _now(self) -> datetime:
         """The time by the store's own clock."""

@@ -157,9 +157,8 @@ class Journal:
         _store(self._path, {"about": self._about, "device": self.device, "before": before, "entries": self.entries})
         for path in self._siblings if self._forgotten else ():
             with suppress(FileNotFoundError):  # any journal may be deleted at any time
-                stored = json.loads(
-                    path.read_text(encoding="utf-8")
-                )  # another process may have written to it meanwhile
+                # Another process may have written to it meanwhile.
+                stored = json.loads(path.read_text(encoding="utf-8"))
                 entries = {one: entry for one, entry in stored["entries"].items() if one not in self._forgotten}
                 if len(entries) < len(stored["entries"]):
                     _store(path, {**stored, "entries": entries})
@@ -228,9 +227,7 @@ class Journal:
                     return FileReport(relative, name, "unchanged")
             now = next(iter(self.library.versions_of(name)), None)
             if now and now.source_sha256 != sha256 and now.version != (newest and newest.version):
-                raise NameTakenError(
-                    f"another adapter has been called {name!r} meanwhile; the next run finds a free name"
-                )
+                raise NameTakenError(f"another adapter is called {name!r} meanwhile; the next run finds a free name")
             learn(path, name)
             made = next((one.source_sha256 for one in self.library.versions_of(name)), sha256)
             if made != sha256:  # the file changed before it was read, and may have changed again since
