@@ -109,7 +109,7 @@ class Store:
             for name, entry in files.items():
                 if name and entry["type"] == "file" and (only is None or name in only):
                     fs.get_file(entry["name"], str(folder / name))
-        return sum(entry["size"] for entry in files.values())
+        return sum(entry["size"] or 0 for entry in files.values())
 
     def delete(self, version: str) -> None:
         """Delete the files of a version, the manifest first, so that half of it never counts as whole."""

@@ -34,13 +34,6 @@ def collect_garbage(library: Library, *, keep: int | None = None, dry_run: bool 
         raise AdapterError("keep at least one version of each name; `loracast rm NAME` deletes all")
     if not library.make_ready():
         return Collected((), 0)
-    shared = library.shared_store
-    if dry_run:
-        with library.reading() as register:
-            named = {e.version for name in register.names() for e in register.versions_of(name)[:keep]}
-            gone = _everywhere(library, register) - named
-        gone |= set() if shared is None else set(shared.garbage(named))
-        return Collected(tuple(sorted(gone)), sum(size_of(library.home(version)) for version in gone))
 
     def sweep(register: Register) -> tuple[set[str], set[str]]:
         if keep is not None:
@@ -52,15 +45,20 @@ def collect_garbage(library: Library, *, keep: int | None = None, dry_run: bool 
             register.mark_unrecovered(version)
         return gone, named
 
-    gone, named = library.changing(None, sweep)
+    if dry_run:
+        with library.reading() as register:
+            named = {e.version for name in register.names() for e in register.versions_of(name)[:keep]}
+            gone = _everywhere(library, register) - named
+    else:
+        gone, named = library.changing(None, sweep)
     n_bytes = sum(size_of(library.home(version)) for version in gone)
-    tidy(library.folder)  # first: the folder of a killed process says that it is still at work
-    library.recover()
-    if shared is not None:
-        for version in shared.garbage(named):
-            if shared.delete_unless_used(version):
-                gone.add(version)
-        shared.tidy()
+    if not dry_run:
+        tidy(library.folder)  # first: the folder of a killed process says that it is still at work
+        library.recover()
+    if (shared := library.shared_store) is not None:
+        gone |= {version for version in shared.garbage(named) if dry_run or shared.delete_unless_used(version)}
+        if not dry_run:
+            shared.tidy()
     return Collected(tuple(sorted(gone)), n_bytes)
 
 
