@@ -55,7 +55,6 @@ from loracast.hypernets.encoders import load_text_encoder
 from loracast.hypernets.store import save_pretrained
 from loracast.library import register
 from loracast.library.library import Library
-from loracast.library.upkeep import verify
 from loracast.lora.algebra import uniform
 from loracast.lora.peft_format import write_peft_folder
 from s3 import BUCKET, s3_server
@@ -268,7 +267,7 @@ class Rounds:
 
     def _judge(self, what: str, before: dict[str, str], changed: set[str], problems: list[str]) -> None:
         """Note what is wrong with the library after a round, besides these problems, and mend it."""
-        problems += [one for one in verify(Library(self.library)) if "belongs to no name" not in one]
+        problems += [one for one in Library(self.library).verify() if "belongs to no name" not in one]
         after = self.state()
         differing = {name for name, _ in before.items() ^ after.items()}
         problems += [f"{name} was changed" for name in differing - changed]

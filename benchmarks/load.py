@@ -34,7 +34,6 @@ from loracast.files import cache_dir
 from loracast.lab.data.needles import make_needles
 from loracast.library import register
 from loracast.library.library import Library
-from loracast.library.upkeep import verify
 
 MIB = 2**20
 N_QUESTIONS = 4
@@ -383,7 +382,7 @@ def main(words: list[str] | None = None) -> None:
             run = asyncio.run(Load(server, given).go(home / "library"))
             if (code := server.stop()) != 0:
                 run.broken.append(f"the server ended with {code}")
-            run.broken += verify(Library(home / "library"))
+            run.broken += Library(home / "library").verify()
         finally:
             server.kill()
             print(log_path.read_text(encoding="utf-8")[-2000:], file=sys.stderr)

@@ -18,7 +18,6 @@ import torch
 from adapters import write
 from loracast.errors import NameTakenError, NoSuchAdapterError
 from loracast.library.library import Library
-from loracast.library.upkeep import verify
 
 NAMES = ("doc", "lamp", "pump")
 _N_MACHINES = 2
@@ -60,7 +59,7 @@ def run(url: str, folder: Path, n_writes: int, seed: int, seconds: float = 300.0
                     broken += ["a machine ended with an error"] if process.exitcode > 0 else []
         time.sleep(0.01)
     done = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    broken += [problem for library in machines for problem in verify(Library(library))]
+    broken += [problem for library in machines for problem in Library(library).verify()]
     broken += _judge(url, folder / "fresh", done)
     kinds = dict(Counter(kind for kind, *_ in done))
     return {"seed": seed, "writes": len(done), "kills": n_kills, "kinds": kinds, "broken": broken}
@@ -98,7 +97,7 @@ def _change_names(library: Path, log: Path, number: int, n_writes: int, seed: fl
 def _judge(url: str, fresh: Path, done: list[list[str]]) -> list[str]:
     """What was lost, by the files at the store and by a machine that joins now."""
     Library(fresh).share(url)
-    problems = verify(Library(fresh))
+    problems = Library(fresh).verify()
     fs, root = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
     states: dict[str, list[dict]] = {}

@@ -21,7 +21,6 @@ from loracast.cli import main
 from loracast.cli.terminal import advice, prompt_interrupts
 from loracast.library import save
 from loracast.library.library import Library
-from loracast.library.upkeep import verify
 from servers import eventually
 from tiny import PROSE
 
@@ -76,7 +75,7 @@ def test_learning(tiny_folder, tiny_hypernet_folder, tmp_path, home, monkeypatch
     words = ["learn", tmp_path / "long.txt", "--library", library, *models]
     status, seconds, said = interrupted(words, began.exists, tmp_path / "said")
     assert status == 130 and seconds < 1.5 and "Traceback" not in said, said
-    assert Library(library).names() == [] and verify(Library(library)) == [] and not [*library.glob(".loracast-new*")]
+    assert Library(library).names() == [] and Library(library).verify() == [] and not [*library.glob(".loracast-new*")]
 
 
 def test_training(tiny_folder, tmp_path, home):

@@ -31,7 +31,6 @@ from loracast.library import storage as library_files
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.save import save_rows
-from loracast.library.upkeep import collect_garbage, verify
 from tiny import PROSE
 
 
@@ -116,7 +115,7 @@ def test_a_version_that_is_named_again_is_the_newest_again(anywhere):
     write(anywhere, seed=1, replace=True)  # back to the first
     assert Library(anywhere).open("doc").version == first.version
     assert [e.version for e in Library(anywhere).versions("doc")] == [first.manifest.version, second.manifest.version]
-    assert collect_garbage(Library(anywhere), keep=1).versions == (second.manifest.version,)
+    assert Library(anywhere).collect_garbage(keep=1).versions == (second.manifest.version,)
     assert has_factors_of(Library(anywhere).open("doc"), 1)
 
 
@@ -238,7 +237,7 @@ def old_library(folder: Path, names=("doc", "other")) -> None:
 
 def test_adapters_from_before_the_register_are_taken_in(tmp_path):
     old_library(tmp_path)
-    assert Library(tmp_path).names() == ["doc", "other"] and verify(Library(tmp_path)) == []
+    assert Library(tmp_path).names() == ["doc", "other"] and Library(tmp_path).verify() == []
     assert has_factors_of(Library(tmp_path).open("other"), 1)
     assert [h.name for h in Library(tmp_path).search("word1")] == ["doc", "other"]
     old_library(tmp_path, ["late"])  # put there by hand
@@ -246,7 +245,7 @@ def test_adapters_from_before_the_register_are_taken_in(tmp_path):
     assert files_in(tmp_path) == {"register.sqlite", *(e.version for e in Library(tmp_path).entries()[0])}
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter.json").write_text("{")
-    (problem,) = verify(Library(tmp_path))
+    (problem,) = Library(tmp_path).verify()
     assert "cannot be taken into the register" in problem and Library(tmp_path).names() == ["doc", "late", "other"]
 
 
@@ -256,7 +255,7 @@ def test_a_lost_register_is_made_again(tmp_path):
     write(tmp_path, seed=3, name="other")
     (tmp_path / "register.sqlite").unlink()
     assert Library(tmp_path).names() == ["doc", "other"] and has_factors_of(Library(tmp_path).open("doc"), 2)
-    assert Library(tmp_path).find("doc").n_versions == 2 and verify(Library(tmp_path)) == []
+    assert Library(tmp_path).find("doc").n_versions == 2 and Library(tmp_path).verify() == []
     assert len(Library(tmp_path).search("word1")) == 2
     (tmp_path / "register.sqlite").write_bytes(b"not a database, but long enough to look like one" * 20)
     with pytest.raises(AdapterError, match="move it away"):
@@ -317,7 +316,7 @@ def test_a_register_of_the_first_schemas_opens_with_everything_in_it(tmp_path):
         assert Library(tmp_path).names() == ["mine"] and has_factors_of(Library(tmp_path).open("mine"), 1)
         entry = Library(tmp_path).find("mine")
         assert (entry.owner, entry.note, entry.tags, entry.n_versions) == ("mia", "second floor", ("machine",), 1)
-        assert [hit.name for hit in Library(tmp_path).search("valve")] == ["mine"] and verify(Library(tmp_path)) == []
+        assert [hit.name for hit in Library(tmp_path).search("valve")] == ["mine"] and Library(tmp_path).verify() == []
         assert Library(tmp_path).find_cached(["unknown", *m.cache_keys()]) == m.version
         with register.Register.reading(tmp_path / "register.sqlite") as r:
             assert r.unrecovered() == ["ab" * 32]
@@ -366,21 +365,21 @@ def test_a_register_that_another_process_holds_is_waited_for(tmp_path, monkeypat
 def test_garbage_is_what_no_name_has(tmp_path):
     made = [write(tmp_path, seed=seed, replace=True) for seed in (1, 2, 3)]
     write(tmp_path, seed=1, name="other")
-    assert collect_garbage(Library(tmp_path)) == collect_garbage(Library(tmp_path / "nothing"))
-    would = collect_garbage(Library(tmp_path), keep=1, dry_run=True)
+    assert Library(tmp_path).collect_garbage() == Library(tmp_path / "nothing").collect_garbage()
+    would = Library(tmp_path).collect_garbage(keep=1, dry_run=True)
     assert (
         would.versions == (made[1].manifest.version,) and would.n_bytes == made[1].n_bytes
     )  # the first is "other" too
-    assert collect_garbage(Library(tmp_path), keep=1) == would
+    assert Library(tmp_path).collect_garbage(keep=1) == would
     assert Library(tmp_path).find("doc").n_versions == 1 and has_factors_of(Library(tmp_path).open("doc"), 3)
     orphan = tmp_path / "objects" / "ab" / ("ab" * 32)
     orphan.mkdir(parents=True)
     (orphan / "factors.safetensors").write_bytes(b"123")
-    (problem,) = verify(Library(tmp_path))
+    (problem,) = Library(tmp_path).verify()
     assert "belongs to no name" in problem
-    assert collect_garbage(Library(tmp_path)).n_bytes == 3 and verify(Library(tmp_path)) == [] and not orphan.exists()
+    assert Library(tmp_path).collect_garbage().n_bytes == 3 and Library(tmp_path).verify() == [] and not orphan.exists()
     with pytest.raises(AdapterError, match="at least one"):
-        collect_garbage(Library(tmp_path), keep=0)
+        Library(tmp_path).collect_garbage(keep=0)
 
 
 @pytest.mark.parametrize("file", ["factors.safetensors", "chunks.sqlite", "adapter.json"])
@@ -397,8 +396,8 @@ def test_damage_is_found(file, damage, tmp_path):
         content[-1] ^= 1
         path.write_bytes(content)
     assert (
-        len(verify(Library(tmp_path))) == 1 == len(verify(Library(tmp_path), ["bad"]))
-        and verify(Library(tmp_path), ["good"]) == []
+        len(Library(tmp_path).verify()) == 1 == len(Library(tmp_path).verify(["bad"]))
+        and Library(tmp_path).verify(["good"]) == []
     )
 
 
@@ -444,7 +443,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="disk full"):
                 write(tmp_path, seed=2, replace=True)
         assert files_in(tmp_path) == {"register.sqlite", kept.manifest.version}, step
-        assert has_factors_of(Library(tmp_path).open("doc"), 1) and verify(Library(tmp_path)) == []
+        assert has_factors_of(Library(tmp_path).open("doc"), 1) and Library(tmp_path).verify() == []
 
 
 def test_two_writers_of_one_name(anywhere):
@@ -524,7 +523,7 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path):
     kept = write(tmp_path, seed=1)
     assert in_child(die_before_the_commit, tmp_path) == 9
     assert (
-        len(files_in(tmp_path)) == 4 and verify(Library(tmp_path)) == []
+        len(files_in(tmp_path)) == 4 and Library(tmp_path).verify() == []
     )  # files that no row names, and a work folder
     write(tmp_path, seed=1)
     assert files_in(tmp_path) == {"register.sqlite", kept.manifest.version}
@@ -559,7 +558,7 @@ def at_work_for_ever(library: Path, seed: int) -> None:
                     lambda name=name: write(library, 2, seed=rng.randrange(5), name=name, replace=True),
                     lambda name=name: Library(library).rename(name, rng.choice(("doc", "lamp", "pump"))),
                     lambda name=name: Library(library).remove(name),
-                    lambda name=name: collect_garbage(Library(library), keep=2),
+                    lambda name=name: Library(library).collect_garbage(keep=2),
                 )
             )()
         except AdapterError as error:
@@ -573,11 +572,11 @@ def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
     for i in range(int(os.environ.get("LORACAST_KILLS", "8"))):
         ended = in_child(at_work_for_ever, tmp_path, i, kill_after_s=0.05 + 0.4 * random.Random(i).random())
         assert ended == -signal.SIGKILL
-        assert [problem for problem in verify(Library(tmp_path)) if "belongs to no name" not in problem] == []
+        assert [problem for problem in Library(tmp_path).verify() if "belongs to no name" not in problem] == []
         for adapter in [Library(tmp_path).open(name) for name in Library(tmp_path).names()]:
             assert adapter.lora().rank == 4 and len(read_chunks(adapter.index)) == 2
         assert Library(tmp_path).open("kept").version == kept.version
-        collect_garbage(Library(tmp_path))
+        Library(tmp_path).collect_garbage()
         named = {entry.version for name in Library(tmp_path).names() for entry in Library(tmp_path).versions(name)}
         assert files_in(tmp_path) == {"register.sqlite", *named}
 
@@ -594,7 +593,7 @@ def test_several_processes_write_at_once(anywhere):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
-    assert len(Library(anywhere).names()) == 20 and verify(Library(anywhere)) == []
+    assert len(Library(anywhere).names()) == 20 and Library(anywhere).verify() == []
     assert len({entry.version for entry in Library(anywhere).entries()[0]}) == 7
 
 

@@ -20,7 +20,6 @@ from loracast.errors import AdapterError, LoracastError
 from loracast.library.library import Library
 from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
 from loracast.library.store import Store
-from loracast.library.upkeep import collect_garbage, verify
 
 
 @pytest.fixture(params=["path", "file", "memory", "s3"])
@@ -36,7 +35,7 @@ def test_what_was_pushed_is_pulled(place, tmp_path):
     adapter = write(tmp_path / "one", name="press", title="The press")
     push_adapter(adapter, place)
     pulled = pull_adapter(Library(tmp_path / "two"), place)
-    assert pulled.version == adapter.version and verify(Library(tmp_path / "two")) == []
+    assert pulled.version == adapter.version and Library(tmp_path / "two").verify() == []
     for name in adapter.lora().names:
         assert torch.equal(pulled.lora([1]).delta(name), adapter.lora([1]).delta(name))
     assert [hit.name for hit in Library(tmp_path / "two").search("word1")] == ["press"]
@@ -62,17 +61,17 @@ def test_a_library_lies_at_a_store(place, tmp_path):
     first = write(library, name="press", seed=1)
     assert Library(library).store_url is None and Library(library).use_store(place) == 1
     second = write(library, name="lamp", seed=2)
-    assert files_at(place) == {a.manifest.version for a in (first, second)} and verify(Library(library)) == []
+    assert files_at(place) == {a.manifest.version for a in (first, second)} and Library(library).verify() == []
     n_bytes = first.n_bytes + second.n_bytes
     assert Library(library).evict() == n_bytes
-    assert not first.folder.exists() and verify(Library(library)) == [] and len(Library(library).search("word1")) == 2
-    assert verify(Library(library), ["press", "lamp"]) == []
+    assert not first.folder.exists() and Library(library).verify() == [] and len(Library(library).search("word1")) == 2
+    assert Library(library).verify(["press", "lamp"]) == []
     opened = Library(library).open("press")
     assert opened.faults() == [] and opened.folder == first.folder and not second.folder.exists()
     write(library, name="lamp", seed=3, replace=True)
     Library(library).remove(second.version)
     assert second.manifest.version not in files_at(place) and len(files_at(place)) == 2
-    collect_garbage(Library(library), keep=1)
+    Library(library).collect_garbage(keep=1)
     Library(library).evict()
     Library(library).leave_store()
     assert Library(library).store_url is None and len(files_at(place)) == 2
@@ -117,7 +116,7 @@ def test_damage_at_a_store_is_found(place, tmp_path):
     fs.invalidate_cache()
     with pytest.raises(AdapterError, match="neither on this machine nor at"):
         Library(library).open("press")
-    assert len(verify(Library(library))) == 1 and verify(Library(library), ["press"]) == verify(Library(library))
+    assert len(Library(library).verify()) == 1 and Library(library).verify(["press"]) == Library(library).verify()
 
 
 def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
@@ -132,7 +131,7 @@ def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
         patch.setattr("loracast.library.store.Store.put", down)
         with pytest.raises(LoracastError, match="is down"):
             write(library, name="lamp", seed=2)
-    assert Library(library).names() == ["press"] and verify(Library(library)) == []
+    assert Library(library).names() == ["press"] and Library(library).verify() == []
     write(library, name="lamp", seed=2)
     with pytest.raises(AdapterError, match="no store"):
         Library(tmp_path / "another").evict()
@@ -146,12 +145,12 @@ def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypa
     def put_slowly(self, version, folder):
         put(self, version, folder)
         Library(library).recover()  # as another process does that begins to learn
-        collect_garbage(Library(library))
+        Library(library).collect_garbage()
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "put", put_slowly)
         version = write(library, name="press").manifest.version
-    assert verify(Library(library)) == [] and Store(str(there)).versions() == {version}
+    assert Library(library).verify() == [] and Store(str(there)).versions() == {version}
     odd = Store(str(there.with_name("team [a]*")))
     odd.put(version, Library(library).home(version))
     assert odd.versions() == {version}
@@ -170,7 +169,7 @@ def test_what_a_killed_process_was_sending_is_deleted(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert len(Store(str(there)).versions()) == 1
     kept = write(library, name="lamp", seed=2).manifest.version
-    assert Store(str(there)).versions() == {kept} and verify(Library(library)) == []
+    assert Store(str(there)).versions() == {kept} and Library(library).verify() == []
 
 
 def test_the_store_command(tmp_path):

@@ -23,7 +23,6 @@ from loracast.library import store as shared_store
 from loracast.library.library import Library
 from loracast.library.register import Register
 from loracast.library.store import SharedStore
-from loracast.library.upkeep import collect_garbage, verify
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -72,7 +71,7 @@ def test_names_tags_and_notes_are_seen_by_all(machines):
     with pytest.raises(NameTakenError):
         write(one, name="press-2", seed=3)
     Library(one).remove("press-2")
-    assert Library(two).names() == [] and verify(Library(one)) == verify(Library(two)) == []
+    assert Library(two).names() == [] and Library(one).verify() == Library(two).verify() == []
     write(two, name="press-2", seed=4)
     assert Library(one).find("press-2").tags == () and Library(one).find("press-2").n_versions == 1
 
@@ -83,7 +82,7 @@ def test_an_overtaken_writer_tries_again(machines, monkeypatch):
     before_publishing(monkeypatch, "doc", lambda: write(two, seed=2, replace=True))
     third = write(one, seed=3, replace=True)
     assert Library(one).find("doc").n_versions == 3 and Library(two).find("doc").version == third.manifest.version
-    assert verify(Library(one)) == verify(Library(two)) == []
+    assert Library(one).verify() == Library(two).verify() == []
 
 
 def test_a_new_name_belongs_to_one_of_two_machines(machines, monkeypatch):
@@ -91,7 +90,7 @@ def test_a_new_name_belongs_to_one_of_two_machines(machines, monkeypatch):
     before_publishing(monkeypatch, "doc", lambda: write(two, seed=2))
     with pytest.raises(NameTakenError):
         write(one, seed=3)
-    assert Library(one).find("doc").n_versions == 1 and verify(Library(one)) == verify(Library(two)) == []
+    assert Library(one).find("doc").n_versions == 1 and Library(one).verify() == Library(two).verify() == []
 
 
 def test_a_rename_takes_along_what_is_added_meanwhile(machines, monkeypatch):
@@ -110,7 +109,7 @@ def test_a_rename_that_comes_too_late_leaves_no_half_of_itself(machines, monkeyp
     with pytest.raises(NoSuchAdapterError):
         Library(one).rename("old", "new")  # "new" is there when "old" turns out to be gone
     for library in machines:
-        assert Library(library).names() == [] and verify(Library(library)) == []
+        assert Library(library).names() == [] and Library(library).verify() == []
 
 
 def test_a_rename_moves_what_the_name_means_in_the_end(machines, monkeypatch, url):
@@ -126,7 +125,7 @@ def test_a_rename_moves_what_the_name_means_in_the_end(machines, monkeypatch, ur
     for library in machines:
         (only,) = Library(library).versions("new")
         assert only.version != first.manifest.version and Library(library).names() == ["new"]
-        assert Library(library).open("new").faults() == [] and verify(Library(library)) == []
+        assert Library(library).open("new").faults() == [] and Library(library).verify() == []
     states = [SharedStore(url).read("new", number).versions for number in (1, 2, 3)]
     assert [len(found) for found in states] == [1, 0, 1]  # no state takes a version away from the one before
 
@@ -145,7 +144,7 @@ def test_a_machine_that_dies_before_it_commits_has_changed_the_name_or_not(machi
                 write(one, seed=2, replace=True)
         expected = 1 if target is SharedStore.publish else 2
         assert [Library(library).find("doc").n_versions for library in machines] == [expected] * 2
-        assert Library(one).open("doc").faults() == [] and verify(Library(one)) == verify(Library(two)) == []
+        assert Library(one).open("doc").faults() == [] and Library(one).verify() == Library(two).verify() == []
 
 
 def test_an_answer_that_is_lost_is_no_conflict(tmp_path, monkeypatch):
@@ -158,7 +157,7 @@ def test_an_answer_that_is_lost_is_no_conflict(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_store, "create_once", create)
     write(tmp_path / "one")
     Library(tmp_path / "one").rename("doc", "manual")
-    assert Library(tmp_path / "one").names() == ["manual"] and verify(Library(tmp_path / "one")) == []
+    assert Library(tmp_path / "one").names() == ["manual"] and Library(tmp_path / "one").verify() == []
 
 
 def test_a_lost_register_is_made_again_with_all_that_was_noted(machines):
@@ -170,7 +169,7 @@ def test_a_lost_register_is_made_again_with_all_that_was_noted(machines):
     before = Library(one).versions("manual")
     (one / "register.sqlite").unlink()
     assert (
-        Library(one).names() == ["manual"] and Library(one).versions("manual") == before and verify(Library(one)) == []
+        Library(one).names() == ["manual"] and Library(one).versions("manual") == before and Library(one).verify() == []
     )
     write(one, seed=3, name="manual", replace=True)
     assert Library(one).find("manual").n_versions == 3
@@ -207,20 +206,20 @@ def test_garbage_stays_for_a_day(machines, url, monkeypatch):
     gone, kept = write(one, name="gone", seed=1).manifest.version, write(one, name="kept", seed=2).manifest.version
     Library(one).remove("gone")
     assert (
-        collect_garbage(Library(two)).versions == ()
+        Library(two).collect_garbage().versions == ()
         and stored_versions(url) == {gone, kept}
-        and verify(Library(two)) == []
+        and Library(two).verify() == []
     )
     write(two, name="again", seed=1)  # it needs not be sent
     Library(two).remove("again")
     monkeypatch.setattr(shared_store, "_GRACE", timedelta(seconds=-1))  # times of S3 are whole seconds
-    assert collect_garbage(Library(one), dry_run=True).versions == (gone,)
-    assert collect_garbage(Library(one)).versions == (gone,) and stored_versions(url) == {kept}
+    assert Library(one).collect_garbage(dry_run=True).versions == (gone,)
+    assert Library(one).collect_garbage().versions == (gone,) and stored_versions(url) == {kept}
     fs, root = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
     assert len(fs.find(f"{root}/names/gone")) == 1  # the state that says that it is deleted
     write(one, name="gone", seed=3)
-    assert Library(two).names() == ["gone", "kept"] and verify(Library(two)) == []
+    assert Library(two).names() == ["gone", "kept"] and Library(two).verify() == []
     Library(two).evict()
     assert Library(two).open("kept").faults() == []
 
@@ -239,7 +238,7 @@ def test_a_version_that_is_collected_while_it_gets_a_name_is_sent_again(machines
 
     monkeypatch.setattr(SharedStore, "mark_used", marked)
     write(one, name="again", seed=1)
-    assert verify(Library(one)) == []
+    assert Library(one).verify() == []
 
 
 def test_a_version_that_gets_a_name_right_before_it_is_deleted_stays(machines, url, monkeypatch):
@@ -260,8 +259,8 @@ def test_a_version_that_gets_a_name_right_before_it_is_deleted_stays(machines, u
 
     monkeypatch.setattr(SharedStore, "_create", created)
     monkeypatch.setattr(SharedStore, "_is_older", is_old_but_for_the_last_second)
-    assert collect_garbage(Library(one)).versions == () and stored_versions(url) == {version}
-    assert verify(Library(one)) == verify(Library(two)) == [] and Library(one).find("again").version == version
+    assert Library(one).collect_garbage().versions == () and stored_versions(url) == {version}
+    assert Library(one).verify() == Library(two).verify() == [] and Library(one).find("again").version == version
 
 
 def test_who_names_a_version_waits_for_its_deletion_and_sends_it_again(machines, url, monkeypatch):
@@ -280,9 +279,9 @@ def test_who_names_a_version_waits_for_its_deletion_and_sends_it_again(machines,
         delete(self, which)
 
     monkeypatch.setattr(SharedStore, "delete", deleted_slowly)
-    assert collect_garbage(Library(one)).versions == (version,)
+    assert Library(one).collect_garbage().versions == (version,)
     naming.join(60)
-    assert written and verify(Library(one)) == verify(Library(two)) == [] and stored_versions(url) == {version}
+    assert written and Library(one).verify() == Library(two).verify() == [] and stored_versions(url) == {version}
     Library(two).evict()
     assert Library(two).open("again").faults() == []
 
@@ -299,12 +298,12 @@ def test_what_a_killed_collector_began_to_delete_can_be_named_an_hour_later(mach
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(SharedStore, "delete", die)
-        collect_garbage(Library(one))
+        Library(one).collect_garbage()
     with pytest.raises(LoracastError, match="another machine is deleting"):
         write(two, name="again", seed=1)
     monkeypatch.setattr(shared_store, "_LONGEST_DELETION", timedelta(seconds=-1))
     write(two, name="again", seed=1)
-    assert verify(Library(one)) == verify(Library(two)) == []
+    assert Library(one).verify() == Library(two).verify() == []
 
 
 def test_damage_at_the_store_is_found(machines, url):
@@ -314,15 +313,15 @@ def test_damage_at_the_store_is_found(machines, url):
     assert Library(two).names() == ["lamp", "press"]
     fs, root = fsspec.core.url_to_fs(url)
     fs.rm_file(f"{root}/names/press/00000001.json")
-    assert any("press is not here what it is at" in problem for problem in verify(Library(two)))
+    assert any("press is not here what it is at" in problem for problem in Library(two).verify())
     fs.pipe_file(f"{root}/names/press/00000001.json", b'{"versions": [["../x", ""]], "owner": "", "note": ""}')
     (two / "register.sqlite").unlink()
     with pytest.raises(LoracastError, match="is damaged"):
-        verify(Library(two))
+        Library(two).verify()
     fs.rm(f"{root}/names/press", recursive=True)
     write(two, name="press", seed=3)
     fs.rm_file(f"{root}/{adapter.manifest.version[:2]}/{adapter.manifest.version}/adapter.json")
-    assert f"the version {adapter.manifest.version[:12]} is not at {url}" in verify(Library(one))
+    assert f"the version {adapter.manifest.version[:12]} is not at {url}" in Library(one).verify()
 
 
 def test_machines_join_with_names_of_their_own(tmp_path, url, monkeypatch):
@@ -354,7 +353,7 @@ def test_machines_join_with_names_of_their_own(tmp_path, url, monkeypatch):
     assert (
         Library(two).names() == ["lamp", "press", "press-2"]
         and Library(two).store_url is None
-        and verify(Library(two)) == []
+        and Library(two).verify() == []
     )
     assert all(Library(two).open(name).faults() == [] for name in Library(two).names())
     Library(three).use_store(str(tmp_path / "another"))

@@ -19,7 +19,6 @@ from loracast.export.adapter import export_adapter
 from loracast.hypernets.store import save_pretrained
 from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.library import Library
-from loracast.library.upkeep import collect_garbage, verify
 from loracast.lora.algebra import concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, pack, packed, quantise, unpack
 from loracast.reading.routing import Route
@@ -74,7 +73,7 @@ def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):
     whole = write(tmp_path, 40, shared=shared)
     small = compact(Library(tmp_path), "doc", "int8")
     factors = [(a.folder / "factors.safetensors").stat().st_size for a in (whole, small)]
-    assert factors[1] < 0.56 * factors[0] and small.manifest.storage == "int8" and verify(Library(tmp_path)) == []
+    assert factors[1] < 0.56 * factors[0] and small.manifest.storage == "int8" and Library(tmp_path).verify() == []
     for chunks in ([0], [3, 39], {1: 1.0, 7: 0.5}):
         one, other = (a.lora(chunks).to(dtype=torch.float32) for a in (whole, small))
         for name in one.names:
@@ -146,14 +145,14 @@ def test_a_document_learned_small_is_that_of_16_bits_made_smaller(model, documen
     assert learned.manifest.storage == storage and DEFAULT_STORAGE == "int4"
     assert learned.manifest.version == made_smaller.manifest.version
     assert model.library.find("whole").n_versions == 2
-    before = collect_garbage(model.library, keep=1).n_bytes
+    before = model.library.collect_garbage(keep=1).n_bytes
     assert before > learned.n_bytes and isinstance(model.ask(QUESTION, "whole"), str)
 
 
 def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_folder, tiny_hypernet_folder, tmp_path):
     whole = model.learn(document, "whole", max_chunk_tokens=64, storage="bf16")
     text = model.learn(document, "text", max_chunk_tokens=64, storage="text")
-    assert not (text.folder / "factors.safetensors").exists() and verify(model.library) == []
+    assert not (text.folder / "factors.safetensors").exists() and model.library.verify() == []
     assert compact(model.library, "whole", "text").manifest.version == text.manifest.version
     opened = model.adapter("text")
     for chunks in (None, [1], {0: 1.0, 2: 0.5}):

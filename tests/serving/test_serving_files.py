@@ -22,7 +22,6 @@ from loracast.cast.compact import compact
 from loracast.errors import LoracastError
 from loracast.library.adapter import factors_in_memory
 from loracast.library.library import Library
-from loracast.library.upkeep import collect_garbage
 from loracast.serving import state, uploads, vector_stores
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
@@ -410,7 +409,7 @@ def renamed(library, name):
 
 def compacted(library, name):
     compact(library, name, "text")
-    collect_garbage(library, keep=1)
+    library.collect_garbage(keep=1)
 
 
 @pytest.mark.parametrize("change", [removed, renamed, compacted])

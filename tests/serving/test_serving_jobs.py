@@ -14,7 +14,6 @@ from adapters import write
 from loracast.errors import DocumentError, NameTakenError
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
-from loracast.library.upkeep import verify
 from loracast.serving import jobs as jobs_module
 from loracast.serving.errors import ApiError
 from loracast.serving.jobs import Jobs
@@ -375,7 +374,7 @@ def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tin
         assert learning.uploads.path(learning.uploads.find(upload).id).read_bytes() == manual(number)
     eventually(lambda: are_done(learning.jobs))
     learning.close()
-    assert verify(model.library) == []
+    assert model.library.verify() == []
     assert {name for _, name, _ in answered} <= {entry.name for entry in model.library.entries(tag="kept")[0]}
 
 

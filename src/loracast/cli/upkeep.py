@@ -10,7 +10,6 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.terminal import loss, plural, print_result, say, size
-from loracast.library import upkeep
 from loracast.library.manifest import name_from
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
@@ -129,7 +128,7 @@ def gc(
     as_json: options.Json = False,
 ) -> None:
     """Delete adapters that have no name any more, and what killed processes left behind."""
-    gone = upkeep.collect_garbage(library, keep=keep, dry_run=dry_run)
+    gone = library.collect_garbage(keep=keep, dry_run=dry_run)
     n_gone = f"{plural(len(gone.versions), 'version')}, {size(gone.n_bytes)}"
     facts = {"versions": list(gone.versions), "n_bytes": gone.n_bytes, "dry_run": dry_run}
     print_result(as_json, facts, f"{'would delete' if dry_run else 'deleted'} {n_gone}")
@@ -163,7 +162,7 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Compare adapters with their hashes, and check the register. Exits with 1 if anything is wrong."""
-    problems = upkeep.verify(library, names or ())
+    problems = library.verify(names or ())
     whole = plural(len(names) if names else len(library.names()), "adapter") + " whole"
     print_result(as_json, {"library": str(library), "problems": problems}, "\n".join(problems) or whole)
     if problems:
