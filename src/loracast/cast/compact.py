@@ -12,7 +12,7 @@ from loracast.library.adapter import SENTENCE, STATIC, Adapter
 from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT
-from loracast.library.save import ChunkRows, save_rows
+from loracast.library.save import ChunkBatch, save_rows
 from loracast.lora.quantize import STORAGE, Storage
 from loracast.reading.outline import write_document_index
 
@@ -46,7 +46,7 @@ def compact(library: Library, reference: str, storage: Storage) -> Adapter:
     index = (lambda path, _: shutil.copyfile(adapter.index, path)) if has_sentences else of_document
     static = {} if storage == "text" else {k: rows for k, rows in adapter.rows([0]).items() if STATIC in k}
 
-    def batches() -> Iterator[ChunkRows]:
+    def batches() -> Iterator[ChunkBatch]:
         for i in range(m.n_chunks):
             rows = adapter.rows([i])
             factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds}

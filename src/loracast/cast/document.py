@@ -25,7 +25,7 @@ from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest
-from loracast.library.save import ChunkRows, Progress, check_finite, save_rows, save_single, static_tensors
+from loracast.library.save import ChunkBatch, Progress, check_finite, save_rows, save_single, static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.reading.outline import write_document_index
@@ -88,7 +88,7 @@ def token_batches(base: Base, prompts: Sequence[str]) -> Iterator[list[list[int]
 
 def cast_chunks(
     caster: Caster, base: Base, prompts: Sequence[str], sentences: Sequence[Spans] | None = None
-) -> Iterator[ChunkRows]:
+) -> Iterator[ChunkBatch]:
     """The rows of chunks, in order, a batch at a time, and the sentences of those that belong to tokens.
 
     Args:

@@ -35,7 +35,7 @@ from loracast.lora.quantize import pack, storage_of
 from loracast.lora.target import KINDS, Target, TargetModule
 from loracast.lora.tensor_file import BYTES
 
-ChunkRows = tuple[Rows, Mapping[str, Tensor]]
+ChunkBatch = tuple[Rows, Mapping[str, Tensor]]
 """The rows of n chunks, and by kind of a memory the sentence of each row in its chunk [n, r], -1 for none."""
 WriteIndex = Callable[[Path, Sequence[Chunk]], object]
 """Writes the index of some chunks to a file."""
@@ -48,7 +48,7 @@ def save_rows(
     library: Library,
     manifest: Manifest,
     chunks: Sequence[Chunk],
-    batches: Iterable[ChunkRows],
+    batches: Iterable[ChunkBatch],
     static: Mapping[str, Tensor],
     *,
     seconds: Callable[[], float] | None = None,
@@ -94,7 +94,7 @@ def save_rows(
 
 
 def _write_factors(
-    path: Path, manifest: Manifest, batches: Iterable[ChunkRows], static: Mapping[str, Tensor], progress: Progress
+    path: Path, manifest: Manifest, batches: Iterable[ChunkBatch], static: Mapping[str, Tensor], progress: Progress
 ) -> None:
     """Write factors.safetensors: the header, the static LoRA, and the factors of each chunk as they come."""
     tensors = layout(manifest, {name: tuple(value.shape) for name, value in static.items()})
@@ -176,7 +176,7 @@ def save_single(
     about = {"source_sha256": source_of(title)} | about
     manifest = Manifest(name=name, title=title, modules=target.rows, ranks=ranks, n_chunks=1, **about)
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
-    batches: list[ChunkRows] = [(rows, {})]
+    batches: list[ChunkBatch] = [(rows, {})]
     shared = static_tensors(static or {})
     return save_rows(library, manifest, [only], batches, shared, seconds=lambda: manifest.learn_s, replace=replace)
 
