@@ -172,7 +172,7 @@ class Rounds:
             port = free.getsockname()[1]
         words = ["serve", "--port", str(port), "--library", str(self.library), *self.models]
         url = f"http://127.0.0.1:{port}"
-        server, taken = self._fork(words), {}
+        server, taken, problems = self._fork(words), {}, []
         with httpx.Client(base_url=url, timeout=60) as client:
             eventually(lambda: is_ready(url))
             killer = threading.Timer(rng.random(), server.kill)
@@ -184,11 +184,9 @@ class Rounds:
                     if answer.status_code == 202:
                         taken[answer.json()["id"]] = name
                     time.sleep(0.02 if answer.status_code == 202 else 0.2)
-        killer.join()
-        server.join()
-        server = self._fork(words)
-        problems = []
-        with httpx.Client(base_url=url, timeout=60) as client:
+            killer.join()
+            server.join()
+            server = self._fork(words)
             eventually(lambda: is_ready(url))
             for id, name in taken.items():
                 job = eventually(lambda id=id: self._ended(client, id))
@@ -244,39 +242,31 @@ class Rounds:
         """The newest version of every name."""
         return {name: Library(self.library).open(name).manifest.version for name in Library(self.library).names()}
 
-    def round(self, fault: str, longest_s: float) -> str:
-        """One command with one fault; the command's name."""
+    def round(self, fault: str, longest_s: float, is_server: bool) -> str:
+        """One command with one fault, or a server that is killed; the command's name. Notes what broke and mends it."""
         before = self.state()
-        words, changed = self.rng.choice(self.commands())
-        status = self.run(words, fault, longest_s)
-        problems = []
-        if status == 0 and words[0] in ("learn", "task", "import", "combine") and not changed <= self.state().keys():
+        if is_server:
+            words, changed, status, problems = ["serve"], set(NAMES), 0, self.serve()
+        else:
+            words, changed = self.rng.choice(self.commands())
+            status, problems = self.run(words, fault, longest_s), []
+        after = self.state()
+        if status == 0 and words[0] in ("learn", "task", "import", "combine") and not changed <= after.keys():
             problems.append("it was acknowledged and is gone")
-        if status == 0 and words[0] == "rm" and changed & self.state().keys():
+        if status == 0 and words[0] == "rm" and changed & after.keys():
             problems.append("it was removed and is there")
         if status == 99:
             problems.append("the command crashed")
-        self._judge(f"{words[0]} with {fault} (status {status})", before, changed, problems)
-        return words[0]
-
-    def serve_round(self) -> str:
-        """A server that is killed."""
-        before = self.state()
-        self._judge("serve with kill", before, set(NAMES), self.serve())
-        return "serve"
-
-    def _judge(self, what: str, before: dict[str, str], changed: set[str], problems: list[str]) -> None:
-        """Note what is wrong with the library after a round, besides these problems, and mend it."""
         problems += [one for one in Library(self.library).verify() if "belongs to no name" not in one]
-        after = self.state()
         differing = {name for name, _ in before.items() ^ after.items()}
         problems += [f"{name} was changed" for name in differing - changed]
         for name in after:
             adapter = Library(self.library).open(name)
             if adapter.manifest.storage != "text":
                 adapter.lora()
-        self.broken += [f"{what}: {problem}" for problem in problems]
+        self.broken += [f"{words[0]} with {fault} (status {status}): {problem}" for problem in problems]
         self._mend(after)
+        return words[0]
 
     def _mend(self, after: dict[str, str]) -> None:
         """Learn names anew that are gone, so that the next round has them all."""
@@ -330,7 +320,7 @@ def run(rounds: int, seed: int, seconds: float) -> dict:
         while sum(faults.values()) < rounds and time.monotonic() - began < seconds:
             is_server = sum(faults.values()) % SERVE_EVERY == 0
             fault = "kill" if is_server else rng.choice(FAULTS)
-            commands[runs.serve_round() if is_server else runs.round(fault, longest_s)] += 1
+            commands[runs.round(fault, longest_s, is_server)] += 1
             faults[fault] += 1
         return {
             "seed": seed, "rounds": sum(faults.values()), "took_effect": runs.n_took_effect, "faults": dict(faults),
