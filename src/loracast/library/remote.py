@@ -17,7 +17,7 @@ from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
 from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.storage import fetch_whole
-from loracast.library.store import file_system, store_errors
+from loracast.library.store import file_system
 from loracast.lora.tensor_file import BYTES
 
 CARD = "README.md"
@@ -48,15 +48,14 @@ def push_adapter(adapter: Adapter, where: str, *, private: bool = True, signing_
     if signing_key is not None:
         texts[SIGNATURE] = sign(adapter.folder / MANIFEST, signing_key)
     files = {name: str(adapter.folder / name) for name in _FILES if (adapter.folder / name).is_file()}
-    if is_hub_id(where):
-        from huggingface_hub import CommitOperationAdd, HfApi
+    with file_system(_url(where)) as (fs, root):
+        if is_hub_id(where):
+            from huggingface_hub import CommitOperationAdd, HfApi
 
-        with store_errors(where):
             HfApi().create_repo(where, private=private, exist_ok=True)
             added = [CommitOperationAdd(name, content) for name, content in (texts | files).items()]
             HfApi().create_commit(where, added, commit_message=f"{adapter.version}, by loracast")
-        return
-    with file_system(where) as (fs, root):
+            return
         fs.makedirs(root, exist_ok=True)
         for name, text in texts.items():
             fs.pipe_file(f"{root}/{name}", text)
@@ -80,11 +79,10 @@ def pull_adapter(
             library has this version with another text, or the name is taken.
     """
     library.folder.mkdir(parents=True, exist_ok=True)
-    url = f"hf://{where}" if is_hub_id(where) else where
     with library.work("new") as work:
         folder = work / "adapter"
         folder.mkdir()
-        with file_system(url) as (fs, root):
+        with file_system(_url(where)) as (fs, root):
             manifest = _fetch_checked(fs, root, folder, signed_by)
         if faults := Adapter(folder).faults():
             raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
@@ -120,6 +118,10 @@ def _check_copy(library: Library, signed: Manifest, work: Path) -> None:
 def is_hub_id(where: str) -> bool:
     """Whether this is `owner/name` on the hub and not a URL or a path."""
     return bool(_HUB_ID.fullmatch(where)) and not Path(where).exists()
+
+
+def _url(where: str) -> str:
+    return f"hf://{where}" if is_hub_id(where) else where
 
 
 def model_card(adapter: Adapter) -> str:

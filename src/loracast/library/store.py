@@ -30,19 +30,12 @@ SHARED = "shared"
 
 @contextmanager
 def file_system(where: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL, and the path in it."""
-    import fsspec
+    """The file system of a URL, and the path in it; what a service raises becomes a LoracastError of one line."""
+    try:
+        import fsspec
 
-    with store_errors(where):
         fs, root = fsspec.core.url_to_fs(where)
         yield fs, root.rstrip("/")
-
-
-@contextmanager
-def store_errors(where: str) -> Iterator[None]:
-    """Turn whatever a remote service raises into a LoracastError of one line."""
-    try:
-        yield
     except LoracastError:
         raise
     except ImportError as error:
