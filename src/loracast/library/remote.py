@@ -121,6 +121,7 @@ def is_hub_id(where: str) -> bool:
 
 
 def _url(where: str) -> str:
+    """The URL of a place, which may be `owner/name` on the hub."""
     return f"hf://{where}" if is_hub_id(where) else where
 
 

@@ -67,7 +67,7 @@ def save_rows(
         index: writes the file of the index, given the chunks.
         replace: an adapter of that name gives way.
         progress: called with the chunks done and the chunks in all.
-        check: called once everything is written; an error of it is one of this function.
+        check: called once everything is written, before the adapter gets its name; it may raise an error.
 
     Raises:
         AdapterError: the name is taken or not allowed, or numbers are not finite; nothing is kept then.

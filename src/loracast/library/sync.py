@@ -82,7 +82,7 @@ class BulkReport:
 
 
 class Journal:
-    """What is known of the files of one folder, cast in one way into one library; learns and removes them by that."""
+    """Remembers the files of one folder, cast in one way into one library, and learns and removes them."""
 
     def __init__(self, journals: Path, folder: Path, library: Library, made_by: str):
         self.folder, self.library = folder, library
