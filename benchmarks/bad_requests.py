@@ -19,35 +19,19 @@ def _raw(name: str, content: bytes, kind: str = "application/json") -> tuple[str
     return name, "POST", CHAT, {"content": content, "headers": {"Content-Type": kind}}
 
 
+_BAD_FIELDS: dict[str, tuple[Any, ...]] = {
+    "temperature": (-1, float("nan"), 1e300), "top_p": (float("inf"),), "max_tokens": (-5, 10**30), "n": (16_384, 0),
+    "seed": (1e400,), "route": (-1,), "top_logprobs": (10**9,), "messages": ([], "text"), "unknown": (1,),
+    "stop": (["x"] * 1000,), "adapters": ([{"id": "../x"}], [{"id": "doc-0", "scale": float("nan")}]),
+    "memory": ("../x",), "style": ("nobody",),
+}  # fmt: skip
+
 BAD_REQUESTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     *(
         _chat(f"model {model[:12]!r}", model=model)
         for model in ("nobody", "../x", "/etc/passwd", "%2e%2e", "\U0001f600", "x" * 10_240, "", "a\0b", "doc-0@", "+")
     ),
-    *(
-        _chat(f"{key} {value}", **{key: value})
-        for key, value in (
-            ("temperature", -1),
-            ("temperature", float("nan")),
-            ("temperature", 1e300),
-            ("top_p", float("inf")),
-            ("max_tokens", -5),
-            ("max_tokens", 10**30),
-            ("n", 16_384),
-            ("n", 0),
-            ("seed", 1e400),
-            ("route", -1),
-            ("top_logprobs", 10**9),
-            ("messages", []),
-            ("messages", "text"),
-            ("unknown", 1),
-            ("stop", ["x"] * 1000),
-            ("adapters", [{"id": "../x"}]),
-            ("adapters", [{"id": "doc-0", "scale": float("nan")}]),
-            ("memory", "../x"),
-            ("style", "nobody"),
-        )
-    ),
+    *(_chat(f"{key} {value}", **{key: value}) for key, values in _BAD_FIELDS.items() for value in values),
     _chat("a prompt of 40,000 words", messages=[{"role": "user", "content": "word " * 40_000}]),
     _chat("half a surrogate pair", messages=[{"role": "user", "content": "\ud83d"}], model="nobody"),
     _raw("half a body", b'{"model": "doc-0", "messages"'),

@@ -23,14 +23,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 
-def tiny_models(folder: Path) -> list[str]:
-    """Write the tests' tiny random base and hypernetwork; the options that name them."""
-    from tiny import save_models
-
-    save_models(folder)
-    return ["--base", str(folder / "base"), "--hypernetwork", str(folder / "hypernetwork")]
-
-
 def learn(documents: Path, out: Path, options: list[str], threads: int) -> dict:
     """Run the command; what it says, and the seconds that it took."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -55,11 +47,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the command without Ray")
     given = parser.parse_args()
     from bulk import make_documents
+    from tiny import save_models
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         documents = make_documents(folder / "documents", given.documents - given.broken, given.broken)
-        models = tiny_models(folder) if given.base == "tiny" else []
+        models: list[str] = []
+        if given.base == "tiny":
+            save_models(folder)
+            models = ["--base", str(folder / "base"), "--hypernetwork", str(folder / "hypernetwork")]
         ways = {
             f"one process, {given.threads} threads": ([], given.threads),
             f"Ray, {given.actors} actors": (["--ray", "local", "--actors", str(given.actors)], 1),

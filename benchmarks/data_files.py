@@ -17,27 +17,18 @@ from typing import Any
 from loracast.lab.data.rows import each_row
 
 SOURCE = "squad_v1_train_part"
-DEV_ARTICLES = frozenset(
-    {
-        "Alfred North Whitehead",
-        "Financial crisis of 2007–08",
-        "Genome",
-        "Sino-Tibetan relations during the Ming dynasty",
-        "Spectre (2015 film)",
-    }
-)
+DEV_ARTICLES = {
+    "Alfred North Whitehead", "Financial crisis of 2007–08", "Genome", "Sino-Tibetan relations during the Ming dynasty",
+    "Spectre (2015 film)",
+}  # fmt: skip
 
 
 def split(data: Path, out: Path) -> tuple[int, int]:
     """Write both files and give their numbers of rows: those for choosing, and those for training."""
-    dev: list[dict[str, Any]] = []
-    train: list[dict[str, Any]] = []
-
-    def take(row: dict[str, Any]) -> None:
-        is_dev = row["source"] == SOURCE and row.get("title") in DEV_ARTICLES
-        (dev if is_dev else train).append(row)
-
-    each_row(data / "docqa_train.jsonl.gz", take, "training documents")
+    rows: list[dict[str, Any]] = []
+    each_row(data / "docqa_train.jsonl.gz", rows.append, "training documents")
+    dev = [row for row in rows if row["source"] == SOURCE and row.get("title") in DEV_ARTICLES]
+    train = [row for row in rows if row["source"] != SOURCE or row.get("title") not in DEV_ARTICLES]
     out.mkdir(parents=True, exist_ok=True)
     write(out / "squad_dev_articles.jsonl.gz", dev)
     write(out / "docqa_train_less_dev.jsonl.gz", train)

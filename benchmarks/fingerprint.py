@@ -66,13 +66,11 @@ _INPUTS = (
 def questions(model: Model) -> Iterator[tuple[InMemoryAdapter, list[str]]]:
     """Documents with questions about each."""
     genres = list(load_genres("dev"))
-    for i in range(EVERYDAY):
-        rng = random.Random(f"fingerprint/{i}")
-        drawn: Any = make_document(rng, split="dev", genre=genres[i % len(genres)])
-        yield InMemoryAdapter(model, drawn.text, drawn.title), [f.question for f in rng.sample(drawn.facts, QUESTIONS)]
-    for i in range(SHEETS):
-        rng = random.Random(f"fingerprint/sheet/{i}")
-        drawn = make_sheet(rng, 20, split="dev")
+    for i in range(EVERYDAY + SHEETS):
+        is_sheet = i >= EVERYDAY
+        rng = random.Random(f"fingerprint/sheet/{i - EVERYDAY}" if is_sheet else f"fingerprint/{i}")
+        genre = genres[i % len(genres)]
+        drawn: Any = make_sheet(rng, 20, split="dev") if is_sheet else make_document(rng, split="dev", genre=genre)
         yield InMemoryAdapter(model, drawn.text, drawn.title), [f.question for f in rng.sample(drawn.facts, QUESTIONS)]
 
 
@@ -104,8 +102,8 @@ def behaviour(model: Model) -> dict[str, dict[str, str]]:
     others = {name: cases[:: max(1, len(cases) // 20)] for name in ("none", "window", "bm25")}
     given = ask(setup, BASELINES, {"adapter": cases, **others}, _SAMPLING)
     said = {name: [a.text for a in given if a.baseline == name] for name in ("adapter", *others)}
-    # Each question is asked of its own document and of another one.
-    both = [(document, question) for k in (0, QUESTIONS) for (_, question), (document, _) in _pairs(asked, k)]
+    others_first = [*asked[QUESTIONS:], *asked[:QUESTIONS]]  # each question is asked of another document too
+    both = [(one, question) for of in (asked, others_first) for (_, question), (one, _) in zip(asked, of, strict=True)]
     gate = [round(about(document._index, question), 3) for document, question in both]
     return {
         "document": {"routes": digest(routes), "answers": digest(said.pop("adapter")), "strict": digest(sure)},
@@ -114,11 +112,6 @@ def behaviour(model: Model) -> dict[str, dict[str, str]]:
         "task": {"answers": digest(of_tasks(model))},
         "image": {},
     }
-
-
-def _pairs(items: list[Any], k: int) -> Iterator[tuple[Any, Any]]:
-    """Each item with the one k places further, the first ones behind the last."""
-    return zip(items, [*items[k:], *items[:k]], strict=True)
 
 
 def of_tasks(model: Model) -> list[str]:

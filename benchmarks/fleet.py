@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
+import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +27,10 @@ from numpy.typing import NDArray
 
 from loracast.lab.evaluation.cost import QueryFlops
 from loracast.lab.evaluation.plots import pyplot
+from loracast.lab.evaluation.report import markdown
+
+sys.path.insert(0, str(Path(__file__).parent))
+from picture import draw_bars
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "results"
@@ -172,9 +179,7 @@ def read_lengths(path: Path) -> tuple[float, ...]:
 # ---- caches that drop what was used least recently
 #
 # Documents are requested independently of each other, each at a rate of its own. A cache keeps whatever was requested
-# last, as far as its bytes go, so it holds a document just then when all that was requested since, and the document
-# itself, fit into its memory. One pass over the requests (Mattson's stack distances, in bytes) therefore tells the hits
-# of every size of memory. Memory smaller than a document is outside this model.
+# last, as far as its bytes go. Memory smaller than a document is outside this model.
 
 
 def request_rates(n: int, n_hot: int, hot_share: float, exponent: float) -> Shares:
@@ -202,56 +207,25 @@ def requests_before(rng: np.random.Generator, rates: Shares, n_bytes: Numbers, m
     return latest[:n_held][::-1]
 
 
-def bytes_between(requests: Numbers, n_bytes: Numbers) -> Shares:
-    """Bytes of all documents requested since this one's last request, with its own: [requests, k].
-
-    A cache of at least so many bytes has a hit. Infinite at a document's first request.
+def hits_of_cache(requests: Numbers, n_bytes: Numbers, memory: float) -> NDArray[np.bool_]:
+    """Whether a cache of `memory` bytes, at first empty, has each document when it is requested.
 
     Args:
         requests: documents in the order of their requests.
-        n_bytes: bytes of each document, in k kinds of storage: [documents, k].
+        n_bytes: bytes of each document.
     """
-    by_document = np.argsort(requests, kind="stable")
-    last = np.full(len(requests), -1)  # the place of the request before, for the same document
-    is_same = requests[by_document][1:] == requests[by_document][:-1]
-    last[by_document[1:][is_same]] = by_document[:-1][is_same]
-    sizes = n_bytes[requests].astype(float)
-    # A document that was requested in between counts once: at its first request there, the one whose own last request
-    # lies further back. All requests up to `last` have that too, so they are subtracted.
-    apart = _sums_of_earlier(np.argsort(last, kind="stable"), sizes) - np.cumsum(sizes, axis=0)[last] + sizes
-    apart[last < 0] = np.inf
-    return apart
-
-
-def _sums_of_earlier(order: Numbers, sizes: Shares) -> Shares:
-    """For each place, the sizes [n, k] of the smaller places that stand before it in a permutation `order`: [n, k].
-
-    The places are sorted bit by bit from the highest down, as in a wavelet tree. Two places first differ by one
-    bit; then the place that has it gets the sizes of those that stand before it in their block and have it not.
-    """
-    n, k = sizes.shape
-    sums, before, n_zeros = np.zeros((n, k)), np.zeros((n + 1, k)), np.zeros(n + 1, dtype=np.int32)
-    places, carried, at = order.astype(np.int32), sizes[order], np.arange(n, dtype=np.int32)
-    for bit in reversed(range(n.bit_length())):
-        has_bit = (places >> bit & 1).astype(bool)
-        ones = np.flatnonzero(has_bit)
-        begin = places >> (bit + 1) << (bit + 1)  # of the block, whose places are the numbers from there on
-        of_zeros = carried.copy()
-        of_zeros[ones] = 0
-        np.cumsum(of_zeros, axis=0, out=before[1:])
-        sums[places[ones]] += before[ones] - before[begin[ones]]
-        np.cumsum(~has_bit, out=n_zeros[1:])
-        n_before = n_zeros[:-1] - n_zeros[begin]
-        moved = np.where(has_bit, at - n_before + (1 << bit), begin + n_before)
-        after, sizes_after = np.empty_like(places), np.empty_like(carried)
-        after[moved], sizes_after[moved] = places, carried
-        places, carried = after, sizes_after
-    return sums
-
-
-def hit_rates(apart: Shares, memories: Sequence[float]) -> Shares:
-    """The share of requests that a cache of each size answers: [memories, k]."""
-    return np.stack([(apart <= memory).mean(axis=0) for memory in memories])
+    held: OrderedDict[int, int] = OrderedDict()
+    sizes, free, hits = n_bytes.tolist(), memory, []
+    for document in requests.tolist():
+        hits.append(document in held)
+        if document in held:
+            held.move_to_end(document)
+            continue
+        held[document] = sizes[document]
+        free -= sizes[document]
+        while free < 0:
+            free += held.popitem(last=False)[1]
+    return np.array(hits)
 
 
 def che_hit_rates(rates: Shares, n_bytes: Numbers, memories: Sequence[float]) -> Shares:
@@ -303,23 +277,25 @@ def simulate(fleet: Fleet, tokens: Numbers, exponent: float, routing: str) -> Si
     else:
         requests, n_replicas = draw_requests(rng, rates, fleet.requests), fleet.replicas
         owner = rng.integers(n_replicas, size=fleet.documents)
-    parts, apart, che, weights = [], [], [], []
+    parts, hits, che, weights = [], [], [], []
     for replica in range(n_replicas):
         mine = np.arange(fleet.documents) if owner is None else np.flatnonzero(owner == replica)
         asked = requests if owner is None else requests[owner[requests] == replica]
         if not len(asked):
             continue
         before = mine[requests_before(rng, rates[mine], n_bytes[mine].min(1), max(memories))]
-        apart.append(bytes_between(np.concatenate([before, asked]), n_bytes)[len(before) :])
+        all_requests = np.concatenate([before, asked])
+        each = [[hits_of_cache(all_requests, of, memory)[len(before) :] for of in n_bytes.T] for memory in memories]
+        hits.append(np.array(each))
         parts.append(asked)
         che.append(np.stack([che_hit_rates(rates[mine], of[mine], memories) for of in n_bytes.T], axis=1))
         weights.append(rates[mine].sum())
-    together = np.concatenate(apart)
+    together = np.concatenate(hits, axis=2)  # [memories, 2, requests]
     return Simulated(
-        hits=hit_rates(together, memories),
+        hits=together.mean(axis=2),
         che=np.average(che, axis=0, weights=weights),
         requests=np.concatenate(parts),
-        is_hit=together <= 1e9 * fleet.memory,
+        is_hit=together[fleet.memories.index(fleet.memory)].T,
     )
 
 
@@ -394,36 +370,35 @@ def ways(fleet: Fleet, tokens: Numbers, found: Simulated) -> list[Way]:
 # ---- tables and pictures
 
 
-def storage_table(fleet: Fleet, tokens: Numbers) -> Iterator[str]:
+def storage_table(fleet: Fleet, tokens: Numbers) -> str:
     """Bytes of all documents and of the hot ones, in each storage."""
-    yield "| storage | kB a token | one document, MB | all documents, TB | hot documents, GB |\n|---|---|---|---|---|"
+    lines = [["storage", "kB a token", "one document, MB", "all documents, TB", "hot documents, GB"]]
     for name, size in fleet.bytes_of(tokens).items():
         figures = (size.sum() / tokens.sum() / 1e3, size.mean() / 1e6, size.sum() / 1e12, size[: fleet.hot].sum() / 1e9)
-        yield (
-            f"| {name} | " + " | ".join(f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in figures) + " |"
-        )
+        lines.append([name, *(f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in figures)])
+    return markdown(lines)
 
 
-def hits_table(fleet: Fleet, found: Mapping[tuple[float, str], Simulated]) -> Iterator[str]:
+def hits_table(fleet: Fleet, found: Mapping[tuple[float, str], Simulated]) -> str:
     """Hits of each cache, in brackets by Che's formula."""
-    yield "| cache of | Zipf | answered by | " + " | ".join(f"{memory:g} GB" for memory in fleet.memories) + " |"
-    yield "|---" * (3 + len(fleet.memories)) + "|"
+    lines = [["cache of", "Zipf", "answered by", *(f"{memory:g} GB" for memory in fleet.memories)]]
     for k, what in enumerate(CACHED):
         for (exponent, routing), one in found.items():
             cells = [f"{100 * a:.1f} ({100 * b:.1f})" for a, b in zip(one.hits[:, k], one.che[:, k], strict=True)]
-            yield f"| {what} | {exponent:g} | {ROUTINGS[routing]} | " + " | ".join(cells) + " |"
+            lines.append([what, f"{exponent:g}", ROUTINGS[routing], *cells])
+    return markdown(lines)
 
 
 def ways_table(fleet: Fleet, tokens: Numbers, found: Simulated) -> Iterator[str]:
     """What 1,000 questions take, and after how many questions of a document its adapter has paid for itself."""
-    yield "| method | hits % | tokens read | GFLOP | s to the first tokens | kJ | fetched, GB |"
-    yield "|---|---|---|---|---|---|---|"
+    lines = [["method", "hits %", "tokens read", "GFLOP", "s to the first tokens", "kJ", "fetched, GB"]]
     all_ways = ways(fleet, tokens, found)
     for one in all_ways:
         hits = "-" if one.hits is None else f"{100 * one.hits:.1f}"
         gflop = "not counted" if one.gflop is None else f"{one.gflop:,.0f}"
-        figures = f"{one.seconds:,.0f} | {one.joules / 1000:,.1f} | {one.fetched_gb:,.2f}"
-        yield f"| {one.label} | {hits} | {one.read_tokens:,.0f} | {gflop} | {figures} |"
+        times = [f"{one.seconds:,.0f}", f"{one.joules / 1000:,.1f}", f"{one.fetched_gb:,.2f}"]
+        lines.append([one.label, hits, f"{one.read_tokens:,.0f}", gflop, *times])
+    yield markdown(lines)
     adapter, _, *others = all_ways
     learn_s = float(fleet.learn_s(tokens).mean())
     days = learn_s * len(tokens) / 86400
@@ -463,14 +438,8 @@ def draw_questions(fleet: Fleet, tokens: Numbers, found: Simulated, path: Path) 
     energy = {one.label: one.joules / 1000 for one in ways(fleet, tokens, found)}
     titles = (f"{fleet.documents:,} documents, TB", "1,000 questions, kJ to the first tokens")
     for axis, shown, title in zip(axes, (stored, energy), titles, strict=True):
-        bars = axis.barh(list(shown), list(shown.values()), color="#3949ab", height=0.62)
-        axis.bar_label(bars, labels=[f"{value:,.3g}" for value in shown.values()], padding=3)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlim(0, 1.2 * max(shown.values()))
+        draw_bars(axis, title, list(shown), list(shown.values()), ",.3g", "#3949ab")
         axis.invert_yaxis()
-        axis.xaxis.set_visible(False)
-        axis.tick_params(left=False)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -487,12 +456,12 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Fleet, Path 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    defaults = {one.name: one.default for one in fields(Fleet)}
-    for name in OPTIONS:
-        value = defaults[name]
-        several = {"nargs": "+", "type": type(value[-1])} if isinstance(value, tuple) else {"type": type(value)}
-        several["type"] = float if name in ("exponents", "memories", "memory", "network", "watts") else several["type"]
-        parser.add_argument(f"--{name.replace('_', '-')}", default=value, help=f"{value} by default", **several)
+    for one in fields(Fleet):
+        if one.name in OPTIONS:
+            parser.add_argument(
+                f"--{one.name.replace('_', '-')}", default=one.default, help=f"{one.default} by default",
+                type=float if "float" in str(one.type) else int, nargs="+" if isinstance(one.default, tuple) else None,
+            )  # fmt: skip
     parser.add_argument("--lengths", type=Path, metavar="FILE", help="JSONL(.gz) rows with the `tokens` of documents")
     parser.add_argument("--images", type=Path, metavar="DIR", help="draw two pictures there")
     given = parser.parse_args(arguments)
@@ -507,16 +476,12 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Fleet, Path 
 def main(arguments: Sequence[str] | None = None) -> None:
     fleet, images = read_arguments(arguments)
     tokens = fleet.draw_lengths(np.random.default_rng(fleet.seed))
-    found = {
-        (exponent, routing): simulate(fleet, tokens, exponent, routing)
-        for exponent in fleet.exponents
-        for routing in ROUTINGS
-    }
+    found = {each: simulate(fleet, tokens, *each) for each in itertools.product(fleet.exponents, ROUTINGS)}
     of_table = found[fleet.exponent, "by document"]
     print(f"{fleet.documents:,} documents of {tokens.mean():,.0f} tokens, {fleet.hot:,} of them hot\n")
-    print(*storage_table(fleet, tokens), sep="\n")
+    print(storage_table(fleet, tokens))
     print(f"\nRequests answered from the cache of each of {fleet.replicas} replicas, % (by Che's formula)\n")
-    print(*hits_table(fleet, found), sep="\n")
+    print(hits_table(fleet, found))
     print(f"\n1,000 questions, Zipf {fleet.exponent:g}, caches of {fleet.memory:g} GB\n")
     print(*ways_table(fleet, tokens, of_table), sep="\n")
     if images:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -50,6 +50,7 @@ def main() -> None:
     import loracast
     from loracast.base.generate import Sampling
     from loracast.documents import Document
+    from loracast.lab.evaluation.report import markdown
     from loracast.reading.wide_route import routing_key
     from loracast.serving.app import create_app
     from loracast.serving.engine import LocalEngine
@@ -60,10 +61,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=16)
     given = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as client,
-    ):
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as client:
         model = loracast.load(library=Path(folder) / "library")
         adapter = model.learn(Document.from_text(TEXT, title="Kettle"), "kettle")
         engine = LocalEngine(model.base)
@@ -85,12 +83,9 @@ def main() -> None:
                 for _ in range(given.requests + 1)
             ][1:]  # the first ones warm up
     print(f"{given.requests} requests of {given.max_tokens} tokens; medians in ms\n")
-    print("| | first token | all |\n|---|---|---|")
-    of_ways = (zip(*way, strict=True) for way in zip(*pairs, strict=True))
-    engine_ms, http_ms = ([1000 * statistics.median(seconds) for seconds in way] for way in of_ways)
-    added_ms = [http - alone for http, alone in zip(http_ms, engine_ms, strict=True)]
-    for name, (first, total) in (("engine", engine_ms), ("HTTP", http_ms), ("added by HTTP", added_ms)):
-        print(f"| {name} | {first:.1f} | {total:.1f} |")
+    engine_ms, http_ms = 1000 * np.median(pairs, axis=0)
+    rows = (("engine", engine_ms), ("HTTP", http_ms), ("added by HTTP", http_ms - engine_ms))
+    print(markdown([("", "first token", "all"), *((name, *(f"{one:.1f}" for one in ms)) for name, ms in rows)]))
 
 
 if __name__ == "__main__":

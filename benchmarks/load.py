@@ -1,6 +1,6 @@
 """Mixed load on a `loracast serve` of its own: answers, learning, deletion, disconnects and bad requests at once.
 
-    python benchmarks/load.py [--minutes 10] [--clients 8] [--adapters 24] [--seed 0] [--json FILE] [--plot FILE]
+    python benchmarks/load.py [--minutes 10] [--clients 8] [--adapters 24] [--seed 0] [--json FILE]
     python benchmarks/load.py --minutes 60 --faults     # the server is also killed, and its databases are held
 
 Every adapter holds a number of its own, and many share their question, so that only the LoRA and its place in the
@@ -17,38 +17,46 @@ import asyncio
 import itertools
 import json
 import math
+import os
 import random
+import re
+import signal
+import socket
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 from bad_requests import BAD_DOCUMENTS, BAD_REQUESTS
-from load_client import Client, Server, resident
-from load_report import Answer, Run, plot, summary, table
+from load_report import Answer, Record, Run, Size, summary, table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from loracast.files import cache_dir
 from loracast.lab.data.needles import make_needles
 from loracast.library import register
 from loracast.library.library import Library
+from servers import eventually, is_ready
 
 MIB = 2**20
 N_QUESTIONS = 4
 MIX = {
     "ask": (36, "ask"), "ask, streamed": (24, "ask"), "base": (8, "base_chat"), "disconnect": (8, "ask"),
-    "bad request": (12, "bad_request"), "bad document": (2, "bad_document"), "replace": (6, "replace"),
-    "delete and learn": (3, "delete_and_learn"), "same name twice": (1, "same_name_twice"),
+    "bad request": (12, "bad_request"), "bad document": (2, "bad_document"), "replace": (6, "change"),
+    "delete and learn": (3, "change"), "same name twice": (1, "same_name_twice"),
 }  # fmt: skip
 """Kinds of work: how often each is drawn, and the method of `Load` that does it."""
-N_WITHOUT_NUMBERS = 5
-"""How many of them, the first, need no new number."""
 LATEST_S = 300.0
 """How long after the run a job may end, in seconds."""
 KILLS_END = 1 / 3
 """The share of the time in which the server is killed; its last life is long enough to show whether it grows."""
+_START_S = 120.0
 _DATABASES = (register.FILE, "serving/state.sqlite")
 PROSE = (
     "The gardener watered the roses before the sun was high.",
@@ -73,10 +81,9 @@ class Known:
         self.n_learned = self.n_deleted = 0
         """Changes that were begun."""
         self.is_there = False
-        """False from the answer to a deletion until the next version is completed."""
+        """False from the moment when a deletion is sent until the next version is completed."""
         self.is_gone = False
         """True from the answer to a deletion until the next version is sent."""
-        self.deletes = False
         self.changing = asyncio.Lock()
 
     def document(self, rng: random.Random, number: str) -> bytes:
@@ -85,13 +92,52 @@ class Known:
         return " ".join(prose).encode()
 
 
-class Load(Client):
-    """The clients of one run."""
+class Server:
+    """A server in a process of its own, which starts anew at the same address.
+
+    Args:
+        words: of the command `loracast serve`, without the port.
+        home: LORACAST_HOME.
+        log: what all of its lives print goes there.
+    """
+
+    def __init__(self, words: Sequence[str], home: Path, log: Path):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._words, self._home, self._log = [*words, "--port", str(port)], home, log
+        self.url = f"http://127.0.0.1:{port}"
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it takes requests. Raises SystemExit where it ends."""
+        self.process = start(self._words, self._home, self._log)
+        eventually(lambda: is_ready(self.url) or self.process.poll() is not None, _START_S)
+        if self.process.poll() is not None:
+            raise SystemExit("the server does not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def start(words: list[str], home: Path, log_path: Path) -> subprocess.Popen[bytes]:
+    """Start `loracast` with the words of a command in a process of its own, which writes to a log."""
+    environment = {**os.environ, "LORACAST_HOME": str(home)}
+    with open(log_path, "a") as log:
+        return subprocess.Popen([sys.executable, "-m", "loracast", *words], env=environment, stdout=log, stderr=log)
+
+
+class Load:
+    """The clients of one run, which note the times of each request to a server that is sometimes down."""
 
     def __init__(self, server: Server, given: argparse.Namespace):
-        super().__init__(server.url, given.clients, given.minutes * 60)
-        self.server, self.rng, self.given = server, random.Random(given.seed), given
+        self.server, self.rng, self.given, self.run = server, random.Random(given.seed), given, Run(given.minutes * 60)
         self.base = ""
+        self.started = time.perf_counter()
+        self.is_up = asyncio.Event()
+        self.is_up.set()
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=given.clients)
+        self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
         needles = make_needles(self.rng, N_QUESTIONS, split="dev", kind="number4")
         self.known = [
             Known(f"doc-{i}", one.statement.replace(one.answer, "{}"), one.question)
@@ -99,17 +145,82 @@ class Load(Client):
             for one in [needles[i % N_QUESTIONS]]
         ]
         # Any two numbers differ in two digits at least, so that a slip of one is not taken for another's number.
-        self._numbers = [f"{n}{sum(map(int, str(n))) % 10}" for n in range(100, 1000)]
-        self.rng.shuffle(self._numbers)
-        self._n_used = 0
+        numbers = [f"{n}{sum(map(int, str(n))) % 10}" for n in range(100, 1000)]
+        self._numbers = itertools.cycle(self.rng.sample(numbers, len(numbers)))
         self._jobs: set[str] = set()
         self.is_over = asyncio.Event()
         self._bad_requests, self._bad_documents = itertools.cycle(BAD_REQUESTS), itertools.cycle(BAD_DOCUMENTS)
 
-    def number(self) -> str:
-        """A number that no adapter has had."""
-        self._n_used += 1
-        return self._numbers[self._n_used - 1]
+    # ---- requests
+
+    @property
+    def now_s(self) -> float:
+        return time.perf_counter() - self.started
+
+    @asynccontextmanager
+    async def recorded(self, kind: str) -> AsyncIterator[Record]:
+        """Note when a request began and ended, and what went wrong in the connection."""
+        record = Record(kind, self.now_s)
+        self.run.records.append(record)
+        try:
+            yield record
+        except httpx.HTTPError as error:
+            record.error = type(error).__name__
+            record.is_excused = self.run.was_down(record.started_s)
+        record.total_s = self.now_s - record.started_s
+
+    async def send(self, kind: str, method: str, path: str, **content: Any) -> httpx.Response | None:
+        """Send a request once the server is up; None where the connection broke."""
+        await self.is_up.wait()
+        async with self.recorded(kind) as record:
+            response = await self.http.request(method, path, **content)
+            record.status = response.status_code
+            return response
+        return None
+
+    async def chat(self, kind: str, body: dict[str, Any], leave_after: int = 0) -> Mapping[str, Any] | None:
+        """Ask, and note the times; the text and the account of what answered.
+
+        Args:
+            leave_after: the number of pieces after which the client leaves; 0 stays to the end.
+        """
+        async with (
+            self.recorded(kind) as record,
+            self.http.stream("POST", "/v1/chat/completions", json=body) as response,
+        ):
+            record.status = response.status_code
+            if response.is_error:
+                return None
+            if not body.get("stream"):
+                whole = json.loads(await response.aread())
+                return {"text": whole["choices"][0]["message"]["content"], **whole["loracast"]}
+            text, account, n_pieces, is_done = "", {}, 0, False
+            async for line in response.aiter_lines():
+                is_done = is_done or line == "data: [DONE]"
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    record.error = f"in the stream: {event['error']['message']}"
+                    return None
+                account |= event.get("loracast", {})
+                piece = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+                if piece:
+                    record.first_s = record.first_s or self.now_s - record.started_s
+                    text, n_pieces = text + piece, n_pieces + 1
+                if leave_after and n_pieces >= leave_after:
+                    return None
+            if not is_done:
+                record.error = "the stream has no end"
+            return {"text": text, **account}
+        return None
+
+    def note_size(self) -> None:
+        """Note the resident size of the server's process; Linux alone has it there."""
+        status = Path(f"/proc/{self.server.process.pid}/status").read_text()
+        kib = dict(re.findall(r"^(VmRSS|RssAnon):\s*(\d+) kB$", status, re.MULTILINE))
+        mib = (round(int(kib[key]) / 1024, 1) for key in ("VmRSS", "RssAnon"))
+        self.run.sizes.append(Size(round(self.now_s, 1), *mib))
 
     # ---- questions
 
@@ -119,7 +230,7 @@ class Load(Client):
         one = self.rng.choice(self.known)
         names = [one.name, f"{self.base}:{one.name}"]
         least, n_learned, n_deleted = len(one.versions) - 1, one.n_learned, one.n_deleted
-        was_there, was_gone, was_deleting = one.is_there, one.is_gone, one.deletes
+        was_there, was_gone = one.is_there, one.is_gone
         body: dict[str, Any] = {
             "model": self.rng.choice(names),
             "messages": [{"role": "user", "content": one.question}],
@@ -131,7 +242,7 @@ class Load(Client):
         content = await self.chat(kind, body, leave_after)
         record = self.run.records[began]
         if record.status == 404:
-            record.is_expected = not was_there or was_deleting or one.n_deleted > n_deleted
+            record.is_expected = not was_there or one.n_deleted > n_deleted
         elif content is not None and record.error is None:
             is_gone = was_gone and one.n_learned == n_learned
             self.run.answers.append(Answer(one.name, one.versions, max(least, 0), is_gone, content))
@@ -186,7 +297,7 @@ class Load(Client):
 
     async def learn(self, kind: str, one: Known, **form: str) -> None:
         """Learn a document with a new number, and note its version when the job is done."""
-        number, one.n_learned, one.is_gone = self.number(), one.n_learned + 1, False
+        number, one.n_learned, one.is_gone = next(self._numbers), one.n_learned + 1, False
         file = {"file": (f"{one.name}.txt", one.document(self.rng, number))}
         job = None
         while job is None:
@@ -210,24 +321,19 @@ class Load(Client):
         self.run.numbers[job["version"]] = number
         one.is_there = True
 
-    async def replace(self, kind: str) -> None:
+    async def change(self, kind: str) -> None:
+        """Replace an adapter, or delete it and learn it anew, unless it is being changed already."""
         one = self.rng.choice(self.known)
         if one.changing.locked():
             return
         async with one.changing:
-            await self.learn(kind, one, replace="true")
-
-    async def delete_and_learn(self, kind: str) -> None:
-        one = self.rng.choice(self.known)
-        if one.changing.locked():
-            return
-        async with one.changing:
-            one.n_deleted, one.deletes = one.n_deleted + 1, True
-            is_deleted = await self.delete(one.name)
-            one.is_there = one.deletes = False
-            one.is_gone = True
-            if not is_deleted:
+            if kind == "replace":
+                await self.learn(kind, one, replace="true")
+                return
+            one.n_deleted, one.is_there = one.n_deleted + 1, False
+            if not await self.delete(one.name):
                 self.run.broken.append(f"{one.name} was not deleted")
+            one.is_gone = True
             await asyncio.sleep(self.rng.random())
             await self.learn("learn", one)
 
@@ -241,8 +347,9 @@ class Load(Client):
 
     async def same_name_twice(self, kind: str) -> None:
         """Learn two documents under one name at once: one of them gets it, and the other is refused."""
-        name = f"twin-{self._n_used}"
-        files = [{"file": (f"{name}.txt", f"The PIN of the twin is {self.number()}.".encode())} for _ in range(2)]
+        numbers = [next(self._numbers), next(self._numbers)]
+        name = f"twin-{numbers[0]}"
+        files = [{"file": (f"{name}.txt", f"The PIN of the twin is {number}.".encode())} for number in numbers]
         sent = [self.send(kind, "POST", "/v1/adapters", files=file, data={"name": name}) for file in files]
         answers = await asyncio.gather(*sent)
         taken = [one for one in answers if one is not None and one.status_code == 202]
@@ -259,34 +366,24 @@ class Load(Client):
         kinds, weights = [*MIX], [weight for weight, _ in MIX.values()]
         while self.now_s < self.run.seconds and len(self.run.records) < self.given.requests:
             await self.is_up.wait()
-            n_kinds = len(kinds) if self.has_numbers else N_WITHOUT_NUMBERS
-            (kind,) = self.rng.choices(kinds[:n_kinds], weights[:n_kinds])
+            (kind,) = self.rng.choices(kinds, weights)
             await getattr(self, MIX[kind][1])(kind)
-
-    @property
-    def has_numbers(self) -> bool:
-        """Whether there are new numbers for now: as many as there are last for the whole time."""
-        n_spare = self.given.adapters + 4 * self.given.clients
-        n_due = (len(self._numbers) - n_spare - 4 * self.given.clients) * self.now_s / self.run.seconds
-        return self._n_used < n_spare + n_due
 
     async def watch(self) -> None:
         """Note the server's resident size every ten seconds, and at a fifth of the time."""
         for at in sorted({*range(0, int(self.run.seconds), 10), self.run.seconds / 5}):
             await asyncio.sleep(max(0.0, at - self.now_s))
             if self.is_up.is_set():
-                self.run.sizes.append(resident(self.server.pid, self.now_s))
+                self.note_size()
 
     async def restart(self) -> None:
         """Kill the server and start it anew. What it was asked meanwhile may fail."""
-        await self.count_tokens()
-        self.run.sizes.append(resident(self.server.pid, self.now_s))
+        self.note_size()
         self.is_up.clear()
         self.run.downs.append((self.now_s, math.inf))
         self.server.kill()
         await asyncio.to_thread(self.server.start)
         self.run.downs[-1] = (self.run.downs[-1][0], self.now_s)
-        self._before = {}
         self.is_up.set()
 
     async def cause_faults(self, library: Path) -> None:
@@ -304,11 +401,6 @@ class Load(Client):
             elif self.now_s < self.run.seconds * KILLS_END:
                 await self.restart()
 
-    async def put_load(self) -> None:
-        """Have all clients do their work."""
-        await asyncio.gather(*(self.client() for _ in range(self.given.clients)))
-        self.is_over.set()
-
     async def go(self, library: Path) -> Run:
         """Learn the documents, put the load on the server, and look at what is there in the end."""
         async with self.http:
@@ -318,12 +410,18 @@ class Load(Client):
             self.started = time.perf_counter()
             self.run.records.clear()
             watching = asyncio.create_task(self.watch())
-            self._before = await self.metrics()
-            await asyncio.gather(*([self.cause_faults(library)] if self.given.faults else []), self.put_load())
+            faults = asyncio.create_task(self.cause_faults(library)) if self.given.faults else None
+            await asyncio.gather(*(self.client() for _ in range(self.given.clients)))
+            self.is_over.set()
+            if faults is not None:
+                await faults
             self.run.seconds_taken = self.now_s
             watching.cancel()
-            self.run.sizes.append(resident(self.server.pid, self.now_s))
-            await self.count_tokens()
+            self.note_size()
+            # The figures of the engine in the server's last life, without those of requests by route.
+            text = (await self.http.get("/metrics")).text
+            found = re.findall(r"^loracast_(\w+) (\S+)$", text, re.MULTILINE)
+            self.run.engine = {name: float(value) for name, value in found}
             await self.check_kept()
         return self.run
 
@@ -334,13 +432,6 @@ class Load(Client):
             newest = response.json()["versions"][0]["version"] if response.status_code == 200 else None
             if newest != (one.versions[-1] if one.is_there else None):
                 self.run.broken.append(f"{one.name} is not as it was acknowledged")
-
-    async def count_tokens(self) -> None:
-        """Add what the engine has done in this life of the server."""
-        for name, value in (await self.metrics()).items():
-            is_count = name.endswith("_total")
-            so_far = self.run.engine.get(name, 0.0) - self._before.get(name, 0.0) if is_count else 0.0
-            self.run.engine[name] = value + so_far
 
 
 def main(words: list[str] | None = None) -> None:
@@ -358,7 +449,6 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--adapter-memory-mib", type=float, default=8.0)
     parser.add_argument("--prompt-cache-mib", type=float, default=4.0)
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--plot", type=Path, help="file for a picture of latencies and memory; needs matplotlib")
     given = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         home, log_path = Path(folder) / "home", Path(folder) / "log"
@@ -380,20 +470,19 @@ def main(words: list[str] | None = None) -> None:
         server = Server(list(map(str, serve)), home, log_path)
         try:
             run = asyncio.run(Load(server, given).go(home / "library"))
-            if (code := server.stop()) != 0:
+            server.process.send_signal(signal.SIGTERM)
+            if (code := server.process.wait(60)) != 0:
                 run.broken.append(f"the server ended with {code}")
             run.broken += Library(home / "library").verify()
         finally:
             server.kill()
             print(log_path.read_text(encoding="utf-8")[-2000:], file=sys.stderr)
         run.read_log(log_path.read_text(encoding="utf-8"))
-    options = {key: value for key, value in vars(given).items() if key not in ("json", "plot")}
+    options = {key: value for key, value in vars(given).items() if key != "json"}
     figures = {"options": options, **summary(run)}
     print(table(figures))
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if given.plot:
-        plot(run, given.plot)
     sys.exit(1 if figures["broken"] else 0)
 
 

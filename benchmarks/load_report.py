@@ -1,16 +1,16 @@
-"""What a run of load.py showed: the figures, what broke that must hold, a table and a picture."""
+"""What a run of load.py showed: the figures, what broke that must hold, and a table."""
 
 from __future__ import annotations
 
 import re
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loracast.lab.evaluation.plots import pyplot
+import numpy as np
+
+from loracast.lab.evaluation.report import markdown
 
 MOST_GROWTH = 1.05
 """Resident size at the end of the server's last life, at most, over that after its first minutes."""
@@ -23,25 +23,10 @@ PERCENTILES = (50, 95, 99)
 class Size:
     """A process' resident size at one moment."""
 
-    at_s: float
-    n_bytes: int
-    n_anonymous: int
-    """Of those, bytes that belong to no file: what the process allocated. The rest are libraries and mapped files."""
-
-
-@dataclass(frozen=True)
-class Life:
-    """The server from a start to its end."""
-
-    begin_s: float
-    end_s: float
-    early: Size
-    """After its first minutes."""
-    last: Size
-
-    @property
-    def growth(self) -> float:
-        return self.last.n_bytes / self.early.n_bytes
+    s: float
+    mib: float
+    anonymous_mib: float
+    """Of those, MiB that belong to no file: what the process allocated. The rest are libraries and mapped files."""
 
 
 @dataclass
@@ -55,7 +40,6 @@ class Record:
     first_s: float | None = None
     """To the first token of a streamed answer."""
     total_s: float = 0.0
-    n_tokens: int = 0
     error: str | None = None
     """What failed in the connection, or in the stream after a status of 200."""
     is_excused: bool = False
@@ -106,17 +90,20 @@ class Run:
         return any(until_s >= since_s for _, until_s in self.downs)
 
     @property
-    def lives(self) -> list[Life]:
-        """The server's lives, but those so short that no size is known."""
+    def lives(self) -> list[dict[str, Any]]:
+        """Begin and end of the server's lives, and what they grew; but those so short that no size is known."""
         begins = [0.0, *(until_s for _, until_s in self.downs)]
         ends = [*(since_s for since_s, _ in self.downs), self.seconds_taken]
         found = []
         for begin_s, end_s in zip(begins, ends, strict=True):
-            sizes = [size for size in self.sizes if begin_s <= size.at_s <= end_s + 1]
+            sizes = [size for size in self.sizes if begin_s <= size.s <= end_s + 1]
             early_s = begin_s + min(FIRST_S, (end_s - begin_s) / 5)
             if sizes:
-                early = min(sizes, key=lambda size: abs(size.at_s - early_s))
-                found.append(Life(begin_s, end_s, early, sizes[-1]))
+                early, last = min(sizes, key=lambda size: abs(size.s - early_s)).mib, sizes[-1].mib
+                growth = round(last / early, 4)
+                found.append(
+                    {"s": [round(begin_s, 1), round(end_s, 1)], "early_mib": early, "last_mib": last, "growth": growth}
+                )
         return found
 
     def read_log(self, log: str) -> None:
@@ -168,7 +155,7 @@ def summary(run: Run) -> dict[str, Any]:
     if n := sum(not record.is_expected for record in run.records):
         broken.append(f"{n} times an adapter that was there was not found")
     lives = run.lives
-    growth = lives[-1].growth
+    growth = lives[-1]["growth"]
     if growth > MOST_GROWTH:
         broken.append(f"the server's resident size grew to {growth:.3f} times that after its first minutes")
     kinds = sorted({record.kind for record in run.records})
@@ -180,22 +167,11 @@ def summary(run: Run) -> dict[str, Any]:
         "statuses": dict(sorted(statuses.items())),
         "kinds": {kind: _figures([one for one in run.records if one.kind == kind]) for kind in kinds},
         "answers": dict(grades),
-        "tokens_per_second": round(n_generated / run.seconds_taken, 1),
+        "tokens_per_second": round(n_generated / (lives[-1]["s"][1] - lives[-1]["s"][0]), 1),
         "engine": run.engine,
-        "resident": [
-            {"s": round(size.at_s, 1), "mib": _mib(size.n_bytes), "anonymous_mib": _mib(size.n_anonymous)}
-            for size in run.sizes
-        ],
-        "growth": round(growth, 4),
-        "lives": [
-            {
-                "s": [round(life.begin_s, 1), round(life.end_s, 1)],
-                "early_mib": _mib(life.early.n_bytes),
-                "last_mib": _mib(life.last.n_bytes),
-                "growth": round(life.growth, 4),
-            }
-            for life in lives
-        ],
+        "resident": [asdict(size) for size in run.sizes],
+        "growth": growth,
+        "lives": lives,
         "n_kills": len(run.downs),
         "n_held": run.n_held,
         "n_cut_off": sum(one.is_excused for one in run.records),
@@ -203,10 +179,6 @@ def summary(run: Run) -> dict[str, Any]:
         "log": run.failures[:20],
         "broken": sorted(Counter(broken).items()),
     }
-
-
-def _mib(n_bytes: int) -> float:
-    return round(n_bytes / 2**20, 1)
 
 
 def _figures(records: Sequence[Record]) -> dict[str, Any]:
@@ -222,60 +194,29 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
 def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
     if len(seconds) < 2:
         return None
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-    return {f"p{percent}": round(1000 * cuts[percent - 1], 1) for percent in PERCENTILES}
+    found = 1000 * np.percentile(seconds, PERCENTILES)
+    return {f"p{percent}": round(float(ms), 1) for percent, ms in zip(PERCENTILES, found, strict=True)}
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown and as lines."""
 
     def shown(of: Mapping[str, float] | None) -> str:
         return "" if of is None else " / ".join(f"{value:.0f}" for value in of.values())
 
-    lines = [
-        "| request | n | status | first token, ms: p50 / p95 / p99 | all, ms: p50 / p95 / p99 |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [["request", "n", "status", "first token, ms: p50 / p95 / p99", "all, ms: p50 / p95 / p99"]]
     for kind, of in figures["kinds"].items():
         statuses = ", ".join(f"{n} x {status}" for status, n in of["statuses"].items())
-        lines.append(f"| {kind} | {of['n']} | {statuses} | {shown(of['first_token_ms'])} | {shown(of['total_ms'])} |")
-    engine = figures["engine"]
+        lines.append([kind, str(of["n"]), statuses, shown(of["first_token_ms"]), shown(of["total_ms"])])
     first, last = figures["resident"][0], figures["resident"][-1]
-    lines += [
-        "",
-        f"{figures['n_requests']} requests in {figures['seconds']} s; {figures['n_jobs']} documents learned; "
-        f"statuses {figures['statuses']}",
-        f"answers: {figures['answers']}",
-        f"{figures['tokens_per_second']} tokens/s; adapters in memory at the end: "
-        f"{engine.get('adapters_in_memory', 0):.0f}, prompt tokens saved: "
-        f"{engine.get('prompt_tokens_saved_total', 0):.0f} of {engine.get('prompt_tokens_total', 0):.0f}",
+    told = {
+        key: value for key, value in figures.items() if key not in ("options", "kinds", "resident", "log", "broken")
+    }
+    return "\n".join([
+        markdown(lines), "",
+        *(f"{key}: {value}" for key, value in told.items()),
         f"resident size, MiB (of which anonymous): {first['mib']} ({first['anonymous_mib']}) at the start, "
-        f"{last['mib']} ({last['anonymous_mib']}) at the end, {figures['growth']} times that after the first minutes "
-        "of the server's last life",
-        f"killed {figures['n_kills']} times, which cut off {figures['n_cut_off']} requests; a database was held "
-        f"{figures['n_held']} times; lives, s and MiB after the first minutes and at the end: "
-        + "; ".join(
-            f"{one['s'][0]:.0f}-{one['s'][1]:.0f}: {one['early_mib']}, {one['last_mib']}" for one in figures["lives"]
-        ),
+        f"{last['mib']} ({last['anonymous_mib']}) at the end",
         *(f"log: {line}" for line in figures["log"]),
         *(f"BROKEN ({n} times): {what}" for what, n in figures["broken"]),
-    ]
-    return "\n".join(lines)
-
-
-def plot(run: Run, path: Path) -> None:
-    """Draw the latencies of answers and the resident size over time."""
-    plt = pyplot()
-    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 6), constrained_layout=True)
-    for kind in ("ask, streamed", "ask", "base"):
-        of = [one for one in run.records if one.kind == kind and one.status == 200 and not one.error]
-        above.plot([one.started_s for one in of], [one.total_s for one in of], ".", markersize=3, label=kind)
-    above.set(ylabel="seconds to the whole answer", yscale="log")
-    above.legend(frameon=False)
-    at = [size.at_s for size in run.sizes]
-    below.plot(at, [size.n_bytes / 2**20 for size in run.sizes], "-o", markersize=3, label="resident")
-    below.plot(at, [size.n_anonymous / 2**20 for size in run.sizes], "-o", markersize=3, label="of which anonymous")
-    below.set(xlabel="seconds", ylabel="MiB", ylim=(0, None))
-    below.legend(frameon=False)
-    figure.savefig(path)
-    plt.close(figure)
+    ])  # fmt: skip

@@ -22,9 +22,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import torch
@@ -36,6 +37,7 @@ from loracast.base.chat import encode_text
 from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.export.adapter import export_adapter
 from loracast.export.base import base_gguf
+from loracast.lab.evaluation.report import markdown
 from loracast.serving.generation import GenerationRequest, Ticket
 from servers import eventually, is_ready
 
@@ -63,8 +65,7 @@ def document(i: int) -> loracast.Document:
     )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One prompt for one adapter."""
 
     adapter: str
@@ -215,9 +216,8 @@ def main() -> None:
             rates["llama.cpp (Q4_1)"] = in_llama_cpp(given.llama_cpp, gguf, rows, given)
         rates["transformers with PEFT, one at a time"] = in_transformers(peft, rows, given)
     print(f"\n{given.adapters} adapters x {given.rows} rows, {given.tokens} tokens each; {os.cpu_count()} cores\n")
-    print("| engine | tokens/s | beside loracast serve |\n|---|---|---|")
-    for engine, rate in rates.items():
-        print(f"| {engine} | {rate:.1f} | {rate / rates['loracast serve']:.2f} |")
+    rows = [(engine, f"{rate:.1f}", f"{rate / rates['loracast serve']:.2f}") for engine, rate in rates.items()]
+    print(markdown([("engine", "tokens/s", "beside loracast serve"), *rows]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,23 @@ def draw(panels: Mapping[str, list[tuple[str, float]]], path: Path = PICTURE) ->
     figure, axes = plt.subplots(1, len(panels), figsize=(9.4, 2.3), sharey=True)
     for axis, (title, shown) in zip(axes, panels.items(), strict=True):
         places = [list(WAYS).index(way) for way, _ in shown]
-        drawn = axis.barh(places, [value for _, value in shown], color=[COLOURS[i] for i in places], height=0.62)
-        axis.bar_label(drawn, labels=[f"{value:,.0f}" for _, value in shown], padding=3)
-        axis.set_title(title, fontsize=9, loc="left")
+        draw_bars(axis, title, places, [value for _, value in shown], ",.0f", [COLOURS[i] for i in places])
         axis.set_yticks(range(len(WAYS)), list(WAYS))
-        axis.set_xlim(0, 1.2 * max(value for _, value in shown))
-        axis.xaxis.set_visible(False)
-        axis.tick_params(left=False)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="white", metadata={"Date": None})
+
+
+def draw_bars(axis: Any, title: str, places: Sequence[Any], values: Sequence[float], form: str, colours: Any) -> None:
+    """Draw a panel of bars from left to right, each with its value behind it in a format such as ",.0f"."""
+    drawn = axis.barh(places, values, color=colours, height=0.62)
+    axis.bar_label(drawn, labels=[f"{value:{form}}" for value in values], padding=3)
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.set_xlim(0, 1.2 * max(values))
+    axis.xaxis.set_visible(False)
+    axis.tick_params(left=False)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fingerprint
 import picture
 
+from loracast.lab.evaluation.report import markdown
+
 ROOT = Path(__file__).parents[1]
 PLAN = ROOT / "benchmarks" / "results.toml"
 FIGURES = ROOT / "docs" / "results"
@@ -81,11 +83,7 @@ class Column:
     @property
     def keys(self) -> list[str]:
         """The figure, and the ends of its interval."""
-        return [self.key, *([self.low, self.high] if self.low else [])]
-
-    @property
-    def high(self) -> str:
-        return self.low.removesuffix("low") + "high"
+        return [self.key, *([self.low, self.low.removesuffix("low") + "high"] if self.low else [])]
 
 
 @dataclass(frozen=True)
@@ -190,15 +188,14 @@ def measure(
         "machine": {key: machine[key] for key in ("cpu", "cores", "threads", "device")},
         "loracast": report["versions"]["loracast"],
         "minutes": round(minutes, 1),
-        "rows": [{key: _short(row[key]) for key in row if key in needed} for row in report["rows"]],
+        "rows": [
+            {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items() if key in needed}
+            for row in report["rows"]
+        ],
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{one.id}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return kept
-
-
-def _short(value: Any) -> Any:
-    return round(value, 6) if isinstance(value, float) else value
 
 
 def keys_of(plan: Plan, section: Section) -> list[str]:
@@ -212,7 +209,7 @@ def keys_of(plan: Plan, section: Section) -> list[str]:
 # ---- the page ----
 
 
-def cell(row: Mapping[str, Any], column: Column, has_interval: bool = True) -> str:
+def cell(row: Mapping[str, Any], column: Column) -> str:
     """A figure, with its interval where it has one, as the page shows it."""
     value = row.get(column.key)
     if value is None:
@@ -222,45 +219,37 @@ def cell(row: Mapping[str, Any], column: Column, has_interval: bool = True) -> s
     factor, digits = {"%": (100, 1), "change": (100, 1), "ms": (1000, 0)}.get(str(column.form), (1, column.form))
     sign = "+" if column.form == "change" else ""
     said = [f"{factor * row[key]:{sign},.{digits}f}" for key in column.keys if row.get(key) is not None]
-    return f"{said[0]} ({said[1]} to {said[2]})" if has_interval and len(said) == 3 else said[0]
-
-
-def shown(one: Measurement, kept: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of a measurement that the page shows."""
-    return [row for row in kept["rows"] if all(row.get(key) in values for key, values in one.rows.items())]
+    return f"{said[0]} ({said[1]} to {said[2]})" if len(said) == 3 else said[0]
 
 
 def page(plan: Plan, folder: Path = FIGURES) -> str:
     """The whole page."""
     parts = ["# Results", plan.intro.strip()]
     for section in plan.sections:
+        parts += [f"## {section.title}", section.text.strip()]
         if section.cells:
-            table = cells_table(plan, [section.first, *section.columns], section.cells, folder)
-            parts += [f"## {section.title}", section.text.strip(), table]
+            parts.append(cells_table(plan, [section.first, *section.columns], section.cells, folder))
             continue
-        headers = [section.first, *(plan.columns[name].header for name in section.columns)]
-        lines = [headers, ["---"] * len(headers)]
+        lines = [[section.first, *(plan.columns[name].header for name in section.columns)]]
         about = []
         for one in section.measurements:
             kept = figures_of(one, folder)
             about.append(_about(one, kept))
             if kept is None:
-                lines.append([one.says, _unmeasured(one), *[""] * (len(headers) - 2)])
+                lines.append([one.says, _unmeasured(one), *[""] * (len(section.columns) - 1)])
                 continue
-            for row in shown(one, kept):
-                cells = [cell(row, plan.columns[name]) for name in section.columns]
-                lines.append([one.label.format_map(row), *cells])
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts += [f"## {section.title}", section.text.strip(), table, *about]
+            for row in kept["rows"]:
+                if all(row.get(key) in values for key, values in one.rows.items()):
+                    cells = [cell(row, plan.columns[name]) for name in section.columns]
+                    lines.append([one.label.format_map(row), *cells])
+        parts += [markdown(lines), *about]
     return "\n\n".join([*parts, plan.ending.strip()]) + "\n"
 
 
 def _about(one: Measurement, kept: Mapping[str, Any] | None) -> str:
     """The command of a measurement, and with what it was run."""
-    lines = [f"{one.says[0].upper()}{one.says[1:]}: {_made(one, kept)}."]
-    if one.note:
-        lines.append(one.note.strip())
-    return "\n".join(lines) + f"\n\n    {one.command} --out OUT"
+    note = f"\n{one.note.strip()}" if one.note else ""
+    return f"{one.says[0].upper()}{one.says[1:]}: {_made(one, kept)}.{note}\n\n    {one.command} --out OUT"
 
 
 def _made(one: Measurement, kept: Mapping[str, Any] | None) -> str:
@@ -297,10 +286,8 @@ def cells_table(plan: Plan, headers: Sequence[str], rows: Sequence[Mapping[str, 
         (row,) = [row for row in kept["rows"] if all(row.get(k) == value for k, value in values.items())]
         return cell(row, plan.columns[column])
 
-    lines = [[*headers], ["---"] * len(headers)]
     told = [[row["says"], *map(said, row["cells"])] for row in rows]
-    lines += [row for row in told if not {*row[1:]} <= {MISSING, "-"}]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([headers, *(row for row in told if not {*row[1:]} <= {MISSING, "-"})])
 
 
 def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
@@ -324,25 +311,19 @@ def picture_line(plan: Plan, folder: Path = FIGURES) -> str:
 
 def write_pages(plan: Plan) -> None:
     """Write docs/results.md, and the table and the picture of README.md where it has the marks for them."""
+    from loracast.lab.evaluation.plots import exact_by_operations
+
     PAGE.write_text(page(plan), encoding="utf-8")
-    _draw_tasks(plan)
+    (tasks,) = [one for one in plan.measurements if one.id == "tasks"]
+    if (kept := figures_of(tasks)) is not None:
+        exact_by_operations(TASKS_PICTURE, kept["rows"])  # what answers tasks over the operations of a query
     readme = README.read_text(encoding="utf-8")
     if BEGIN not in readme:
         print(f"README.md has no line {BEGIN!r}: its table is not written", flush=True)
         return
-    line = picture_line(plan)
-    if line:
+    if line := picture_line(plan):
         picture.draw(picture.bars())
     README.write_text(with_table(readme, line + readme_table(plan)), encoding="utf-8")
-
-
-def _draw_tasks(plan: Plan) -> None:
-    """Draw what answers tasks over the operations of a query, from the figures of the page."""
-    from loracast.lab.evaluation.plots import exact_by_operations
-
-    (one,) = [one for one in plan.measurements if one.id == "tasks"]
-    if (kept := figures_of(one)) is not None:
-        exact_by_operations(TASKS_PICTURE, kept["rows"])
 
 
 # ---- the command ----
@@ -357,12 +338,9 @@ def main() -> None:
     run = commands.add_parser("run", help="measure what is missing or stale")
     run.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     run.add_argument("--runs", type=Path, help="folder of trained LoRAs for baselines")
-    run.add_argument(
-        "--only", action="append", default=[], metavar="ID", help="only this one, even if kept; repeatable"
-    )
-    run.add_argument(
-        "--depends", action="append", default=[], choices=[*fingerprint.SHIPPED, "gate", "none"], help="only of these"
-    )
+    run.add_argument("--only", action="append", default=[], metavar="ID", help="only this, even if kept; repeatable")
+    kinds = [*fingerprint.SHIPPED, "gate", "none"]
+    run.add_argument("--depends", action="append", default=[], choices=kinds, help="only of these")
     given = parser.parse_args()
     plan = read_plan()
     if given.command == "page":

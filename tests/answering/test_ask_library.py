@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import loracast
 from loracast.answering.answers import LEAST_CONFIDENCE, NOT_SAID, least_confidence
 from loracast.cli import app
-from loracast.cli.client import Local
+from loracast.cli.client import Client
 from loracast.cli.options import Answering
 from loracast.documents import Document
 from loracast.errors import AdapterError, ConfigError
@@ -339,7 +339,7 @@ def test_chat_asks_the_library_too(asked, tiny_folder):
 
 
 def test_a_running_chat_answers_from_what_was_learned_anew(changing, tiny_folder):
-    local = Local(Answering(base=str(tiny_folder), device="cpu", library=changing.library))
+    local = Client(Answering(base=str(tiny_folder), device="cpu", library=changing.library))
     before = local.open("manual-kettle")
     assert local.open("manual-kettle") is before
     after = write(changing, "manual-kettle", "# The kettle\n\nIts warranty is 60 months.", replace=True)

@@ -538,10 +538,10 @@ def test_chat_ends_with_its_input(run, tiny):
 @pytest.fixture
 def talk(model, tiny_folder):
     from loracast.cli.ask import Chatting, Talk
-    from loracast.cli.client import Local
+    from loracast.cli.client import Client
 
     answering = Chatting(base=str(tiny_folder), device="cpu", route=4, max_tokens=8, library=model.library)
-    return Talk(Local(answering), model.library)
+    return Talk(Client(answering), model.library)
 
 
 def test_a_conversation_is_remembered(talk, monkeypatch):

@@ -13,7 +13,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import load
-import load_client
 import load_report
 
 from other_processes import ForkedProgram, loracast_command
@@ -62,7 +61,7 @@ def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, home, tmp_
         monkeypatch.setenv("LORACAST_HOME", str(home))
         return ForkedProgram(tmp_path, serve, str(log), *words)
 
-    monkeypatch.setattr(load_client, "start", start)
+    monkeypatch.setattr(load, "start", start)
     figures = tmp_path / "figures.json"
     options = [
         "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--minutes", 0.5, "--requests", 100,

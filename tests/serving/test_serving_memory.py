@@ -10,7 +10,7 @@ import pytest
 
 from loracast.base.generate import Sampling
 from loracast.cast.memory import Forgotten, Memory
-from loracast.cli.client import _RemoteMemory
+from loracast.cli.client import ServedMemory
 from loracast.serving.app import create_app
 from loracast.serving.client import Client
 from loracast.serving.engine import LocalEngine
@@ -156,7 +156,7 @@ def key_of(letter: str) -> dict[str, str]:
 
 def test_chat_keeps_a_memory_on_a_server(server):
     model, client = server
-    memory = _RemoteMemory(Client(str(client.base_url).removesuffix("/v1/")), "them")
+    memory = ServedMemory(Client(str(client.base_url).removesuffix("/v1/")), "them")
     assert memory.messages() == []
     memory.remember("My kettle is grey. Is yours?")
     assert memory.messages() == model.memory("them").messages() == ["My kettle is grey."]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loracast.cli.client import Client, Remembering, open_client, say_sources, say_unused
+from loracast.cli.client import Client, ServedMemory, open_client, say_sources, say_unused
 from loracast.cli.options import Answering, Json, MaxTokens, Question, check_question, distinct
 from loracast.cli.terminal import Stream, print_json, printable, say
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
@@ -26,6 +26,7 @@ from loracast.text import is_unicode
 
 if TYPE_CHECKING:
     from loracast.base.chat import Message
+    from loracast.cast.memory import Memory
 
 
 def ask(question: Question, answering: Answering, *, as_json: Json = False) -> None:
@@ -59,7 +60,7 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
         "answer": reply.text,
         "answered_by": reply.answered_by,
         "finished": reply.is_finished,
-        "adapters": {used.name if names[used.name] == 1 else used.version: used.facts() for used in reply.used},
+        "adapters": {used.name if names[used.name] == 1 else used.version: used.facts for used in reply.used},
         "sources": [asdict(source) for source in reply.sources],
         "base": client.base,
         "n_prompt_tokens": reply.n_prompt_tokens,
@@ -147,7 +148,7 @@ class Talk:
         self.used: list[str] = []
         """Names of adapters, and patterns of names."""
         self._name: str | None = None
-        self._memory: Remembering | None = None
+        self._memory: Memory | ServedMemory | None = None
         self._learning: Future[object] | None = None
 
     def remember(self, name: str) -> None:
@@ -192,7 +193,7 @@ class Talk:
         else:
             say(f"({printable(line)}: no such command; /help lists them)")
 
-    def _remembered(self) -> Remembering:
+    def _remembered(self) -> Memory | ServedMemory:
         """The memory, with all that has been said. Raises LoracastError where there is none."""
         if self._memory is None:
             raise LoracastError("this chat keeps no memory; begin it with --remember NAME")
@@ -206,7 +207,7 @@ class Talk:
         if self._memory is not None:
             self._learning = self._background.submit(self._remember, self._memory, question)
 
-    def _remember(self, memory: Remembering, message: str) -> None:
+    def _remember(self, memory: Memory | ServedMemory, message: str) -> None:
         try:
             memory.remember(message)
         except (LoracastError, OSError) as error:

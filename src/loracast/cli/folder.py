@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli.client import LocalLearner, learner_for
+from loracast.cli.client import Learner
 from loracast.cli.options import Again, Json, Learning, Local, Naming
 from loracast.cli.terminal import print_result, printable, progress_bar, say
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
@@ -39,17 +39,15 @@ class FolderLearner:
     ):
         self.folder, self.learning, self.again, self.remove_gone = folder, learning, again, remove_gone
         self.made_by = f"{made_by(learning)} {learning.document_storage}"
-        self._is_local, self._here = local, LocalLearner(learning)
+        self._learner = Learner(learning, local=local)
         self._reported: set[tuple[str, str | None]] = set()
 
     def run(self) -> BulkReport:
         """Go through the folder once; files that fail are reported on the way."""
         from loracast.library.sync import learn_folder
 
-        learner = learner_for(self._here, local=self._is_local)  # a server may have come or gone
-
         def learn_file(path: Path, adapter_name: str) -> None:
-            learner.learn(path, Naming(name=adapter_name, replace=True))
+            self._learner.learn(path, Naming(name=adapter_name, replace=True))
 
         with progress_bar("files", str(self.folder)) as progress:
 

@@ -19,7 +19,7 @@ import typer
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
-from loracast.cli.client import LocalLearner, LocalTasks, learner_for, tasks_for
+from loracast.cli.client import Learner, Tasks
 from loracast.cli.commands import seconds
 from loracast.cli.folder import FolderLearner, learn_files, made_by
 from loracast.cli.options import open_model
@@ -180,8 +180,7 @@ def learn(
     if is_image_file(file):
         adapter = _learn_image(file, naming, learning)
     else:
-        learner = learner_for(LocalLearner(learning), local=local or file == "-")
-        adapter = learner.learn(file, naming, partial(progress_bar, "chunks", f"learning {file}"))
+        adapter = Learner(learning, local=local or file == "-").learn(file, naming, shows_progress=True)
         for warning in adapter.manifest.warnings:
             warn(warning)
     total_s = round(time.perf_counter() - started, 3)
@@ -247,8 +246,8 @@ def task(
 
         check_enough(spec.examples)
     started = time.perf_counter()
-    here = LocalTasks(choice, library, hypernetwork, encoder, strength, storage, refine)
-    adapter = tasks_for(here, local=local or as_json).cast(spec, naming)  # a server tells no distance, for --json
+    tasks = Tasks(choice, library, hypernetwork, encoder, strength, storage, refine)
+    adapter = tasks.cast(spec, naming, local=local or as_json)  # a server tells no distance, for --json
     manifest = adapter.manifest
     for warning in manifest.warnings:
         warn(warning)
@@ -261,8 +260,8 @@ def task(
             "description": spec.description,
             "n_examples": manifest.n_examples,
             "is_refined": manifest.is_refined,
-            "distance": here.caster.distances([spec])[0],
-            "ood_threshold": here.caster.ood_threshold,
+            "distance": tasks.caster.distances([spec])[0],
+            "ood_threshold": tasks.caster.ood_threshold,
             "strength": strength,
             "ranks": manifest.ranks,
             "cast_s": manifest.learn_s,

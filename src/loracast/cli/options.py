@@ -237,18 +237,14 @@ def loading(device: str | None) -> Iterator[Callable[[str], None]]:
         yield tell
 
 
-def open_model(models: Models, library: AdapterLibrary | None = None) -> Model:
-    """Load the base with its hypernetwork, to learn documents."""
+def open_model(
+    models: Models | Answering, library: AdapterLibrary | None = None, *, eager: bool = True, **more: Any
+) -> Model:
+    """Load the base with its hypernetworks; further arguments are those of `loracast.load`."""
     with loading(models.device) as tell:
         from loracast.answering.model import load
 
-        return load(
-            models.base,
-            models.hypernetwork,
-            library=library,
-            **models.how,
-            say=tell,
-        )
+        return load(models.base, models.hypernetwork, library=library, **models.how, say=tell, eager=eager, **more)
 
 
 def open_base(choice: BaseChoice) -> LoadedBase:

@@ -20,8 +20,7 @@ from loracast.reading.wide_route import route_adapters
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
-    from loracast.library.combine import ModuleDifference, ModuleSize
-    from loracast.reading.outline import Outline
+    from loracast.library.combine import ModuleSize
     from loracast.reading.routing import Route
 
 
@@ -40,8 +39,7 @@ def list_(
     wanted = {"like": text, "tag": tag, "owner": owner, "kind": kind}
     found, n_found = library.entries(**wanted, limit=per_page, offset=(page - 1) * per_page)
     if as_json:
-        listed = [{**asdict(entry), "tags": list(entry.tags)} for entry in found]
-        print_json({"library": str(library), "n_adapters": n_found, "page": page, "adapters": listed})
+        print_json({"library": str(library), "n_adapters": n_found, "page": page, "adapters": found})
         return
     if not n_found:
         none = f"no adapters in {library}; `loracast learn FILE` makes one"
@@ -74,7 +72,7 @@ def search(
     wanted = " ".join(words)
     found = library.search(wanted, limit)
     if as_json:
-        print_json({"words": wanted, "hits": [asdict(hit) for hit in found]})
+        print_json({"words": wanted, "hits": found})
     elif not found:
         say(f"nothing in {library} has all these words in one chunk")
     else:
@@ -108,28 +106,26 @@ def show(
     norms = {} if manifest.storage == "text" else chunk_norms(adapter)
     modules: list[ModuleSize] = []
     if layers or plot:
-        from loracast.library.combine import sizes
+        from loracast.library.combine import draw, sizes
 
         modules = sizes(adapter.lora())
-    if plot is not None:
-        _draw(modules, ("norm", "effective_rank"), plot, adapter.name, ("norm of the delta", "effective rank"))
+        if plot is not None:
+            draw(modules, ("norm", "effective_rank"), plot, adapter.name, ("norm of the delta", "effective rank"))
     if as_json:
-        report: dict[str, Any] = {"manifest": asdict(manifest), "name": adapter.name, "version": entry.version}
-        report["versions"] = [other.version for other in library.versions(adapter.name)]
-        report |= {"owner": entry.owner, "note": entry.note, "tags": list(entry.tags)}
-        report |= {"folder": str(adapter.folder), "n_bytes": adapter.n_bytes, "norms": norms}
-        report["outline"] = outline and asdict(outline)
+        report = {
+            "manifest": manifest, "name": adapter.name, "version": entry.version,
+            "versions": [other.version for other in library.versions(adapter.name)],
+            "owner": entry.owner, "note": entry.note, "tags": entry.tags,
+            "folder": str(adapter.folder), "n_bytes": adapter.n_bytes, "norms": norms, "outline": outline,
+        }  # fmt: skip
         if chunks:
             report["chunks"] = [{k: v for k, v in asdict(place).items() if k != "text"} for place in places]
-        if modules:
-            report["modules"] = [asdict(module) for module in modules]
-        print_json(report)
+        print_json(report | ({"modules": modules} if modules else {}))
         return
     targeted = sorted({module.layer for module in manifest.target.modules})
     version = adapter.version + (f", one of {entry.n_versions}" if entry.n_versions > 1 else "")
     facts = {"name": adapter.name, "title": manifest.title or "-", "version": version}
-    noted = {"tags": ", ".join(entry.tags), "note": entry.note, "owner": entry.owner}
-    facts |= {key: text for key, text in noted.items() if text}
+    facts |= {"tags": ", ".join(entry.tags), "note": entry.note, "owner": entry.owner}
     if manifest.kind == "task":
         facts["cast"] = f"{manifest.created}, in {1000 * manifest.learn_s:.0f} ms, strength {manifest.strength:g}"
         if manifest.n_examples:
@@ -137,12 +133,18 @@ def show(
     elif manifest.kind != "document":
         facts[manifest.kind] = f"{manifest.created}{f', from {manifest.source}' if manifest.source else ''}"
     else:
-        facts["source"] = f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}"
-        facts["learned"] = f"{manifest.created}, in {manifest.learn_s:.1f} s"
         in_chunks = f"{plural(manifest.n_chunks, 'chunk')} of at most {manifest.max_chunk_tokens}"
-        facts["document"] = f"{manifest.n_tokens:,} tokens in {in_chunks}"
-        facts["routing"] = _routing(adapter)
-        facts |= _outline_facts(outline)
+        facts |= {
+            "source": f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}",
+            "learned": f"{manifest.created}, in {manifest.learn_s:.1f} s",
+            "document": f"{manifest.n_tokens:,} tokens in {in_chunks}",
+            "routing": _routing(adapter),
+        }
+        if outline is None:
+            facts["outline"] = "none: an older version made the adapter; remove it and learn the document again for one"
+        else:
+            facts |= {"sections": "; ".join(outline.top_headings())}
+            facts |= {"summary": " ".join(text for _, text in outline.summary)}
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
         "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; "
@@ -163,7 +165,8 @@ def show(
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
-        table.add_row(Text(key, style="bold"), Text(printable(value)))
+        if value:
+            table.add_row(Text(key, style="bold"), Text(printable(value)))
     stdout().print(table)
     if chunks:
         print()
@@ -208,13 +211,9 @@ def inspect(
     modules, probes = sizes(lora), probe(loaded, lora)
     texts = [(chunk.heading, chunk.text) for chunk in read_chunks(adapter.index)]
     if as_json:
-        report: dict[str, Any] = {
-            "name": adapter.name,
-            "version": adapter.manifest.version,
-            "kind": adapter.manifest.kind,
-        }
-        report |= {"modules": [asdict(m) for m in modules], "probes": [asdict(one) for one in probes]}
-        print_json(report | {"text": [{"heading": heading, "text": text} for heading, text in texts]})
+        manifest, shown = adapter.manifest, [{"heading": heading, "text": text} for heading, text in texts]
+        report = {"name": adapter.name, "version": manifest.version, "kind": manifest.kind}
+        print_json({**report, "modules": modules, "probes": probes, "text": shown})
         return
     _print_modules(modules)
     print()
@@ -225,14 +224,6 @@ def inspect(
     for heading, text in texts:
         print(f"\n--- {printable(heading)}\n" if heading else "\n---\n")
         print(printable(text))
-
-
-def _outline_facts(outline: Outline | None) -> dict[str, str]:
-    """What a document is about."""
-    if outline is None:
-        return {"outline": "none: an older version made the adapter; remove it and learn the document again for one"}
-    facts = {"sections": "; ".join(outline.top_headings()), "summary": " ".join(text for _, text in outline.summary)}
-    return {key: text for key, text in facts.items() if text}
 
 
 def _routing(adapter: Adapter) -> str:
@@ -255,16 +246,17 @@ def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
     }
 
 
-Other = Annotated[str, "The adapter to compare it with."]
-Plot = Annotated[Path | None, "Draw the differences into this PNG file."]
-
-
 def diff(
-    name: options.Adapter, other: Other, *, plot: Plot = None, library: options.Library, as_json: options.Json = False
+    name: options.Adapter,
+    other: Annotated[str, "The adapter to compare it with."],
+    *,
+    plot: Annotated[Path | None, "Draw the differences into this PNG file."] = None,
+    library: options.Library,
+    as_json: options.Json = False,
 ) -> None:
     """Show how two adapters differ, layer by layer, all chunks of a document merged."""
     from loracast.base.fingerprint import check
-    from loracast.library.combine import differences, total
+    from loracast.library.combine import differences, draw, total
 
     first, second = library.open(name), library.open(other)
     check(first.manifest.made_for, second.manifest.made_for, f"the adapter {name!r}")
@@ -272,9 +264,9 @@ def diff(
     a, b, d = (total([getattr(m, field) for m in found]) for field in ("norm", "other_norm", "distance"))
     cosine = (a * a + b * b - d * d) / (2 * a * b) if a and b else 0.0
     if plot is not None:
-        _draw(found, ("cosine", "distance"), plot, f"{name} and {other}", ("cosine", "norm of the difference"))
+        draw(found, ("cosine", "distance"), plot, f"{name} and {other}", ("cosine", "norm of the difference"))
     if as_json:
-        print_json({"cosine": cosine, "norm": a, "other_norm": b, "distance": d, "modules": [asdict(m) for m in found]})
+        print_json({"cosine": cosine, "norm": a, "other_norm": b, "distance": d, "modules": found})
         return
     print_table(
         (">layer", "module", f">norm of {name}", f">norm of {other}", ">cosine", ">difference"),
@@ -284,23 +276,6 @@ def diff(
         ),
     )
     print(f"in all: cosine {cosine:.3f}, norms {a:.3g} and {b:.3g}, difference {d:.3g}")
-
-
-def _draw(
-    modules: Sequence[ModuleSize | ModuleDifference],
-    fields: tuple[str, str],
-    file: Path,
-    title: str,
-    labels: tuple[str, str],
-) -> None:
-    """Draw two figures of every module into a PNG file, over the layers and with a line for each module kind."""
-    from loracast.library.combine import plot
-
-    lines: dict[str, dict[int, tuple[float, float]]] = {}
-    for module in modules:
-        first, second = (getattr(module, field) for field in fields)
-        lines.setdefault(module.kind, {})[module.layer] = first, second
-    plot(lines, file, title, labels)
 
 
 _MOST_LIKELY = 3
@@ -363,7 +338,6 @@ def route(
 
 def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     """The adapters of an exported document that a question would be answered with, and their weights."""
-    from loracast.errors import AdapterError
     from loracast.reading.routing import pick
 
     try:
@@ -377,11 +351,10 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     index = folder / "chunks.sqlite"
     picked = pick(index, len(chunks), question, k)
     wanted = range(len(chunks)) if picked.chunks is None else picked.chunks
-    n = len(wanted)
-    described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
-    placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
-    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "likely": [], "chunks": placed}
-    if static is not None and (surplus := sum(chunk["weight"] for chunk in placed) - 1):
+    found = _described(name, index, picked, wanted, no_score=0.0) | {"likely": []}
+    for chunk in found["chunks"]:
+        chunk["path"] = paths[chunk["chunk"]]
+    if static is not None and (surplus := sum(chunk["weight"] for chunk in found["chunks"]) - 1):
         found["static"] = {"path": str(folder / static), "weight": round(-surplus, 3)}
     return found
 
@@ -390,20 +363,19 @@ def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
     """The chunks of an adapter that a question is answered with; none where it is taken as a whole, or not at all."""
     is_one_chunk = adapter.manifest.kind == "document" and adapter.manifest.n_chunks == 1
     chunks = (0,) * is_one_chunk if picked.chunks is None else picked.chunks
-    described = _described(
-        adapter.index, chunks, picked.scores or [None] * len(chunks), picked.weights or [1.0] * len(chunks)
-    )
-    found = {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty}
-    likely = [one._asdict() for one in picked.candidates]
-    return {**found, "likely": likely, "chunks": described}
+    return _described(adapter.name, adapter.index, picked, chunks)
 
 
 def _described(
-    index: Path, chunks: Sequence[int], scores: Sequence[float | None], weights: Sequence[float]
-) -> list[dict[str, Any]]:
-    """The number, score, weight, place and text of each chunk."""
-    return [
+    name: str, index: Path, route: Route, chunks: Sequence[int], no_score: float | None = None
+) -> dict[str, Any]:
+    """What a question gets of an adapter, with the score, weight, place and text of each chunk."""
+    scores, weights = route.scores or [no_score] * len(chunks), route.weights or [1.0] * len(chunks)
+    described = [
         {"chunk": i, "score": None if score is None else round(score, 3), "weight": round(weight, 3)}
         | {field: getattr(chunk, field) for field in ("heading", "start", "end", "text")}
         for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(index, chunks), strict=True)
     ]
+    likely = [one._asdict() for one in route.candidates]
+    found = {"adapter": name, "reason": route.reason, "is_empty": route.is_empty}
+    return {**found, "likely": likely, "chunks": described}

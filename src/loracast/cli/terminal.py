@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,8 @@ def printable(text: str) -> str:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    """Print an object, in which a dataclass is an object of its fields."""
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=asdict))
 
 
 def print_result(as_json: bool, value: dict[str, Any], text: str) -> None:
@@ -156,7 +158,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], wrappe
 
 
 @contextmanager
-def progress_bar(unit: str, title: str = "", *, is_kept: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(
+    unit: str, title: str = "", *, is_kept: bool = False, is_shown: bool = True
+) -> Iterator[Callable[[int, int], None]]:
     """A bar with an estimate of the time that is left, on standard error where that is a terminal.
 
     Args:
@@ -166,7 +170,8 @@ def progress_bar(unit: str, title: str = "", *, is_kept: bool = False) -> Iterat
 
     columns = [parts.TextColumn("{task.description}", markup=False), parts.BarColumn(), parts.MofNCompleteColumn()]
     columns += [parts.TextColumn(unit), *([parts.TimeElapsedColumn()] if is_kept else []), parts.TimeRemainingColumn()]
-    bar = parts.Progress(*columns, console=stderr(), transient=not is_kept, disable=not sys.stderr.isatty())
+    is_shown = is_shown and sys.stderr.isatty()
+    bar = parts.Progress(*columns, console=stderr(), transient=not is_kept, disable=not is_shown)
     with bar:
         task = bar.add_task(printable(title), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

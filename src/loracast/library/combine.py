@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,25 +134,24 @@ def total(values: Sequence[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).norm().item() if values else 0.0
 
 
-def plot(
-    by_kind: Mapping[str, Mapping[int, tuple[float, float]]], out: Path, title: str, labels: tuple[str, str]
+def draw(
+    modules: Sequence[ModuleSize | ModuleDifference],
+    fields: tuple[str, str],
+    out: Path,
+    title: str,
+    labels: tuple[str, str],
 ) -> None:
-    """Draw two numbers of each layer, a line for each module kind, as PNG.
-
-    Args:
-        by_kind: module kind -> layer -> the two numbers.
-        labels: what the numbers are.
-    """
+    """Draw two fields of every module over the layers, a line for each kind, as PNG; `labels` name the fields."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise LoracastError("plots need matplotlib: pip install 'loracast[eval]'") from error
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
-    for i, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        for kind, values in by_kind.items():
-            layers = sorted(values)
-            axis.plot(layers, [values[layer][i] for layer in layers], marker=".", label=kind)
+    for axis, field, label in zip(axes, fields, labels, strict=True):
+        for kind in dict.fromkeys(module.kind for module in modules):
+            values = sorted((module.layer, getattr(module, field)) for module in modules if module.kind == kind)
+            axis.plot(*zip(*values, strict=True), marker=".", label=kind)
         axis.set(xlabel="layer", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)

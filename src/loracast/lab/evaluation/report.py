@@ -137,6 +137,12 @@ def columns(**given: str | tuple[str, int | str]) -> tuple[Column, ...]:
     return tuple(column(key, *([one] if isinstance(one, str) else one)) for key, one in given.items())
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first line has its headings."""
+    headings, *rows = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows))
+
+
 @dataclass(frozen=True)
 class Report:
     """The results of one evaluation."""
@@ -163,8 +169,7 @@ class Report:
         return [[column.form(row) for column in self.columns] for row in self.rows]
 
     def markdown(self) -> str:
-        lines = [[column.header for column in self.columns], ["---"] * len(self.columns), *self.cells()]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return markdown([[column.header for column in self.columns], *self.cells()]) + "\n"
 
     def write(self, out: Path) -> None:
         """Write results.json and table.md, each of them whole or not at all."""
