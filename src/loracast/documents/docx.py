@@ -19,6 +19,7 @@ import docx
 from docx.opc.constants import RELATIONSHIP_TYPE
 from docx.oxml import parse_xml
 from docx.oxml.ns import qn
+from lxml import etree
 
 from loracast.documents.clean import brief, join_blocks, normalise, sensible_title, superscript
 from loracast.documents.file_types import READABLE, Limits, Parsed
@@ -41,46 +42,46 @@ _SYMBOLS = {
 UNKNOWN = "\ufffd"
 
 
-def symbol(element: Any) -> str:
+def _symbol(element: Any) -> str:
     """The character of a <w:sym>; UNKNOWN for one of a symbol font that is not in the tables above."""
     font, code = (element.get(qn(f"w:{name}")) or "" for name in ("font", "char"))
-    if not re.fullmatch("[0-9a-fA-F]{1,4}", code):
-        return UNKNOWN
-    number = int(code, 16)
+    number = int(code, 16) if re.fullmatch("[0-9a-fA-F]{1,4}", code) else 0
     table = _SYMBOLS.get(font.lower())
     if table is None and 0x20 <= number < 0xD800:  # a character of Unicode in a font of letters
         return chr(number)
     return (table or {}).get(number & 0xFF, UNKNOWN)
 
 
-def linear(element: Any) -> str:
+def _linear(element: Any) -> str:
     """The text of an <m:oMath> or of a part of it, in one line."""
-    name = _name(element)
+    name = etree.QName(element).localname
     if name == "t":
         return element.text or ""
-    if name in ("del", "moveFrom"):
-        return ""
-    children = [(_name(child), linear(child)) for child in element]
+    children = [(etree.QName(child).localname, _linear(child)) for child in element]
     parts = dict(children)
     base = parts.get("e", "")
-    bases = [text for name, text in children if name in ("e", "mr")]
+    bases = [text for part, text in children if part in ("e", "mr")]
+
+    def setting(name: str, default: str) -> str:
+        found = element.find(f"*/{qn(f'm:{name}')}")
+        return default if found is None else found.get(qn("m:val"), "")
+
     match name:
         case "f":
-            bar = _setting(element, "fPr", "type", "bar")
+            bar = "¦" if setting("type", "bar") == "noBar" else "/"
             # The spaces part it from the whole number before it.
-            return f" {_group(parts.get('num', ''))}{'¦' if bar == 'noBar' else '/'}{_group(parts.get('den', ''))} "
+            return f" {_group(parts.get('num', ''))}{bar}{_group(parts.get('den', ''))} "
         case "rad":
             degree = parts.get("deg", "")
             return f"{_group(base)}^(1/{_group(degree)})" if degree else f"√({base.strip()})"
         case "d":
-            between = _setting(element, "dPr", "sepChr", "|").join(bases)
-            return _setting(element, "dPr", "begChr", "(") + between.strip() + _setting(element, "dPr", "endChr", ")")
+            return setting("begChr", "(") + setting("sepChr", "|").join(bases).strip() + setting("endChr", ")")
         case "m" | "eqArr":
             return "; ".join(bases)
         case "mr":
             return ", ".join(bases)
         case "nary":
-            return f"{_setting(element, 'naryPr', 'chr', '∫')}{_scripts(parts)} {base}"
+            return f"{setting('chr', '∫')}{_scripts(parts)} {base}"
         case "sSub" | "sSup" | "sSubSup":
             return _group(base) + _scripts(parts)
         case "sPre":
@@ -90,16 +91,6 @@ def linear(element: Any) -> str:
         case "func":
             return f"{parts.get('fName', '')} {base}"
     return "".join(text for _, text in children)
-
-
-def _name(element: Any) -> str:
-    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
-
-
-def _setting(element: Any, properties: str, name: str, default: str) -> str:
-    found = element.find(f"{qn(f'm:{properties}')}/{qn(f'm:{name}')}")
-    value: str = default if found is None else found.get(qn("m:val"), "")
-    return value
 
 
 def _scripts(parts: dict[str, str]) -> str:
@@ -114,23 +105,37 @@ def _group(text: str) -> str:
 
 _MAX_PARTS = 10_000
 _SMALL_PART = 1_000_000  # bytes; below it a ratio says nothing, since a page of blanks packs a hundredfold
-_FALLBACK = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"
-# Deleted or moved away; the duplicate of a text box for old readers; not of this paragraph but of the box inside it.
-_SKIPPED = {qn("w:del"), qn("w:moveFrom"), _FALLBACK, qn("w:txbxContent"), qn("w:pPr"), qn("w:rPr")}
+_OTHER_PACKAGES = {
+    r"xl/.*": "an Excel file: save each sheet as CSV",
+    r"ppt/.*": "a PowerPoint file: export it as PDF",
+    r"META-INF/container\.xml": "an EPUB book: convert it with `pandoc -t markdown` or `ebook-convert`",
+    r"content\.xml": "an OpenDocument file: convert it with `soffice --headless --convert-to docx`",
+    r".*": f"a zip archive: unpack it and name the files in it ({READABLE})",
+}
+"""What a zip archive with a file of such a name is, if it is no Word file; the first counts."""
+# Deleted or moved away, and the duplicate of a text box for old readers.
+_DROPPED = ("w:del", "w:moveFrom", "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback")
+# Not of this paragraph but of the box inside it.
+_SKIPPED = {qn("w:txbxContent"), qn("w:pPr"), qn("w:rPr")}
 _EQUATIONS = {qn("m:oMath"), qn("m:oMathPara")}
 _BREAKS = {qn("w:br"): "\n", qn("w:cr"): "\n", qn("w:tab"): " ", qn("w:noBreakHyphen"): "-"}
+_NOTES = (RELATIONSHIP_TYPE.FOOTNOTES, RELATIONSHIP_TYPE.ENDNOTES)
+_RUNNING = (RELATIONSHIP_TYPE.HEADER, RELATIONSHIP_TYPE.FOOTER)
 
 
 def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     """The text of a Word file, and the title in its properties or its Title paragraph."""
-    check_package(data, label, limits)
+    _check_package(data, label, limits)
     try:
         document = docx.Document(io.BytesIO(data))
-        walker = _Walker(*_styles(document))
-        blocks = [block for child in document.element.body for block in walker.blocks(child)]
-        for kind in (RELATIONSHIP_TYPE.FOOTNOTES, RELATIONSHIP_TYPE.ENDNOTES):
-            blocks += [block for note in _notes(document, kind) for block in walker.blocks(note)]
-        blocks += _running_lines(document, walker)
+        walker = _Walker(document)
+        blocks = walker.blocks(document.element.body)
+        for note in (note for kind in _NOTES for part in walker.parts(kind) for note in part):
+            if note.get(qn("w:type")) is None:  # the separators that Word draws above the notes have a type
+                blocks += walker.blocks(note)
+        # Headers and footers, each once; not those that only count pages.
+        running = dict.fromkeys(block for part in walker.parts(*_RUNNING) for block in walker.blocks(part))
+        blocks += [block for block in running if not PAGE_NUMBER.fullmatch(block.lstrip(ROW).rstrip("."))]
         title = sensible_title(document.core_properties.title)
     except (MemoryError, RecursionError, DocumentError):
         raise
@@ -143,22 +148,20 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     if not text.strip():
         raise DocumentError(f"{label} holds no text: if its pages are pictures, save it as PDF and run `ocrmypdf`")
     first_heading = next((block.lstrip("# ") for block in blocks if block.startswith("#")), "")
-    fonts = ", ".join(sorted(walker.unknown))
-    n_unknown = walker.unknown.total()
-    warnings = (
-        [f"symbols of a font that is not known here ({fonts}) read {UNKNOWN}: {n_unknown} in all"] if n_unknown else []
-    )
-    return Parsed(text, title or first_heading, warnings=tuple(warnings))
+    fonts, n_unknown = ", ".join(sorted(walker.unknown)), walker.unknown.total()
+    warning = f"symbols of a font that is not known here ({fonts}) read {UNKNOWN}: {n_unknown} in all"
+    return Parsed(text, title or first_heading, warnings=(warning,) * bool(n_unknown))
 
 
-def check_package(data: bytes, label: str, limits: Limits) -> None:
+def _check_package(data: bytes, label: str, limits: Limits) -> None:
     """Raises DocumentError unless `data` is a whole zip archive of a Word file that unfolds to a reasonable size."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as package:
             parts = package.infolist()
-            names = {part.filename for part in parts}
+            names = package.namelist()
             if "word/document.xml" not in names:
-                raise DocumentError(f"{label} is {_say_zip(names)}")
+                what = next(what for rule, what in _OTHER_PACKAGES.items() if any(re.fullmatch(rule, n) for n in names))
+                raise DocumentError(f"{label} is {what}")
             unpacked = sum(part.file_size for part in parts)
             is_bomb = unpacked > limits.max_unpacked_bytes or len(parts) > _MAX_PARTS
             ratios = [part.file_size / max(part.compress_size, 1) for part in parts if part.file_size > _SMALL_PART]
@@ -167,10 +170,10 @@ def check_package(data: bytes, label: str, limits: Limits) -> None:
                     f"{label} unpacks to {unpacked / 1e6:,.0f} MB from {len(data) / 1e6:,.1f} MB, as a zip bomb does: "
                     "remove its pictures and empty tables and save it again"
                 )
-            for part in parts:
-                if part.filename.endswith((".xml", ".rels")) and b"<!DOCTYPE" in package.read(part):
+            for name in names:
+                if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in package.read(name):
                     raise DocumentError(
-                        f"{label} declares XML entities in {part.filename}, which no Word processor writes and which "
+                        f"{label} declares XML entities in {name}, which no Word processor writes and which "
                         "can reach for other files: save its text in a new file"
                     )
     except (MemoryError, DocumentError):
@@ -181,153 +184,124 @@ def check_package(data: bytes, label: str, limits: Limits) -> None:
         ) from None
 
 
-def _say_zip(names: set[str]) -> str:
-    if any(name.startswith("xl/") for name in names):
-        return "an Excel file: save each sheet as CSV"
-    if any(name.startswith("ppt/") for name in names):
-        return "a PowerPoint file: export it as PDF"
-    if "META-INF/container.xml" in names:
-        return "an EPUB book: convert it with `pandoc -t markdown` or `ebook-convert`"
-    if "content.xml" in names:
-        return "an OpenDocument file: convert it with `soffice --headless --convert-to docx`"
-    return f"a zip archive: unpack it and name the files in it ({READABLE})"
-
-
-def _styles(document: Any) -> tuple[dict[str, int], set[str]]:
-    """Style id -> heading level; style ids of list items. Built-in names are English in the files of every Word."""
-    levels: dict[str, int] = {}
-    items: set[str] = set()
-    parents: dict[str, str] = {}
-    for style in document.styles.element.iter(qn("w:style")):
-        style_id = style.get(qn("w:styleId")) or ""
-        name = (_value(style.find(qn("w:name"))) or "").lower()
-        outline = _value(style.find(f"{qn('w:pPr')}/{qn('w:outlineLvl')}"))
-        if found := re.fullmatch(r"heading (\d)", name):
-            levels[style_id] = int(found[1])
-        elif name == "title":
-            levels[style_id] = 1
-        elif outline is not None and outline.isdigit() and int(outline) < 9:
-            levels[style_id] = int(outline) + 1
-        elif name.startswith(("list bullet", "list number")):
-            items.add(style_id)
-        parents[style_id] = _value(style.find(qn("w:basedOn"))) or ""
-    for style_id in parents:
-        ancestor, steps = style_id, 0
-        while ancestor and ancestor not in levels and steps < 20:  # a cycle of styles is possible in a broken file
-            ancestor, steps = parents.get(ancestor, ""), steps + 1
-        if ancestor in levels:
-            levels.setdefault(style_id, levels[ancestor])
-    return levels, items
-
-
-def _value(element: Any) -> str | None:
-    return None if element is None else element.get(qn("w:val"))
-
-
-def _notes(document: Any, kind: str) -> Iterator[Any]:
-    for relation in document.part.rels.values():
-        if relation.reltype == kind and not relation.is_external:
-            # The separators that Word draws above the notes have a type; notes have none.
-            yield from (note for note in parse_xml(relation.target_part.blob) if note.get(qn("w:type")) is None)
-
-
-def _running_lines(document: Any, walker: _Walker) -> list[str]:
-    """The headers and footers, each once; not those that only count pages."""
-    kinds = (RELATIONSHIP_TYPE.HEADER, RELATIONSHIP_TYPE.FOOTER)
-    parts = [one.target_part for one in document.part.rels.values() if one.reltype in kinds and not one.is_external]
-    blocks = (block for part in parts for child in parse_xml(part.blob) for block in walker.blocks(child))
-    return [block for block in dict.fromkeys(blocks) if not PAGE_NUMBER.fullmatch(block.lstrip(ROW).rstrip("."))]
+def _value(element: Any, path: str) -> str | None:
+    """The value of what stands at a path such as "w:pPr/w:pStyle" of an element, "" without one; None for nothing."""
+    found = element.find("/".join(map(qn, path.split("/"))))
+    return None if found is None else found.get(qn("w:val"), "")
 
 
 class _Walker:
     """Elements of a body to blocks of text."""
 
-    def __init__(self, levels: dict[str, int], items: set[str]) -> None:
-        self.levels, self.items = levels, items
+    def __init__(self, document: Any) -> None:
+        self.document = document
+        self.levels: dict[str, int] = {}  # style id -> heading level
+        self.items: set[str] = set()  # styles of list items
         self.unknown: Counter[str] = Counter()  # fonts of symbols that have no character here
+        self._read_styles()
 
-    def blocks(self, element: Any) -> Iterator[str]:
-        if element.tag == qn("w:p"):
-            yield self._paragraph(element)
-            for box in element.iter(qn("w:txbxContent")):
-                is_copy = any(ancestor.tag == _FALLBACK for ancestor in box.iterancestors())
-                if not is_copy and next(box.iterancestors(qn("w:p"))) is element:  # boxes in boxes come by themselves
-                    yield from self._children(box)
-        elif element.tag == qn("w:tbl"):
-            yield "\n".join(rows_to_lines(*self._table(element)))
-        elif element.tag in _EQUATIONS:
-            yield " ".join(linear(element).split())
-        elif element.tag not in _SKIPPED:  # content controls, custom XML, tracked insertions of whole paragraphs
-            yield from self._children(element)
+    def _read_styles(self) -> None:
+        """Built-in names are English in the files of every Word."""
+        parents: dict[str, str] = {}
+        for style in self.document.styles.element.iter(qn("w:style")):
+            style_id = style.get(qn("w:styleId")) or ""
+            name = (_value(style, "w:name") or "").lower()
+            outline = _value(style, "w:pPr/w:outlineLvl") or ""
+            if found := re.fullmatch(r"heading (\d)", name):
+                self.levels[style_id] = int(found[1])
+            elif name == "title":
+                self.levels[style_id] = 1
+            elif outline.isdigit() and int(outline) < 9:
+                self.levels[style_id] = int(outline) + 1
+            elif name.startswith(("list bullet", "list number")):
+                self.items.add(style_id)
+            parents[style_id] = _value(style, "w:basedOn") or ""
+        for style_id in parents:
+            ancestor, steps = style_id, 0
+            while ancestor and ancestor not in self.levels and steps < 20:  # styles form a cycle in a broken file
+                ancestor, steps = parents.get(ancestor, ""), steps + 1
+            if ancestor in self.levels:
+                self.levels.setdefault(style_id, self.levels[ancestor])
+
+    def parts(self, *kinds: str) -> list[Any]:
+        """The roots of the other parts of the document that have one of these relations to it."""
+        relations = self.document.part.rels.values()
+        return [parse_xml(one.target_part.blob) for one in relations if one.reltype in kinds and not one.is_external]
+
+    def blocks(self, element: Any) -> list[str]:
+        """The blocks of an element's children, without what was deleted or is hidden."""
+        for run in element.iter(qn("w:r")):
+            if _value(run, "w:rPr/w:vanish") not in (None, "0", "false", "off"):
+                run.tag = qn("w:del")
+        etree.strip_elements(element, *(qn(name) if name[0] != "{" else name for name in _DROPPED), with_tail=False)
+        return list(self._children(element))
 
     def _children(self, element: Any) -> Iterator[str]:
         for child in element:
-            yield from self.blocks(child)
+            if child.tag == qn("w:p"):
+                yield self._paragraph(child)
+                for box in child.iter(qn("w:txbxContent")):
+                    if next(box.iterancestors(qn("w:p"))) is child:  # boxes in boxes come by themselves
+                        yield from self._children(box)
+            elif child.tag == qn("w:tbl"):
+                yield "\n".join(self._rows(child))
+            elif child.tag in _EQUATIONS:
+                yield " ".join(_linear(child).split())
+            elif child.tag not in _SKIPPED:  # content controls, custom XML, tracked insertions of whole paragraphs
+                yield from self._children(child)
 
     def _paragraph(self, paragraph: Any) -> str:
-        text = "\n".join(filter(None, (" ".join(line.split()) for line in self._text(paragraph).split("\n"))))
-        properties = paragraph.find(qn("w:pPr"))
-        if not text or properties is None:
-            return text
-        style = _value(properties.find(qn("w:pStyle"))) or ""
-        outline = _value(properties.find(qn("w:outlineLvl"))) or ""
-        level = int(outline) + 1 if outline in set("012345") else self.levels.get(style, 0)
-        if level:
-            return "#" * min(level, 6) + " " + " ".join(text.split())
-        is_item = properties.find(qn("w:numPr")) is not None or style in self.items
-        return f"- {text}" if is_item else text
-
-    def _text(self, paragraph: Any) -> str:
         text = ""
-        for is_raised, runs in groupby(self._runs(paragraph), key=itemgetter(0)):
-            joined = "".join(run for _, run in runs)
+        for is_raised, pieces in groupby(self._pieces(paragraph), key=itemgetter(0)):
+            joined = "".join(piece for _, piece in pieces)
             text += superscript(text, joined) if is_raised else joined
-        return text
+        text = "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
+        style = _value(paragraph, "w:pPr/w:pStyle") or ""
+        outline = _value(paragraph, "w:pPr/w:outlineLvl") or ""
+        level = int(outline) + 1 if outline in set("012345") else self.levels.get(style, 0)
+        if text and level:
+            return "#" * min(level, 6) + " " + " ".join(text.split())
+        is_item = _value(paragraph, "w:pPr/w:numPr") is not None or style in self.items
+        return f"- {text}" if text and is_item else text
 
-    def _table(self, table: Any) -> tuple[list[list[str]], bool | None]:
+    def _rows(self, table: Any) -> list[str]:
+        def own(parent: Any, tag: str) -> list[Any]:
+            """Rows or cells, which content controls and custom XML may hold, but not those of a table in a cell."""
+            return [one for one in parent.iter(qn(tag)) if next(one.iterancestors(qn("w:tbl"))) is table]
+
+        def number(element: Any, path: str, default: int) -> int:
+            value = _value(element, path) or ""
+            return min(int(value), 100) if value.isdigit() else default
+
         rows: list[list[str]] = []
-        has_header = None
-        for row in table.iter(qn("w:tr")):  # content controls and custom XML may hold rows and cells
-            if next(row.iterancestors(qn("w:tbl"))) is not table:
-                continue  # of a table inside this one's cell, whose text is taken with the cell
-            if not rows and row.find(f"{qn('w:trPr')}/{qn('w:tblHeader')}") is not None:
-                has_header = True
-            skipped = _value(row.find(f"{qn('w:trPr')}/{qn('w:gridBefore')}")) or "0"
-            cells = [""] * (min(int(skipped), 100) if skipped.isdigit() else 0)
-            for cell in row.iter(qn("w:tc")):
-                if next(cell.iterancestors(qn("w:tbl"))) is not table:
-                    continue
-                merge = cell.find(f"{qn('w:tcPr')}/{qn('w:vMerge')}")
-                if merge is not None and _value(merge) != "restart" and rows and len(cells) < len(rows[-1]):
-                    cells.append(rows[-1][len(cells)])  # merged with the cell above: it holds for this row as well
+        for row in own(table, "w:tr"):
+            cells = [""] * number(row, "w:trPr/w:gridBefore", 0)
+            for cell in own(row, "w:tc"):
+                is_merged = _value(cell, "w:tcPr/w:vMerge") not in (None, "restart")
+                if is_merged and rows and len(cells) < len(rows[-1]):
+                    cells.append(rows[-1][len(cells)])  # with the cell above: it holds for this row as well
                 else:
                     cells.append(" ".join("\n".join(self._children(cell)).split()))
-                span = _value(cell.find(f"{qn('w:tcPr')}/{qn('w:gridSpan')}")) or "1"
-                cells += [""] * (min(int(span), 100) - 1 if span.isdigit() else 0)
+                cells += [""] * (number(cell, "w:tcPr/w:gridSpan", 1) - 1)
             rows.append(cells)
-        return rows, has_header
+        has_header = any(_value(row, "w:trPr/w:tblHeader") is not None for row in own(table, "w:tr")[:1])
+        return rows_to_lines(rows, has_header or None)
 
-    def _runs(self, element: Any, is_raised: bool = False) -> Iterator[tuple[bool, str]]:
+    def _pieces(self, element: Any, is_raised: bool = False) -> Iterator[tuple[bool, str]]:
         """For each piece of text whether it is a superscript, and the piece."""
         for child in element:
-            if child.tag in _SKIPPED:
-                continue
-            own = is_raised
             if child.tag == qn("w:r"):
-                vanish = child.find(f"{qn('w:rPr')}/{qn('w:vanish')}")
-                if vanish is not None and _value(vanish) not in ("0", "false", "off"):
-                    continue  # hidden text
-                own = _value(child.find(f"{qn('w:rPr')}/{qn('w:vertAlign')}")) == "superscript"
-            if child.tag == qn("w:t"):
-                yield own, child.text or ""
+                yield from self._pieces(child, _value(child, "w:rPr/w:vertAlign") == "superscript")
+            elif child.tag == qn("w:t"):
+                yield is_raised, child.text or ""
             elif child.tag in _EQUATIONS:
-                yield own, linear(child)
+                yield is_raised, _linear(child)
             elif child.tag == qn("w:sym"):
-                character = symbol(child)
+                character = _symbol(child)
                 if character == UNKNOWN:
                     self.unknown[child.get(qn("w:font")) or "of none"] += 1
-                yield own, character
+                yield is_raised, character
             elif child.tag in _BREAKS:
-                yield own, _BREAKS[child.tag]
-            else:
-                yield from self._runs(child, own)
+                yield is_raised, _BREAKS[child.tag]
+            elif child.tag not in _SKIPPED:
+                yield from self._pieces(child, is_raised)

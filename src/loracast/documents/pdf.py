@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from math import hypot
@@ -59,37 +59,32 @@ _GAP = 1.3  # of the usual distance between two lines
 
 def join_lines(lines: Sequence[Line]) -> str:
     """Paragraphs between blank lines, headings as markdown; items of lists and rows of tables on lines of their own."""
-    lines = [line._replace(text=_LEADER.sub(" ...", line.text)) for line in drop_running_lines(lines)]
+    lines = [line._replace(text=_LEADER.sub(" ...", line.text)) for line in _without_running_lines(lines)]
     lines = _with_their_bullets(lines)
     if not lines:
         return ""
-    body = _body_size(lines)
-    n_letters = sum(len(line.text) for line in lines)
-    bold_share = sum(len(line.text) for line in lines if line.is_bold) / n_letters
-    levels = _heading_levels(lines, body, may_be_bold=bold_share < 0.3)
     width = sorted(len(line.text) for line in lines)[int(0.9 * (len(lines) - 1))]
     usual_gap = _usual_gap(lines)
     words = Counter(re.findall(r"\w+(?:-\w+)*", "\n".join(line.text for line in lines).lower()))
 
     out: list[str] = []
-    previous: Line | None = None
-    previous_level = 0
-    for line, level in zip(lines, levels, strict=True):
-        bullet = _BULLET.match(line.text)
-        text = "- " + line.text[bullet.end() :] if bullet and not level else line.text
-        if previous is None:
-            out.append("#" * level + " " + text if level else text)
-        elif level or previous_level:
-            if level == previous_level and not _is_gap(previous, line, usual_gap * 1.5):
-                _extend(out, text, words)  # a heading of two lines
-            else:
-                out += ["\n\n", "#" * level + " " + text if level else text]
-        elif separator := _separator(previous, line, usual_gap, width):
-            out += [separator, text]
-        else:
+    above: Line | None = None
+    above_level = 0
+    for line, level in zip(lines, _heading_levels(lines), strict=True):
+        bullet = None if level else _BULLET.match(line.text)
+        text = "- " + line.text[bullet.end() :] if bullet else line.text
+        separator = "\n\n"
+        if above and (level or above_level):
+            if level == above_level and not _is_gap(above, line, usual_gap * 1.5):
+                separator = ""  # a heading of two lines
+        elif above:
+            separator = _separator(above, line, usual_gap, width)
+        if above and not separator:
             _extend(out, text, words)
-        previous, previous_level = line, level
-    return "\n\n".join(_with_marks(block, width) for block in "".join(out).split("\n\n"))
+        else:
+            out += [separator, "#" * level + " " + text if level else text]
+        above, above_level = line, level
+    return "\n\n".join(_with_marks(block, width) for block in "".join(out[1:]).split("\n\n"))
 
 
 def _with_marks(block: str, width: int) -> str:
@@ -104,18 +99,18 @@ def _body_size(lines: Sequence[Line]) -> float:
     weights: Counter[float] = Counter()
     for line in lines:
         weights[line.size] += len(line.text)
-    return weights.most_common(1)[0][0] if weights else 0.0
+    return max(weights, key=weights.__getitem__, default=0.0)
 
 
-def drop_running_lines(lines: Sequence[Line]) -> list[Line]:
+def _without_running_lines(lines: Sequence[Line]) -> list[Line]:
     """Drop page numbers, and all but the first of a header or footer that most pages repeat.
 
     A line runs if it is the outermost of its page, or next to one that runs: anything further in is text, however often
     it comes, and so is whatever is set larger than the body.
     """
-    pages: dict[int, list[Line]] = {}
+    pages: dict[int, list[Line]] = defaultdict(list)
     for line in lines:
-        pages.setdefault(line.page, []).append(line)
+        pages[line.page].append(line)
     body = _body_size(lines)
     dropped: set[int] = set()  # ids, since equal lines stand on many pages
     for go_down in (True, False):
@@ -153,19 +148,20 @@ def _page_numbers(outer: Sequence[Line], *, is_top: bool) -> dict[int, str]:
     Lines that are alike but for a number do, where that grows by one from page to page in most of them. A row of
     numbers does not, nor does a heading such as "Day 1", "Day 2" at the top of each page.
     """
-    alike: dict[str, list[Line]] = {}
+    alike: dict[str, list[Line]] = defaultdict(list)
     for line in outer:
-        alike.setdefault(re.sub(r"\d+", "#", line.text.lower()), []).append(line)
+        alike[re.sub(r"\d+", "#", line.text.lower())].append(line)
     found: dict[int, str] = {}
     for key, lines in alike.items():
         is_bare = bool(PAGE_NUMBER.fullmatch(lines[0].text))
-        if not is_bare and not any(c.isalpha() for c in key):
-            continue
         # For each line, which of its numbers it is and how much it is ahead of the page.
         leads = [{(i, int(n) - line.page) for i, n in enumerate(_NUMBER.findall(line.text))} for line in lines]
-        usual, n_usual = Counter(chain.from_iterable(leads)).most_common(1)[0] if any(leads) else ((0, 0), 0)
+        counts = Counter(chain.from_iterable(leads))
+        if not counts or not (is_bare or any(c.isalpha() for c in key)):
+            continue
+        usual, n_usual = counts.most_common(1)[0]
         numbered = [line for line, own in zip(lines, leads, strict=True) if usual in own]
-        is_counted = is_top and not is_bare and len(key.split()) == 2 and numbered and numbered[0].page + usual[1] == 1
+        is_counted = is_top and not is_bare and len(key.split()) == 2 and numbered[0].page + usual[1] == 1
         if n_usual >= max(min(3, len(lines)), len(lines) / 2) and not is_counted:
             found |= {id(line): key for line in numbered}
     return found
@@ -174,10 +170,9 @@ def _page_numbers(outer: Sequence[Line], *, is_top: bool) -> dict[int, str]:
 def _runs(line: Line, has_page_number: bool, n_seen: int, n_pages: int) -> str:
     """ "number" for a page number or a header with one, "text" for another running line, "" for the document's text."""
     is_on_most = 2 * n_seen > n_pages
-    is_bare = has_page_number and PAGE_NUMBER.fullmatch(line.text)
-    if is_bare and is_on_most and (n_pages > 1 or "page" in line.text.lower()):
-        return "number"
-    if has_page_number and n_seen >= 3 and _ENDS_IN_NUMBER.search(line.text):  # on every other page, or of a chapter
+    is_bare = PAGE_NUMBER.fullmatch(line.text) and is_on_most and (n_pages > 1 or "page" in line.text.lower())
+    # Those of every other page or of a chapter are not on most pages.
+    if has_page_number and (is_bare or (n_seen >= 3 and _ENDS_IN_NUMBER.search(line.text))):
         return "number"
     return "text" if n_seen >= 3 and is_on_most else ""
 
@@ -194,38 +189,29 @@ def _with_their_bullets(lines: Sequence[Line]) -> list[Line]:
     return out
 
 
-def _heading_levels(lines: Sequence[Line], body: float, *, may_be_bold: bool) -> list[int]:
+def _heading_levels(lines: Sequence[Line]) -> list[int]:
     """For each line 1 (the largest letters) to 6, or 0 for the body."""
+    body = _body_size(lines)
+    n_bold, n_all = (sum(len(line.text) for line in some) for some in ([x for x in lines if x.is_bold], lines))
+    candidates = {line for line in lines if len(line.text) <= _MAX_HEADING and sum(c.isalpha() for c in line.text) >= 2}
+    large = sorted({line.size for line in candidates if line.size >= _HEADING_SCALE * body > 0}, reverse=True)
+    rank = {size: min(i, 5) for i, size in enumerate(large, 1)}
 
-    def is_candidate(line: Line) -> bool:
-        return len(line.text) <= _MAX_HEADING and sum(c.isalpha() for c in line.text) >= 2
+    def level_of(line: Line) -> int:
+        if line not in candidates:
+            return 0
+        is_bold = n_bold < 0.3 * n_all and line.is_bold and line.size >= body and len(line.text) <= 80
+        is_heading = is_bold and not line.text.endswith(_END) and not _BULLET.match(line.text)
+        return rank.get(line.size) or (min(len(rank), 5) + 1) * is_heading
 
-    large = {line.size for line in lines if line.size >= _HEADING_SCALE * body > 0 and is_candidate(line)}
-    rank = {size: min(i, 5) for i, size in enumerate(sorted(large, reverse=True), 1)}
-    levels = []
-    for line in lines:
-        level = rank.get(line.size, 0) if is_candidate(line) else 0
-        is_bold = may_be_bold and line.is_bold and line.size >= body and len(line.text) <= 80
-        if (
-            not level
-            and is_bold
-            and is_candidate(line)
-            and not line.text.endswith(_END)
-            and not _BULLET.match(line.text)
-        ):
-            level = len(set(rank.values())) + 1
-        levels.append(min(level, 6))
-    return levels
+    return [level_of(line) for line in lines]
 
 
 def _usual_gap(lines: Sequence[Line]) -> float:
     """The distance of neighbouring lines in letter sizes: the lower quartile, since wider ones part paragraphs."""
-    gaps = []
-    for above, below in pairwise(lines):
-        gap = _gap(above, below)
-        if gap is not None and above.size == below.size and 0 < gap < 3:
-            gaps.append(gap)
-    return sorted(gaps)[len(gaps) // 4] if gaps else 1.5
+    found = (_gap(above, below) for above, below in pairwise(lines) if above.size == below.size)
+    gaps = sorted(gap for gap in found if gap is not None and 0 < gap < 3)
+    return gaps[len(gaps) // 4] if gaps else 1.5
 
 
 def _gap(above: Line, below: Line) -> float | None:
@@ -241,8 +227,9 @@ def _is_gap(above: Line, below: Line, usual: float) -> bool:
 
 def _separator(above: Line, below: Line, usual_gap: float, width: int) -> str:
     """What stands between two lines of the body: "" joins them to one paragraph."""
-    if _BULLET.match(below.text) or _ITEM.match(below.text):
-        return "\n" if _BULLET.match(above.text) or _ITEM.match(above.text) or above.text.endswith(":") else "\n\n"
+    above_is_item, below_is_item = (bool(_BULLET.match(x.text) or _ITEM.match(x.text)) for x in (above, below))
+    if below_is_item:
+        return "\n" if above_is_item or above.text.endswith(":") else "\n\n"
     if re.search(r" \.\.\. *\w+$", above.text):  # an entry of a table of contents
         return "\n"
     if above.text.endswith("-") and below.text[0].islower():
@@ -255,9 +242,8 @@ def _separator(above: Line, below: Line, usual_gap: float, width: int) -> str:
         return "" if is_cut_off and goes_on else "\n\n"
     if gap > _GAP * usual_gap:
         return "\n\n"
-    if abs(gap) < 0.2:  # two pieces of one line
-        return ""
-    return "\n" if is_short and not goes_on else ""
+    are_pieces = abs(gap) < 0.2  # of one line
+    return "\n" if is_short and not goes_on and not are_pieces else ""
 
 
 def _extend(out: list[str], below: str, words: Counter[str]) -> None:
@@ -285,33 +271,35 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     if b"%%EOF" not in data.rstrip(b"\0\r\n\t ")[-_TAIL:]:
         raise DocumentError(f"{label} is a truncated PDF (its end is missing): copy or download it again")
     remedy = "remove its password with `qpdf --password=... --decrypt in.pdf out.pdf` and read out.pdf"
-    encrypted = f"{label} is encrypted: {remedy}"
-    complaints = _Complaints()
+    encrypted = DocumentError(f"{label} is encrypted: {remedy}")
+    # pypdf repairs what it can and only logs it; what it logs may be missing text, which the caller must hear of.
+    complaints = io.StringIO()
     logger = logging.getLogger("pypdf")
-    logger.addHandler(complaints)
+    logger.addHandler(logging.StreamHandler(complaints))
     logger.propagate = False
-    page_number = 0
+    lines: list[Line] = []
+    scans: list[int] = []
+    where = ""
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError(encrypted)
+            raise encrypted
         n_pages = len(reader.pages)
         if n_pages > limits.max_pages:
             raise DocumentError(
                 f"{label} has {n_pages:,} pages, more than {limits.max_pages:,}: split it with "
                 "`qpdf --split-pages=100 in.pdf out.pdf`, or raise Limits.max_pages"
             )
-        metadata = reader.metadata
-        title = sensible_title(metadata.get("/Title") if metadata else None)
-        pages: list[list[Line]] = []
-        scans: list[int] = []
-        for page_number in range(1, n_pages + 1):
-            page = reader.pages[page_number - 1]
-            pages.append(_page_lines(page, page_number) + _filled_in(page, page_number))
-            if not pages[-1] and _has_image(page):
-                scans.append(page_number)
+        title = sensible_title((reader.metadata or {}).get("/Title"))
+        for number in range(1, n_pages + 1):
+            where = f" on page {number}"
+            page = reader.pages[number - 1]
+            own = _page_lines(page, number) + _filled_in(page, number)
+            lines += own
+            if not own and _has_image(page):
+                scans.append(number)
     except DependencyError:  # AES needs a library that loracast does not ask for
-        raise DocumentError(encrypted) from None
+        raise encrypted from None
     except (MemoryError, RecursionError, DocumentError):
         raise
     except LimitReachedError as error:
@@ -320,27 +308,24 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
             "print it to a new PDF, e.g. with `gs -o out.pdf -sDEVICE=pdfwrite in.pdf`"
         ) from None
     except Exception as error:  # damage makes pypdf raise nearly anything
-        where = f" on page {page_number}" if page_number else ""
         raise DocumentError(
             f"{label} is a damaged PDF ({brief(error)}{where}): repair it with `qpdf in.pdf out.pdf`"
         ) from None
 
-    if not any(pages):
-        damage = f"; {complaints.sentences()[0]}" if complaints.messages else ""
+    usual = Counter(" ".join(line.split())[:120] for line in complaints.getvalue().splitlines()).most_common(5)
+    warnings = [f"damaged in places: {message}" for message, _ in usual]
+    if not lines:
+        scan = "; ".join(["a scan?", *warnings[:1]])
         raise DocumentError(
-            f"{label} has no text layer (a scan?{damage}): recognise its text with `ocrmypdf in.pdf out.pdf` and "
-            "read out.pdf"
+            f"{label} has no text layer ({scan}): recognise its text with `ocrmypdf in.pdf out.pdf` and read out.pdf"
         )
-    text = join_lines([line for lines in pages for line in lines])
-    if any("\ud800" <= c <= "\udfff" for c in text):  # join surrogate pairs; lone halves cannot be written
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    text = normalise(text)
+    # Pairs of surrogates are joined; lone halves cannot be written.
+    text = normalise(join_lines(lines).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     n_unknown = text.count("\ufffd") + sum("\ue000" <= c <= "\uf8ff" for c in text)
     if n_unknown > len(text) // 5:
         raise DocumentError(
             f"{label} has fonts that do not map to characters: use `ocrmypdf --force-ocr in.pdf out.pdf`"
         )
-    warnings = complaints.sentences()
     if scans:
         shown = ", ".join(map(str, scans[:10])) + (" ..." if len(scans) > 10 else "")
         warnings.append(
@@ -351,43 +336,39 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     return Parsed(text, title, n_pages, tuple(warnings))
 
 
+class _Run(NamedTuple):
+    """A piece of a line that is set alike."""
+
+    text: str
+    size: float
+    height: float
+    is_bold: bool
+
+
 def _page_lines(page: Any, number: int) -> list[Line]:
     """The lines of a page in pypdf's order, each with its size in points and its height on the page."""
-    lines: list[Line] = []
-    text: list[str] = []
-    sizes: Counter[float] = Counter()
-    bold = 0
-    height: float | None = None
+    lines: list[list[_Run]] = [[]]
 
-    def end_line() -> None:
-        nonlocal bold, height
-        joined = " ".join("".join(text).translate(_LIGATURES).split())
-        if joined:
-            size = sizes.most_common(1)[0][0] if sizes else 0.0
-            lines.append(Line(joined, size, height, number, 2 * bold > len(joined)))
-        text.clear()
-        sizes.clear()
-        bold, height = 0, None
-
-    def visit(run: str, cm: list[float], tm: list[float], font: Any, font_size: float) -> None:
-        nonlocal bold, height
-        for i, piece in enumerate(run.split("\n")):
-            if i:
-                end_line()
-            if not piece.strip():
-                text.append(piece)
-                continue
-            text.append(piece)
-            size = abs(font_size) * hypot(tm[2], tm[3]) * hypot(cm[2], cm[3])
-            sizes[round(2 * size) / 2] += len(piece)
-            name = str(font.get("/BaseFont", "")) if font else ""
-            bold += len(piece) if any(word in name for word in ("Bold", "Black", "Heavy")) else 0
-            if height is None:
-                height = tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
+    def visit(text: str, cm: list[float], tm: list[float], font: Any, font_size: float) -> None:
+        size = round(2 * abs(font_size) * hypot(tm[2], tm[3]) * hypot(cm[2], cm[3])) / 2
+        name = str(font.get("/BaseFont", "")) if font else ""
+        is_bold = any(word in name for word in ("Bold", "Black", "Heavy"))
+        runs = [_Run(piece, size, tm[4] * cm[1] + tm[5] * cm[3] + cm[5], is_bold) for piece in text.split("\n")]
+        lines[-1].append(runs[0])
+        lines.extend([run] for run in runs[1:])
 
     page.extract_text(visitor_text=visit)
-    end_line()
-    return lines
+    joined = []
+    for runs in lines:
+        text = " ".join("".join(run.text for run in runs).translate(_LIGATURES).split())
+        sizes: Counter[float] = Counter()
+        seen = [run for run in runs if run.text.strip()]
+        for run in seen:
+            sizes[run.size] += len(run.text)
+        if text:
+            n_bold = sum(len(run.text) for run in seen if run.is_bold)
+            joined.append(Line(text, sizes.most_common(1)[0][0], seen[0].height, number, 2 * n_bold > len(text)))
+    return joined
 
 
 def _filled_in(page: Any, number: int) -> list[Line]:
@@ -420,18 +401,3 @@ def _has_image(page: Any) -> bool:
     except KeyError:
         return False
     return any(objects[name].get("/Subtype") == "/Image" for name in objects)  # by name: [] follows references
-
-
-class _Complaints(logging.Handler):
-    """pypdf repairs what it can and only logs it; what it logs may be missing text, which the caller must hear of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: Counter[str] = Counter()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if len(self.messages) < 1000:
-            self.messages[" ".join(record.getMessage().split())[:120]] += 1
-
-    def sentences(self) -> list[str]:
-        return [f"damaged in places: {message}" for message, _ in self.messages.most_common(5)]

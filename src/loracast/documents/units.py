@@ -83,8 +83,9 @@ HEADING, PARAGRAPH, LINE, SENTENCE = 0.0, 0.1, 0.3, 0.8
 CLAUSE, WORD, IDEOGRAPH, INSIDE = 8.0, 10.0, 12.0, 100.0
 DANGLING = 11.0  # between a heading and what it heads
 
-_PARAGRAPH = re.compile(r"\n[ \t]*\n")
-SENTENCE_END = re.compile(r"""(?P<stop>(?<![.!?…])[.!?…]++)["'”’»)\]]*(?=\s)|[。！？]+[」』”’]*(?=\S)""")
+_PARAGRAPH = re.compile(r"\n[ \t\r]*\n")
+_NEWLINE = re.compile("\n")
+_SENTENCE_END = re.compile(r"""(?P<stop>(?<![.!?…])[.!?…]++)["'”’»)\]]*(?=\s)|[。！？]+[」』”’]*(?=\S)""")
 _CLAUSE = re.compile(r"[;:,–—](?=\s)")
 _SPACE = re.compile(r"\s")
 _WORD_BEFORE = re.compile(r"[\w.]*$")
@@ -125,44 +126,30 @@ class SeamFinder:
 
     def best(self, low: int, high: int, fallbacks: Sequence[int] = ()) -> Seam | None:
         """The cheapest seam with low < offset <= high, the last of equals; `fallbacks` are offsets of token starts."""
-        text, found = self.text, None
         i = bisect_right(self.section_starts, high) - 1
         if i >= 0 and self.section_starts[i] > low:
             return Seam(self.section_starts[i], HEADING)
+        spaces = [Seam(self.text.rfind(mark, low, high + 1), WORD) for mark in " \n"]
+        found = [seam for seam in (*self.seams(low, high), *spaces) if low < seam.offset <= high]
+        if not found and (space := _SPACE.search(self.text, low + 1, high + 1)):  # a tab, a space of Unicode's
+            found = [Seam(space.start(), WORD)]
+        found = found or [seam for seam in map(self._inside, fallbacks) if low < seam.offset <= high]
+        return min(reversed(found), key=lambda seam: seam.cost, default=None)
 
-        def offer(offset: int, cost: float) -> None:
-            nonlocal found
-            if low < offset <= high and (found is None or cost <= found.cost):
-                found = Seam(offset, cost)
-
+    def seams(self, low: int, high: int) -> Iterator[Seam]:
+        """The ends of paragraphs, lines, sentences and clauses from `low` to `high`, kind after kind."""
+        text = self.text
         for match in _PARAGRAPH.finditer(text, low, high + 2):
-            offer(match.start(), DANGLING if match.start() in self.heading_ends else PARAGRAPH)
-        if found is not None and found.cost <= PARAGRAPH:
-            return found
-        newline = text.find("\n", low, high + 1)
-        while newline >= 0:
-            offer(newline, self.line_cost(newline))
-            newline = text.find("\n", newline + 1, high + 1)
-        if found is not None and found.cost <= LINE:
-            return found
-        for match in SENTENCE_END.finditer(text, low, high + 1):
+            yield Seam(match.start(), DANGLING if match.start() in self.heading_ends else PARAGRAPH)
+        for match in _NEWLINE.finditer(text, low, high + 1):
+            yield Seam(match.start(), self._line_cost(match.start()))
+        for match in _SENTENCE_END.finditer(text, low, high + 1):
             if match["stop"] is None or ends_sentence(text, match.start("stop"), match.end()):
-                offer(match.end(), SENTENCE)
-        if found is not None and found.cost <= SENTENCE:
-            return found
+                yield Seam(match.end(), SENTENCE)
         for match in _CLAUSE.finditer(text, low, high + 1):
-            offer(match.end(), CLAUSE)
-        if found is None or found.cost > WORD:
-            for space in (text.rfind(" ", low, high + 1), text.rfind("\n", low, high + 1)):
-                offer(space, WORD)
-        if found is None and (space_like := _SPACE.search(text, low + 1, high + 1)):  # a tab, a space of Unicode's
-            offer(space_like.start(), WORD)
-        if found is None:
-            for offset in fallbacks:
-                offer(*self._inside(offset))
-        return found
+            yield Seam(match.end(), CLAUSE)
 
-    def line_cost(self, newline: int) -> float:
+    def _line_cost(self, newline: int) -> float:
         """What a single newline is worth: the end of an item or a row, or merely the wrapping of a sentence."""
         text = self.text
         if newline in self.heading_ends:
@@ -177,14 +164,14 @@ class SeamFinder:
         is_wrapped = not line or len(line) > _SHORT_LINE or below[:1].islower()
         return CLAUSE if is_wrapped else LINE
 
-    def _inside(self, offset: int) -> tuple[int, float]:
+    def _inside(self, offset: int) -> Seam:
         text = self.text
         end = min(len(text), offset + _LONGEST_CLUSTER)
         while 0 < offset < end and (
             unicodedata.combining(text[offset]) or text[offset] in "\u200d\ufe0f" or text[offset - 1] == "\u200d"
         ):
             offset += 1  # a letter keeps its accents
-        return offset, IDEOGRAPH if _UNSPACED.match(text, max(0, offset - 1)) else INSIDE
+        return Seam(offset, IDEOGRAPH if _UNSPACED.match(text, max(0, offset - 1)) else INSIDE)
 
 
 def ends_sentence(text: str, dot: int, end: int) -> bool:
@@ -207,9 +194,8 @@ def ends_sentence(text: str, dot: int, end: int) -> bool:
     return not (word.isdigit() and is_first)  # "1." opens an item
 
 
-_BREAK = re.compile(rf"(?P<semicolon>;)(?=\s)|(?P<lines>(?<!\s)\s*\n\s*)|{SENTENCE_END.pattern}")
+_SEMICOLON = re.compile(r";(?=\s)")
 _LONGEST_PARENTHESIS = 300  # characters; so that a long line takes no time for each of its semicolons
-_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
 
 def sentence_spans(text: str, rows: Sequence[int] = ()) -> list[tuple[int, int]]:
@@ -222,7 +208,9 @@ def sentence_spans(text: str, rows: Sequence[int] = ()) -> list[tuple[int, int]]
         rows: where lines begin that are rows of tables, in order.
     """
     ends = [len(text) if (end := text.find("\n", start)) < 0 else end for start in rows]
-    kept = (cut for cut in _cuts(text) if (i := bisect_left(rows, cut) - 1) < 0 or cut >= ends[i])
+    found = [seam.offset for seam in SeamFinder(text).seams(0, len(text)) if seam.cost != CLAUSE]
+    found += [match.end() for match in _SEMICOLON.finditer(text) if not _is_in_parentheses(text, match.start())]
+    kept = (cut for cut in found if (i := bisect_left(rows, cut) - 1) < 0 or cut >= ends[i])
     cuts = sorted({0, *rows, *ends, *kept, len(text)})
     spans = []
     for start, end in pairwise(cuts):
@@ -244,17 +232,3 @@ def _is_in_parentheses(text: str, at: int) -> bool:
     before = text[max(0, at - _LONGEST_PARENTHESIS) : at]
     line = before[before.rfind("\n") + 1 :]
     return line.rfind("(") > line.rfind(")")
-
-
-def _cuts(text: str) -> Iterator[int]:
-    finder = SeamFinder(text)
-    for match in _BREAK.finditer(text):
-        if match["semicolon"]:
-            if not _is_in_parentheses(text, match.start()):
-                yield match.end()
-        elif lines := match["lines"]:
-            newline = match.start() + lines.index("\n")
-            if _BLANK_LINE.search(lines) or finder.line_cost(newline) != CLAUSE:
-                yield match.end()
-        elif match["stop"] is None or ends_sentence(text, match.start("stop"), match.end()):
-            yield match.end()
