@@ -52,7 +52,6 @@ from loracast import files as workfolders
 from loracast.cli import app
 from loracast.cli.terminal import prompt_interrupts
 from loracast.hypernets.encoders import load_text_encoder
-from loracast.hypernets.store import save_pretrained
 from loracast.library import register
 from loracast.library.library import Library
 from loracast.lora.algebra import uniform
@@ -83,7 +82,7 @@ class Rounds:
         encoder = make_sentence_encoder(folder / "encoder")
         tasks = for_base(make_task_hypernet(base, encoder, 4, 30.0), base.fingerprint)
         tasks.remember_seen(load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
-        save_pretrained(tasks, folder / "tasks", storage="float32")
+        tasks.save_pretrained(folder / "tasks", storage="float32")
         models = folder / "base", folder / "hypernetwork"
         self.model = loracast.answering.model.load(*models, library=self.library, device="cpu")
         for number, name in enumerate(NAMES):

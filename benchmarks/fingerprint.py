@@ -126,13 +126,13 @@ def of_tasks(model: Model) -> list[str]:
 
 def of_files(model: Model) -> dict[str, dict[str, str]]:
     """By kind of measurement, the ids of weights, hashes of word data, and the type in which figures are computed."""
-    from loracast.hypernets.store import from_pretrained
+    from loracast.hypernets.protocol import Hypernetwork
 
     def data(*names: str) -> str:
         return digest([hashlib.sha256((CONTENT / name).read_bytes()).hexdigest() for name in names])
 
     shipped = ROOT / "src" / "loracast" / "pretrained"
-    weights = {kind: from_pretrained(shipped / name).id for kind, name in SHIPPED.items()}
+    weights = {kind: Hypernetwork.from_pretrained(shipped / name).id for kind, name in SHIPPED.items()}
     dtype = str(fastest_dtype("cpu")).removeprefix("torch.")
     words = data("word_vectors.safetensors", "relevance.toml")
     return {

@@ -114,11 +114,10 @@ def one_embedded_base(load_embedded_base, monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_hypernet_folder(base, tmp_path_factory) -> Path:
     """The tiny hypernetwork, saved."""
-    from loracast.hypernets.store import save_pretrained
     from tiny import make_hypernet
 
     folder = tmp_path_factory.mktemp("tiny-hypernet")
-    save_pretrained(make_hypernet(base), folder, storage="float32")
+    make_hypernet(base).save_pretrained(folder, storage="float32")
     return folder
 
 
@@ -166,12 +165,11 @@ def suite(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def hypernetwork(base, tmp_path_factory) -> Path:
     """The folder of a random hypernetwork for the tiny base that reads tasks with a tiny sentence encoder."""
-    from loracast.hypernets.store import save_pretrained
     from tiny import make_sentence_encoder, make_task_hypernet
 
     folder = tmp_path_factory.mktemp("hypernetwork")
     encoder = make_sentence_encoder(folder / "encoder")
-    save_pretrained(make_task_hypernet(base, encoder, 6, 40.0), folder / "h", storage="float32")
+    make_task_hypernet(base, encoder, 6, 40.0).save_pretrained(folder / "h", storage="float32")
     return folder / "h"
 
 

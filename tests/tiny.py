@@ -89,12 +89,11 @@ def make_hypernet(base, seed: int = 0, **options):
 def save_models(folder: Path):
     """Write a tiny base and a hypernetwork for it as folders `base` and `hypernetwork`; the base, loaded."""
     from loracast.base.load import load_base
-    from loracast.hypernets.store import save_pretrained
 
     make_model().save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
     base = load_base(folder / "base", device="cpu", dtype="float32")
-    save_pretrained(make_hypernet(base), folder / "hypernetwork", storage="float32")
+    make_hypernet(base).save_pretrained(folder / "hypernetwork", storage="float32")
     return base
 
 

@@ -17,7 +17,6 @@ from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.hypernets.encoders import BaseTextEncoder
-from loracast.hypernets.store import save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.library.adapter import FACTORS
 from loracast.library.library import Library
@@ -38,7 +37,7 @@ def task_hypernetwork(base, tmp_path_factory):
     from loracast.hypernets.encoders import load_text_encoder
 
     hypernet.remember_seen(load_text_encoder(str(encoder))(KNOWN))
-    save_pretrained(for_base(hypernet, base.fingerprint), folder / "hypernetwork", storage="float32")
+    for_base(hypernet, base.fingerprint).save_pretrained(folder / "hypernetwork", storage="float32")
     return folder / "hypernetwork"
 
 
@@ -200,7 +199,7 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
     torch.manual_seed(3)
     hypernet = TextToLoRA(TextToLoRAConfig(48, target.rows, encoder="base", rank=2, width=16, head_width=16))
     hypernet.heads["q_proj"].scaler_b.data.fill_(1.0)
-    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "h", storage="float32")
+    for_base(hypernet, base.fingerprint).save_pretrained(tmp_path / "h", storage="float32")
     arguments = [
         "task",
         SENTENCE,
@@ -218,6 +217,6 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
     with torch.no_grad():
         expected = hypernet.eval()(BaseTextEncoder(load_base(tiny_folder, device="cpu"))([SENTENCE])).row(0)
     assert close(expected, Model(base, tmp_path / "l").adapter("t").lora())
-    save_pretrained(for_base(hypernet, dataclasses.replace(base.fingerprint, norms="0" * 16)), tmp_path / "h")
+    for_base(hypernet, dataclasses.replace(base.fingerprint, norms="0" * 16)).save_pretrained(tmp_path / "h")
     done = CliRunner().invoke(app, [*arguments, "--replace", "--base", str(tiny_folder)])
     assert done.exit_code == 1 and "the weights differ" in done.stderr.replace("\n", " ")

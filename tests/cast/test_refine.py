@@ -20,7 +20,6 @@ from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.store import save_pretrained
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
 from loracast.lab.evaluation.tasks import TaskSetup, draw
@@ -41,7 +40,7 @@ def caster(base, tmp_path) -> TaskCaster:
     for part in (*hypernet.shared.values(), *hypernet.encoder_lora.values()):
         part.b.data.mul_(0.05)
     hypernet.up.data.mul_(0.05)
-    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
+    for_base(hypernet, base.fingerprint).save_pretrained(tmp_path / "hypernetwork", storage="float32")
     return TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
 
 

@@ -15,7 +15,6 @@ from loracast.cast.task import TaskCaster
 from loracast.documents.task_spec import STYLES, Example, TaskSpec, as_examples, read_examples
 from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
-from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.lab.data.tasks import Task, read_tasks
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multitask
@@ -252,15 +251,15 @@ def test_training_goes_on_from_a_hypernetwork_without_its_task_bank(base, tmp_pa
     train_text(base, first, tasks, tmp_path / "first")
     bank = TextRecipe(data=data, training=training, task_bank_only=True, hypernetwork={"task_bank_rank": 2})
     train_text(base, bank, tasks, tmp_path / "bank", init_from=tmp_path / "first")
-    assert from_pretrained(tmp_path / "bank", AttentionDeltaToLoRA).config.bank_sizes
+    assert AttentionDeltaToLoRA.from_pretrained(tmp_path / "bank").config.bank_sizes
     examples = TextRecipe(
         data=dataclasses.replace(data, examples_read=3), training=training, encoder_lora_is_trained=True,
         hypernetwork={"task_bank_rank": 0, "examples_at_once": 3},
     )  # fmt: skip
     train_text(base, examples, tasks, tmp_path / "examples", init_from=tmp_path / "bank")
-    hypernet = from_pretrained(tmp_path / "examples", AttentionDeltaToLoRA)
+    hypernet = AttentionDeltaToLoRA.from_pretrained(tmp_path / "examples")
     assert hypernet.task_bank is None and not hypernet.config.bank_sizes and hypernet.examples_at_once == 3
-    before = from_pretrained(tmp_path / "bank", AttentionDeltaToLoRA).encoder_lora_batch().row(0)
+    before = AttentionDeltaToLoRA.from_pretrained(tmp_path / "bank").encoder_lora_batch().row(0)
     after = hypernet.encoder_lora_batch().row(0)
     assert any(not torch.equal(before.delta(name), after.delta(name)) for name in before.names)
 
@@ -282,7 +281,7 @@ def test_the_reader_learns_from_examples_in_its_prompt(base, tmp_path):
 @pytest.fixture
 def caster(base, tmp_path) -> TaskCaster:
     hypernet = make_attention_delta(base, examples_at_once=3)
-    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
+    for_base(hypernet, base.fingerprint).save_pretrained(tmp_path / "hypernetwork", storage="float32")
     return TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
 
 

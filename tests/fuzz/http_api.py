@@ -15,7 +15,6 @@ import loracast
 from fuzz import mutate
 from fuzz.targets import Files, tiny_base
 from loracast.errors import LoracastError
-from loracast.hypernets.store import save_pretrained
 from loracast.library.library import Library
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
@@ -91,7 +90,7 @@ class Http:
 
     def __init__(self, folder: Path):
         base = tiny_base(folder / "base")
-        save_pretrained(make_hypernet(base), folder / "hypernetwork", storage="float32")
+        make_hypernet(base).save_pretrained(folder / "hypernetwork", storage="float32")
         self.library, self.first = folder / "library", folder / "first"
         self.model = loracast.load(folder / "base", folder / "hypernetwork", library=self.first, device="cpu")
         fill(self.model)

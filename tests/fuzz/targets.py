@@ -27,7 +27,7 @@ from loracast.documents import images, read, read_document
 from loracast.documents.chunks import split_text
 from loracast.documents.file_types import Limits, Parsed
 from loracast.errors import DocumentError, LoracastError
-from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.hypernets.protocol import Hypernetwork
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.lora.algebra import LoRA, uniform
@@ -183,7 +183,7 @@ class Hypernetworks:
         self.valid = []
         for i, hypernet in enumerate([*made, make_attention_delta(base)]):
             for storage in ("float32", "bfloat16"):
-                save_pretrained(hypernet, folder / f"{i}-{storage}", storage=storage)
+                hypernet.save_pretrained(folder / f"{i}-{storage}", storage=storage)
                 files = files_in(folder / f"{i}-{storage}")
                 files.pop("README.md")
                 self.valid.append(files)
@@ -195,7 +195,7 @@ class Hypernetworks:
         )  # fmt: skip
 
     def read(self, folder: Path) -> None:
-        hypernet = from_pretrained(folder)
+        hypernet = Hypernetwork.from_pretrained(folder)
         assert len(hypernet.id) > 8 and hypernet.config.target.modules, "a hypernetwork without an id or a target"
 
 
@@ -232,8 +232,8 @@ class Checkpoints:
         hypernet = convert(file, self.facts)
         if file.name == "hypermod.pt":
             with tempfile.TemporaryDirectory() as place:
-                save_pretrained(hypernet, Path(place), storage="float32")
-                from_pretrained(place)
+                hypernet.save_pretrained(Path(place), storage="float32")
+                Hypernetwork.from_pretrained(place)
 
 
 class Documents:

@@ -16,7 +16,6 @@ from loracast.documents.task_spec import Example, TaskSpec, as_examples, with_de
 from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import KEPT_RANK, AttentionDeltaToLoRA
 from loracast.hypernets.attention_deltas import POSITIONS
-from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.training.document_start import fit_position_probes
 from loracast.lab.training.loop import TrainConfig
@@ -138,7 +137,7 @@ def test_no_deeper_than_asked_for(base):
 
 def test_an_adapter_is_the_best_of_rank_12_and_descent_starts_from_all_of_it(base, tmp_path):
     hypernet = make_attention_delta(base, rank=6, shared_rank=16)
-    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
+    for_base(hypernet, base.fingerprint).save_pretrained(tmp_path / "hypernetwork", storage="float32")
     caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
     sentence = DESCRIPTIONS[0]
     whole = caster.hypernetwork(caster.caster.encode([sentence]).states[:, 0]).row(0)
@@ -157,7 +156,7 @@ def test_an_adapter_is_the_best_of_rank_12_and_descent_starts_from_all_of_it(bas
 
 def test_what_is_cast_without_being_finite_is_refused_and_nothing_is_kept(base, tmp_path):
     hypernet = make_attention_delta(base, rank=6, shared_rank=16)
-    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
+    for_base(hypernet, base.fingerprint).save_pretrained(tmp_path / "hypernetwork", storage="float32")
     caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
     caster.hypernetwork.up.data[0] = float("inf")  # as an overflow gives; a file with it is refused
     for examples in ((), [("hot", "cold"), ("big", "small")]):
@@ -251,8 +250,8 @@ def test_it_knows_what_is_far_and_what_describes_nothing(base):
 
 def test_kept_and_read_again(base, tmp_path):
     hypernet = make_attention_delta(base)
-    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path, storage="float32")
-    again = from_pretrained(tmp_path, AttentionDeltaToLoRA)
+    for_base(hypernet, base.fingerprint).save_pretrained(tmp_path, storage="float32")
+    again = AttentionDeltaToLoRA.from_pretrained(tmp_path)
     made_for = again.made_for
     assert made_for == base.fingerprint and again.config == hypernet.config
     one, other = (h(h.text_encoder(base)(DESCRIPTIONS)) for h in (hypernet, again))
@@ -262,7 +261,7 @@ def test_kept_and_read_again(base, tmp_path):
 
 def test_a_user_casts_a_description(base, tmp_path):
     hypernet = make_attention_delta(base)
-    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
+    for_base(hypernet, base.fingerprint).save_pretrained(tmp_path / "hypernetwork", storage="float32")
     caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), Library(tmp_path / "library"))
     adapter = caster.task(DESCRIPTIONS[0], "opposite", storage="bf16")
     assert adapter.manifest.ranks == {"q_proj": 3, "o_proj": 8, "down_proj": 3}
@@ -319,7 +318,7 @@ def test_it_learns_tasks_and_shuts_for_gibberish(base, tmp_path):
     rows: list[dict[str, float]] = []
     tasks = read_tasks(write_suite(tmp_path))
     train_text(base, recipe(null_condition_weight=0.3), tasks, tmp_path / "run", on_metrics=rows.append)
-    hypernet = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
+    hypernet = AttentionDeltaToLoRA.from_pretrained(tmp_path / "run")
     assert rows[-1]["answer_loss"] < 0.7 * rows[0]["answer_loss"] and hypernet.config.n_seen == 4
     reader = hypernet.text_encoder(base)
     seen, nonsense = (
@@ -328,7 +327,7 @@ def test_it_learns_tasks_and_shuts_for_gibberish(base, tmp_path):
     assert nonsense < 0.5 * seen
     again = dataclasses.replace(recipe(), hypernetwork={}, training=TrainConfig(steps=1, warmup_steps=1, bf16=False))
     train_text(base, again, tasks, tmp_path / "next", init_from=tmp_path / "run")
-    assert from_pretrained(tmp_path / "next", AttentionDeltaToLoRA).config == hypernet.config
+    assert AttentionDeltaToLoRA.from_pretrained(tmp_path / "next").config == hypernet.config
 
 
 @pytest.mark.parametrize("is_trained", [False, True])
@@ -342,7 +341,7 @@ def test_reading_and_what_all_share_start_from_a_multitask_lora(base, tmp_path, 
         recipe(encoder_lora_is_trained=is_trained), training=dataclasses.replace(training, lr=1e-3)
     )
     train_text(base, settings, tasks, tmp_path / "run", shared_from=tmp_path / "multitask")
-    hypernet = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
+    hypernet = AttentionDeltaToLoRA.from_pretrained(tmp_path / "run")
     trained, read_with = LoRA(read_peft(tmp_path / "multitask")), hypernet.encoder_lora_batch().row(0)
     unchanged = [
         torch.allclose(read_with.delta(name), trained.delta(name).float(), atol=1e-6, rtol=1e-4)
@@ -368,7 +367,7 @@ def test_options_of_the_other_variants_are_refused(base, tmp_path):
 
 def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, hypernetwork, tmp_path):
     """Of text-to-LoRA too: its published code took its modules from a set, so that factors could swap."""
-    save_pretrained(for_base(make_attention_delta(base), base.fingerprint), tmp_path / "delta", storage="bfloat16")
+    for_base(make_attention_delta(base), base.fingerprint).save_pretrained(tmp_path / "delta", storage="bfloat16")
     hypernetworks = [str(tmp_path / "delta"), str(hypernetwork)]
     here = digests_of_loras(str(tiny_folder), hypernetworks, DESCRIPTIONS)
     assert len({*here}) == 2

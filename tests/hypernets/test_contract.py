@@ -20,7 +20,7 @@ from loracast.errors import BaseModelError, ConfigError, EncoderError, Hypernetw
 from loracast.hypernets.config import ModuleRow
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Cast, Hypernetwork
-from loracast.hypernets.store import from_pretrained, read_made_for, save_pretrained, with_config
+from loracast.hypernets.store import read_made_for, with_config
 from loracast.lora.target import Target, TargetModule, target_from_config
 from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet, make_model, make_tokenizer
 
@@ -46,7 +46,7 @@ def make(base, hypernetwork):
 
     def make(architecture: str, **options):
         if architecture == "task":
-            return from_pretrained(hypernetwork)
+            return Hypernetwork.from_pretrained(hypernetwork)
         if architecture == "attention_delta":
             return make_attention_delta(base, **options)
         if architecture == "published":
@@ -209,7 +209,7 @@ def test_without_a_base_a_hypernetwork_of_another_one_is_refused_before_the_defa
     make, tmp_path, monkeypatch
 ):
     hypernet = make("document")
-    save_pretrained(hypernet, tmp_path / "other")
+    hypernet.save_pretrained(tmp_path / "other")
     monkeypatch.setattr("loracast.answering.model.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
     for loader in (load, partial(load, eager=False)):
         with pytest.raises(BaseModelError, match=f"was made for the base {hypernet.made_for.base!r}, .*--base"):
@@ -230,8 +230,8 @@ def test_the_id_is_that_of_config_and_weights(make, base, architecture, tmp_path
     changed = with_config(hypernet, changes.get(architecture, {"scale": 2.0}))
     assert changed.id != hypernet.id
     assert all(torch.equal(value, changed.state_dict()[name]) for name, value in hypernet.state_dict().items())
-    save_pretrained(hypernet, tmp_path, storage="float32")
-    read = from_pretrained(tmp_path)
+    hypernet.save_pretrained(tmp_path, storage="float32")
+    read = Hypernetwork.from_pretrained(tmp_path)
     assert read.id == hypernet.id == hypernet.bind(base).id and read.former_ids == ()
     before = hypernet.id
     next(iter(hypernet.parameters())).data.flatten()[0] += 1e-3
@@ -260,23 +260,23 @@ def test_format_1_opens_and_remembers_its_former_id(make, tmp_path):
     document = make("memory", max_unscaled_chunks=8)
     task = make("attention_delta", task_bank_rank=2, task_bank_width=3, bank_sizes=(2, 1))
     for folder, hypernet in (("document", document), ("gone", document), ("task", task)):
-        save_pretrained(hypernet, tmp_path / folder, storage="float32")
+        hypernet.save_pretrained(tmp_path / folder, storage="float32")
     former = as_format_1(tmp_path / "document", {"static.": "document_independent."}, DOC_KEYS, **IDLE)
     names = {"encoder_lora.": "reading.", "task_bank.keys": "recall.entries", "task_bank.": "recall.", "seen": "known"}
     other = as_format_1(tmp_path / "task", names, DELTA_KEYS)
     for folder, hypernet, former_id in (("document", document, former), ("task", task, other)):
-        read = from_pretrained(tmp_path / folder)
+        read = Hypernetwork.from_pretrained(tmp_path / folder)
         assert read.config == hypernet.config and read.former_ids == (former_id,)
         assert read.id == hypernet.id != former_id
     as_format_1(tmp_path / "gone", {"static.": "document_independent."}, DOC_KEYS, **IDLE | {"whitened": True})
     with pytest.raises(ConfigError, match=r"trained with whitened, which .* no longer has: use loracast 0\.1"):
-        from_pretrained(tmp_path / "gone")
+        Hypernetwork.from_pretrained(tmp_path / "gone")
 
 
 def test_each_modality_takes_its_own_hypernetworks_only(make, base, tmp_path):
     image = make_hypernet(base, encoder="lenses", encoder_fingerprint="e" * 16)
     for modality, hypernet in (("document", make("document")), ("task", make("task")), ("image", image)):
-        save_pretrained(hypernet, tmp_path / modality)
+        hypernet.save_pretrained(tmp_path / modality)
         for wanted in {"document", "task", "image"} - {modality}:
             with pytest.raises(HypernetworkError, match=f"casts {modality}s, and {wanted}s are wanted"):
                 load_caster(tmp_path / modality, wanted, base)

@@ -77,7 +77,7 @@ def test_at_the_dummy_input_it_reads_what_the_hypernetwork_does(family):
 def test_the_inputs_of_projections_are_those_under_merged_weights(base):
     hypernet = make_attention_delta(base)
     encoder = hypernet.text_encoder(base)
-    lora = hypernet(encoder(DESCRIPTIONS[:1])).rows(0, 1)
+    lora = hypernet(encoder(DESCRIPTIONS[:1])).take([0])
     ids = base.chat.prompt("big", "")
     merged = copy.deepcopy(base.model)
     with torch.no_grad():

@@ -247,7 +247,7 @@ def test_a_checkpoint_that_lacks_tensors_is_refused_with_their_names():
         doc_to_lora(whole, BASE, (), ())
     whole = checkpoint_of(("down_proj",), BASE)
     whole["head.weight"] = torch.zeros(3, 16, 5)
-    with pytest.raises(HypernetworkError, match=r"heads\.down_proj\.weight is \(3, 16, 5\), not \(3, 16, 64\)"):
+    with pytest.raises(HypernetworkError, match=r"size mismatch for heads\.down_proj\.weight"):
         doc_to_lora(whole, BASE, (), ())
 
 

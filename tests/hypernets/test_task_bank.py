@@ -10,7 +10,7 @@ import torch
 from loracast.errors import ConfigError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.descriptions import TaskBank
-from loracast.hypernets.store import from_pretrained, save_pretrained, with_config
+from loracast.hypernets.store import with_config
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
@@ -115,8 +115,8 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
     recalling.task_bank.cores.data.normal_()
     (name, *_) = (name for name in one.factors if name.endswith("o_proj"))
     assert not torch.allclose(recalling(read).row(1).delta(name), one.row(1).delta(name))
-    save_pretrained(for_base(recalling, base.fingerprint), tmp_path, storage="float32")
-    again = from_pretrained(tmp_path, AttentionDeltaToLoRA)
+    for_base(recalling, base.fingerprint).save_pretrained(tmp_path, storage="float32")
+    again = AttentionDeltaToLoRA.from_pretrained(tmp_path)
     assert again.config == recalling.config
     for name, factors in recalling(read).factors.items():
         assert torch.equal(factors.b, again(read).factors[name].b)
@@ -184,7 +184,7 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     rows: list[dict[str, float]] = []
     train_text(base, recipe(), tasks, tmp_path / "run", init_from=tmp_path / "first", on_metrics=rows.append)
     assert rows[-1]["answer_loss"] < 0.8 * rows[0]["answer_loss"]
-    before, after = (from_pretrained(tmp_path / run, AttentionDeltaToLoRA) for run in ("first", "run"))
+    before, after = (AttentionDeltaToLoRA.from_pretrained(tmp_path / run) for run in ("first", "run"))
     weights = after.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in before.state_dict().items())
     assert after.config.bank_sizes == source.n_descriptions and after.task_bank is not None
@@ -192,7 +192,7 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     half = dataclasses.replace(recipe(), training=dataclasses.replace(recipe().training, budget_s=0.0))
     for settings in (half, recipe()):
         train_text(base, settings, tasks, tmp_path / "again", init_from=tmp_path / "first")
-    other = from_pretrained(tmp_path / "again", AttentionDeltaToLoRA)
+    other = AttentionDeltaToLoRA.from_pretrained(tmp_path / "again")
     assert torch.equal(other.task_bank.cores, after.task_bank.cores)
 
 
@@ -205,8 +205,8 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     ],
 )
 def test_what_does_not_go_together(base, tmp_path, options, message):
-    save_pretrained(
-        for_base(make_attention_delta(base, kinds=("o_proj", "down_proj")), base.fingerprint), tmp_path / "first"
+    for_base(make_attention_delta(base, kinds=("o_proj", "down_proj")), base.fingerprint).save_pretrained(
+        tmp_path / "first"
     )
     with pytest.raises(ConfigError, match=message):
         train_text(

@@ -20,7 +20,6 @@ from loracast.base.load import Base
 from loracast.errors import ConfigError, EncoderError, HypernetworkError, PackageError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import BaseTextEncoder, SentenceEncoder, load_text_encoder
-from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.algebra import inject
 from loracast.lora.target import target_from_config
@@ -146,8 +145,8 @@ def test_bad_configs_are_refused(changes, message):
 @variants
 def test_the_file_gives_the_same_loras(variant, tmp_path):
     hypernet = make(variant)
-    save_pretrained(for_base(hypernet, MADE_FOR), tmp_path, storage="float32")
-    read = from_pretrained(tmp_path, TextToLoRA)
+    for_base(hypernet, MADE_FOR).save_pretrained(tmp_path, storage="float32")
+    read = TextToLoRA.from_pretrained(tmp_path)
     made_for = read.made_for
     assert made_for == MADE_FOR and read.config == hypernet.config
     weights = read.state_dict()
@@ -156,7 +155,7 @@ def test_the_file_gives_the_same_loras(variant, tmp_path):
     for one, other in zip(hypernet(embeddings).factors.values(), read(embeddings).factors.values(), strict=True):
         torch.testing.assert_close((one.a, one.b), (other.a, other.b))  # where tensors lie in memory changes last bits
     with pytest.raises(HypernetworkError, match="holds a TextToLoRA; this takes a DocToLoRA"):
-        from_pretrained(tmp_path, DocToLoRA)
+        DocToLoRA.from_pretrained(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- text encoders

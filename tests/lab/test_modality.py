@@ -22,8 +22,7 @@ from loracast.documents.images import read_image_file
 from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import Encoder, Features, ImageEncoder, load_image_encoder
-from loracast.hypernets.protocol import Caster
-from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.evaluation.modality import ALL, HELD_OUT, TRAINED, ModalityEvalConfig, evaluate_modality
 from loracast.lab.evaluation.plots import confusion, sheet
@@ -211,14 +210,14 @@ def trained(base, tmp_path_factory, request):
 def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, trained):
     run, seen = trained
     assert seen[0]["exact"] < 0.2 and np.mean([m["exact"] for m in seen[-10:]]) > 0.7
-    hypernet = from_pretrained(run, DocToLoRA)
+    hypernet = DocToLoRA.from_pretrained(run)
     assert hypernet.config.encoder == hypernet.config.encoder_fingerprint == WaveEncoder().fingerprint
     fresh = DocToLoRA(hypernet.config)
     assert not fresh(WaveEncoder()(torch.randn(2, 1, 64, generator=FREE))).loras.squared_norms().any()
 
 
 def test_a_probe_without_enough_images_is_refused_before_anything_is_scored(base, trained, tmp_path):
-    caster, test = Caster(from_pretrained(trained[0]), WaveEncoder()), make_waves(4, 6, seed=9)
+    caster, test = Caster(Hypernetwork.from_pretrained(trained[0]), WaveEncoder()), make_waves(4, 6, seed=9)
     with pytest.raises(ConfigError, match="two images of each class"):
         evaluate_modality(base, caster, make_waves(4, 1), test, ModalityEvalConfig(), tmp_path)
     report, _ = evaluate_modality(base, caster, make_waves(4, 3), test, ModalityEvalConfig(), tmp_path)
@@ -227,7 +226,7 @@ def test_a_probe_without_enough_images_is_refused_before_anything_is_scored(base
 
 def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     """The likeliest name from the loss of the base with the LoRA added to its weights, one example at a time."""
-    caster = Caster(from_pretrained(trained[0]), WaveEncoder())
+    caster = Caster(Hypernetwork.from_pretrained(trained[0]), WaveEncoder())
     known, test = make_waves(4, 24, n_held_out=1), make_waves(4, 6, seed=9, n_held_out=1)
     report, answered = evaluate_modality(base, caster, known, test, ModalityEvalConfig(), tmp_path)
     seen_names = test.names[:3]
@@ -268,7 +267,7 @@ def test_a_run_goes_on_where_it_stopped(base, tmp_path):
     train_modality(base, recipe("training.steps=4", *options), waves, WaveEncoder(), straight)
     for steps in (2, 4):
         train_modality(base, recipe(f"training.steps={steps}", *options), waves, WaveEncoder(), halves)
-    one, other = (from_pretrained(folder, DocToLoRA).state_dict() for folder in (straight, halves))
+    one, other = (DocToLoRA.from_pretrained(folder).state_dict() for folder in (straight, halves))
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], msg=name)
     started = train_modality(
@@ -321,7 +320,7 @@ def seeing(base, vision, tmp_path_factory) -> Path:
     hypernet = DocToLoRA(config)
     for side in (hypernet.head("down_proj").scaler_b, hypernet.static_of("down_proj").b):
         side.data.fill_(0.5)
-    save_pretrained(for_base(hypernet, base.fingerprint), folder, storage="float32")
+    for_base(hypernet, base.fingerprint).save_pretrained(folder, storage="float32")
     return folder
 
 
@@ -380,8 +379,8 @@ def test_each_hypernetwork_keeps_to_its_modality(base, tiny_folder, tiny_hyperne
     with pytest.raises(HypernetworkError, match="give the encoder that it was trained with"):
         load_caster(seeing, "image", encoder=str(make_vision(tmp_path / "other", seed=1)))
     other = dataclasses.replace(base.fingerprint, norms="0" * 16)
-    hypernet = from_pretrained(seeing, DocToLoRA)
-    save_pretrained(for_base(hypernet, other), tmp_path / "foreign", storage="float32")
+    hypernet = DocToLoRA.from_pretrained(seeing)
+    for_base(hypernet, other).save_pretrained(tmp_path / "foreign", storage="float32")
     model = load(
         tiny_folder,
         tiny_hypernet_folder,

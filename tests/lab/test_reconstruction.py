@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from loracast.errors import ConfigError, TrainingError
-from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.training.loop import TrainConfig
@@ -23,7 +22,7 @@ from loracast.lab.training.oracle import (
 from loracast.lab.training.progress import plot_metrics
 from loracast.lab.training.task_source import TaskDataConfig
 from loracast.lab.training.text import TextRecipe, train_text
-from loracast.lora.algebra import LoRA, LoRABatch, stack
+from loracast.lora.algebra import LoRABatch, stack
 from loracast.lora.factors import Factors
 from suites import WordCounts, answer_loss, write_suite
 from tiny import dense, random_lora
@@ -38,10 +37,6 @@ def test_inner_products_and_errors_are_those_of_the_dense_deltas():
         [(dense(a) - dense(b)).norm() ** 2 / dense(b).norm() ** 2 for a, b in zip(ones, others, strict=True)]
     )
     torch.testing.assert_close(relative_square_error(*batches), expected, rtol=1e-4, atol=1e-4)
-    as_dense = stack([LoRA(dense={name: lora.delta(name) for name in lora.names}) for lora in others])
-    torch.testing.assert_close(batches[0].inner(as_dense), batches[0].inner(batches[1]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(as_dense.inner(batches[0]), batches[0].inner(batches[1]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(as_dense.inner(as_dense), batches[1].squared_norms(), rtol=1e-4, atol=1e-4)
 
 
 def test_factors_are_compared_in_units_of_how_much_they_differ():
@@ -88,7 +83,7 @@ def test_descriptions_give_back_the_oracles(match, error, steps, lr, base, word_
     rows: list[dict[str, float]] = []
     train_text(base, text, tasks, tmp_path / "run", oracles=library, on_metrics=rows.append)
     assert rows[0]["relative_error"] > 0.6 and rows[-1]["relative_error"] < error and rows[-1]["tasks"] == 2
-    hypernet = from_pretrained(tmp_path / "run", TextToLoRA)
+    hypernet = TextToLoRA.from_pretrained(tmp_path / "run")
     descriptions = [f"train words for {name}" for name in ("opposite", "shout")]
     made = answer_loss(base, hypernet, descriptions, ["opposite", "shout"], trained_oracles)
     swapped = answer_loss(base, hypernet, descriptions[::-1], ["opposite", "shout"], trained_oracles)

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from loracast.cli import app
 from loracast.documents.task_spec import DEFAULT_STYLE, Example, TaskSpec
 from loracast.errors import ConfigError, TrainingError
-from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lab.data.tasks import Task, read_tasks
 from loracast.lab.training.loop import TrainConfig
@@ -213,7 +212,7 @@ def test_resumed_text_to_lora_equals_uninterrupted(variant, base, word_encoder, 
     train_text(base, recipe, tasks, tmp_path / "parts", on_metrics=stop)
     torch.manual_seed(7)
     train_text(base, recipe, tasks, tmp_path / "parts")
-    whole, parts = (from_pretrained(tmp_path / name, TextToLoRA) for name in ("whole", "parts"))
+    whole, parts = (TextToLoRA.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
     assert whole.made_for == base.fingerprint
     for (name, one), other in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
@@ -234,7 +233,7 @@ def train_on_two(base, out, **options) -> tuple[TextToLoRA, list[dict[str, float
     )
     rows: list[dict[str, float]] = []
     train_text(base, recipe, read_tasks(write_suite(out)), out / "run", on_metrics=rows.append)
-    return from_pretrained(out / "run", TextToLoRA), rows
+    return TextToLoRA.from_pretrained(out / "run"), rows
 
 
 def test_a_task_is_learned_from_its_own_description_and_gibberish_stays_calm(base, word_encoder, tmp_path):
@@ -290,7 +289,7 @@ def test_init_from_takes_the_architecture(base, word_encoder, tmp_path):
     train_text(
         base, TextRecipe(training=training), tasks, tmp_path / "second", init_from=tmp_path / "first", command="second"
     )
-    one, other = (from_pretrained(tmp_path / name, TextToLoRA).state_dict() for name in ("first", "second"))
+    one, other = (TextToLoRA.from_pretrained(tmp_path / name).state_dict() for name in ("first", "second"))
     for name, value in one.items():  # one step further
         torch.testing.assert_close(other[name], value, atol=2e-3, rtol=0)
     config = json.loads((tmp_path / "second" / "config.json").read_text())
@@ -347,7 +346,7 @@ def test_the_command_trains_and_exports(tiny_folder, tmp_path, home):
         app, ["train", "export", str(tmp_path / "run"), "--out", str(tmp_path / "small"), "--json"]
     )
     assert json.loads(exported.stdout)["storage"] == "int8"
-    assert from_pretrained(tmp_path / "small", TextToLoRA).config.rank == 2
+    assert TextToLoRA.from_pretrained(tmp_path / "small").config.rank == 2
     both = ["--average-with", str(tmp_path / "small"), "--out", str(tmp_path / "mean")]
     assert CliRunner().invoke(app, ["train", "export", str(tmp_path / "run"), *both]).exit_code == 0
     assert len(json.loads((tmp_path / "mean" / "config.json").read_text())["provenance"]["average_of"]) == 2

@@ -14,7 +14,6 @@ from loracast.base.chat import encode_text
 from loracast.base.scoring import Episode, Question, divergence, pack, score_answers, soften
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.store import from_pretrained
 from loracast.lab.data.facts import AFTER, INSIDE
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.training.doc import DocRecipe, train_doc
@@ -213,7 +212,7 @@ def test_all_of_it_trains(base, tmp_path):
     train_doc(base, recipe, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"answer_loss", "distillation_loss", "kl_to_base", "l1"} <= set().union(*rows)
-    hypernet = from_pretrained(tmp_path / "run", DocToLoRA)
+    hypernet = DocToLoRA.from_pretrained(tmp_path / "run")
     shared = hypernet.static_of("q_proj")
     assert shared is not None and shared.a.shape[1] == 3 and shared.b.abs().max() > 0
     assert hypernet.config.ranks["q_proj"] == 0

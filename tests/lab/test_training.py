@@ -26,7 +26,6 @@ from loracast.cli import app
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import HiddenStatesEncoder
-from loracast.hypernets.store import from_pretrained
 from loracast.lab.training import document_start as verdicts
 from loracast.lab.training import loop as checkpoint
 from loracast.lab.training.doc import DocRecipe, doc_config, read_doc_recipe, sample_chunks, train_doc
@@ -149,7 +148,7 @@ def test_resumed_doc_to_lora_equals_uninterrupted(memory_layers, base, tmp_path)
     torch.manual_seed(7)
     train_doc(base, recipe, tmp_path / "parts")
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
-    one, other = (from_pretrained(tmp_path / out, DocToLoRA).state_dict() for out in ("whole", "parts"))
+    one, other = (DocToLoRA.from_pretrained(tmp_path / out).state_dict() for out in ("whole", "parts"))
     assert same(one, other)
     assert [r["loss"] for r in metrics_of(tmp_path / "whole")] == [r["loss"] for r in metrics_of(tmp_path / "parts")]
     assert one["heads.down_proj.scaler_b"].abs().max() > 0  # it has learned something
@@ -190,7 +189,7 @@ def test_a_trained_encoder_lora_comes_back_with_the_hypernetwork(base, tmp_path)
         training=TrainConfig(steps=4, log_every=1, warmup_steps=1, lr=1e-2, bf16=False),
     )
     train_doc(base, recipe, tmp_path / "run")
-    hypernet = from_pretrained(tmp_path / "run", DocToLoRA)
+    hypernet = DocToLoRA.from_pretrained(tmp_path / "run")
     depth = max(hypernet.config.reader_layers)
     assert [layer for _, layer, *_ in hypernet.config.encoder_modules] == list(range(depth))
     assert hypernet.encoder_lora["q_proj"].b.abs().max() > 0
@@ -209,7 +208,7 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
     train_doc(base, first, tmp_path / "first")
     second = DocRecipe(memory_layers=(3,), calibration_questions=40, data=data, training=settings)
     train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
-    old, grown = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "grown"))
+    old, grown = (DocToLoRA.from_pretrained(tmp_path / name) for name in ("first", "grown"))
     assert old.config.memory_modules == () and [m[0] for m in grown.config.memory_modules] == [
         "model.layers.3.self_attn.o_proj"
     ]
@@ -241,7 +240,7 @@ def train_and_grow(base, folder, layers, options, static_kinds=(), **second):
     settings = dataclasses.replace(settings, steps=1, lr=1e-12)
     recipe = DocRecipe(calibration_questions=40, data=data, training=settings, **second)
     train_doc(base, recipe, folder / "grown", init_from=folder / "first")
-    old, grown = (from_pretrained(folder / name, DocToLoRA) for name in ("first", "grown"))
+    old, grown = (DocToLoRA.from_pretrained(folder / name) for name in ("first", "grown"))
     return old, grown, recipe
 
 
@@ -304,7 +303,7 @@ def test_a_fresh_memory_can_be_alone(base, tmp_path):
         calibration_questions=40, data=DataConfig(questions_per_step=4, max_chunk_tokens=128), training=settings,
     )  # fmt: skip
     train_doc(base, recipe, tmp_path)
-    assert from_pretrained(tmp_path, DocToLoRA).config.target.kinds == ("q_proj", "o_proj")
+    assert DocToLoRA.from_pretrained(tmp_path).config.target.kinds == ("q_proj", "o_proj")
     with pytest.raises(ConfigError, match="no target modules"):
         train_doc(base, dataclasses.replace(recipe, memory_layers=(), static_kinds=()), tmp_path / "nothing")
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.store import from_pretrained
 from loracast.lab.training.loop import TrainConfig, Workers, train
 from other_processes import Forked
 from tiny import DOC_TO_LORA
@@ -89,7 +88,7 @@ def test_two_processes_train_as_one_does_and_go_on_after_a_kill(tiny_folder, tmp
     for row, expected in zip(parts, whole, strict=True):
         del row["elapsed_s"], expected["elapsed_s"]
         assert row == pytest.approx(expected, rel=1e-5)
-    resumed, expected = (from_pretrained(tmp_path / name, DocToLoRA).state_dict() for name in ("run", "whole"))
+    resumed, expected = (DocToLoRA.from_pretrained(tmp_path / name).state_dict() for name in ("run", "whole"))
     for name, value in expected.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)
     assert expected["heads.down_proj.scaler_b"].abs().max() > 0  # it has learned something

@@ -194,8 +194,8 @@ def test_the_rows_of_a_batch_and_their_norms():
         name: Factors(torch.randn(4, 2, d_in, generator=free), torch.randn(4, d_out, 2, generator=free))
         for name, d_in, d_out in (("one", 7, 5), ("two", 3, 9))
     }
-    batch = LoRABatch(4, factors, {"three": torch.randn(4, 6, 6, generator=free)})
-    some = batch.rows(1, 3)
+    batch = LoRABatch(4, factors, {})
+    some = batch.take([1, 2])
     assert some.n == 2
     for i, squared in enumerate(batch.squared_norms()):
         row = batch.row(i)

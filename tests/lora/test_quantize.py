@@ -16,7 +16,6 @@ from loracast.cast.compact import compact
 from loracast.cli import app
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.export.adapter import export_adapter
-from loracast.hypernets.store import save_pretrained
 from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.library import Library
 from loracast.lora.algebra import concat
@@ -166,7 +165,7 @@ def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_
     with pytest.raises(AdapterError, match=r"keeps only its text.*--storage bf16"):
         export_adapter(model.library.open("text"), "peft", tmp_path / "out")
     other = make_hypernet(model.base, seed=5)
-    save_pretrained(for_base(other, model.base.fingerprint), tmp_path / "other")
+    for_base(other, model.base.fingerprint).save_pretrained(tmp_path / "other")
     with pytest.raises(HypernetworkError, match="not the hypernetwork that it was learned with"):
         load(tiny_folder, tmp_path / "other", library=model.library, device="cpu").ask(QUESTION, "text")
     with pytest.raises(HypernetworkError, match="no hypernetwork is shipped"):

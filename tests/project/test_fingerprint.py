@@ -27,10 +27,9 @@ import sys
 sys.path.insert(0, {benchmarks!r})
 import fingerprint
 from loracast.base.load import load_base
-from loracast.hypernets.store import from_pretrained
 from loracast.answering.model import Model
 fingerprint.EVERYDAY, fingerprint.SHEETS = 2, 1
-model = Model(load_base({base!r}), {library!r}, from_pretrained({hypernet!r}))
+model = Model(load_base({base!r}), {library!r}, Hypernetwork.from_pretrained({hypernet!r}))
 asked = [(document, one) for document, some in fingerprint.questions(model) for one in some]
 print(fingerprint.digest([fingerprint.of_route(document.route(one, 2)) for document, one in asked]))
 """

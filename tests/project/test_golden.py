@@ -17,7 +17,7 @@ from test_shipped import N_DIRECTIONS, summary
 
 import loracast
 from loracast.base.load import Base, load_base
-from loracast.hypernets.store import from_pretrained
+from loracast.hypernets.protocol import Hypernetwork
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
@@ -110,7 +110,7 @@ def test_an_adapter_gives_what_it_always_gave(name, base, tmp_path):
 @pytest.mark.parametrize("name", HYPERNETWORKS)
 def test_a_hypernetwork_casts_what_it_always_cast(name, base, tmp_path):
     """The same text becomes the golden adapter again, but for roundings: 0.1 read it with the base in bf16."""
-    hypernet = from_pretrained(GOLDEN / name)
+    hypernet = Hypernetwork.from_pretrained(GOLDEN / name)
     assert {"id": hypernet.id, "former_ids": list(hypernet.former_ids)} == json.loads(EXPECTED.read_text())[name]
     golden = unpacked(name.removesuffix("-hypernetwork"), tmp_path / "golden")
     assert golden.manifest.hypernetwork in (hypernet.id, *hypernet.former_ids)
@@ -133,6 +133,6 @@ if __name__ == "__main__":
         for adapter in set(ADAPTERS) - recorded.keys():
             recorded[adapter] = observed(adapter, Path(folder) / adapter, golden_base())
     for name in set(HYPERNETWORKS) - recorded.keys():
-        hypernet = from_pretrained(GOLDEN / name)
+        hypernet = Hypernetwork.from_pretrained(GOLDEN / name)
         recorded[name] = {"id": hypernet.id, "former_ids": list(hypernet.former_ids)}
     EXPECTED.write_text(json.dumps(dict(sorted(recorded.items())), ensure_ascii=False, indent=1) + "\n")

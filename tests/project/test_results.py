@@ -100,9 +100,9 @@ def test_a_measurement_is_run_kept_and_shown_until_the_weights_change(
         assert done.exit_code == 0, done.output
         answered.extend(json.loads((Path(arguments[-1]) / "results.json").read_text())["rows"])
 
-    from loracast.hypernets.store import from_pretrained
+    from loracast.hypernets.protocol import Hypernetwork
 
-    shipped = from_pretrained(tiny_hypernet_folder).id
+    shipped = Hypernetwork.from_pretrained(tiny_hypernet_folder).id
     now = {"document": {"weights": shipped, "routes": "a", "dtype": "float32"}}
     monkeypatch.setattr(results.fingerprint, "kept", lambda: now)
     before = results.page(small, tmp_path)

@@ -29,7 +29,7 @@ from loracast.errors import BaseModelError, HypernetworkError
 from loracast.files import cache_dir, file_sha256, folder_of, move_unless_there
 from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.hypernets.published import doc_to_lora, read_pickled, text_to_lora
-from loracast.hypernets.store import Modality, from_pretrained, read_made_for, save_pretrained
+from loracast.hypernets.store import Modality, read_made_for
 
 OWN_FILES = ("config.json", "model.safetensors")
 DOC_FILE = "pytorch_model.bin"
@@ -147,7 +147,7 @@ def converted(file: Path, base: BaseFacts) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
             built = Path(temporary) / folder.name
-            save_pretrained(convert(file, base), built, storage="float32")
+            convert(file, base).save_pretrained(built, storage="float32")
             move_unless_there(built, folder)
     return folder
 
@@ -274,9 +274,9 @@ def open_hypernetwork(source: Source, base: Base | Callable[[], Base] | None = N
     if isinstance(given, Hypernetwork):
         return given
     if given.published is None:
-        return from_pretrained(given.folder)
+        return Hypernetwork.from_pretrained(given.folder)
     facts = BaseFacts.of(base) if isinstance(base, Base) else BaseFacts.read(base_named_in(given.published))
-    return from_pretrained(converted(given.published, facts))
+    return Hypernetwork.from_pretrained(converted(given.published, facts))
 
 
 def load_caster(

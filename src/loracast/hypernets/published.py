@@ -1,31 +1,25 @@
 """Published checkpoints of Doc-to-LoRA and Text-to-LoRA: the architectures that only they need, read and converted.
 
-Pickled files are read without running any of their code.
+Only published checkpoints have, of Doc-to-LoRA, latents that read first, a gated projection, MLPs in each layer and
+chat markers around each chunk; of Text-to-LoRA, the variant S (arXiv 2602.15902, appendix; arXiv 2506.06105).
 
-What only published checkpoints need: of Doc-to-LoRA latents that read first, a gated projection, MLPs in each layer
-and chat markers around each chunk; of Text-to-LoRA the variant S.
+Pickled files are read without running any of their code: PyTorch's weights-only unpickler rebuilds tensors and plain
+containers, and refuses every other name. The configs in such a checkpoint are objects of packages that need not be
+installed here: each becomes a `Record`, which has their attributes and none of their code. Tensors stay mapped to the
+file until they are used.
 
-Sources: Charakorn et al., arXiv 2602.15902, appendix on the architecture; arXiv 2506.06105.
-
-Reads the pickled checkpoints of published hypernetworks without running any of their code.
-
-PyTorch's weights-only unpickler rebuilds tensors and plain containers, and refuses every other name. The configs in
-such a checkpoint are objects of packages that need not be installed here: each becomes a `Record`, which has their
-attributes and none of their code. Tensors stay mapped to the file until they are used.
-
-A published Doc-to-LoRA checkpoint as a `PublishedDocToLoRA`: its config read from the pickled one, tensors renamed.
-
-What a checkpoint is like follows from its config and the shapes of its tensors. A setting that is known and not
-supported is refused by its name.
+What a checkpoint is like follows from its config and the shapes of its tensors, which are renamed. A setting that is
+known and not supported is refused by its name.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -223,19 +217,17 @@ def read_pickled(path: Path) -> dict[str, Any]:
     return content
 
 
-H = TypeVar("H", bound=nn.Module)
 HEAD_DIM = 128
 """Width of an attention head of the published Perceiver, which no config names."""
 _PERCEIVER = "aggregator.perceiver"
 _BLOCK = {
-    "input_latents_layernorm": "norm_latents", "input_context_layernorm": "norm_context",
-    "post_attention_layernorm": "norm_attended", "pre_ff_layernorm": "norm_before_mlp",
-    "post_ff_layernorm": "norm_after_mlp",
-    "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k", "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.o",
-    "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
+    "norm_latents": "input_latents_layernorm", "norm_context": "input_context_layernorm",
+    "norm_attended": "post_attention_layernorm", "norm_before_mlp": "pre_ff_layernorm",
+    "norm_after_mlp": "post_ff_layernorm", "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj", "attention.o": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
 }  # fmt: skip
-"""The checkpoint's names in a block of cross-attention, and ours."""
+"""Our names in a block of cross-attention, and the checkpoint's."""
 _NEEDED: dict[str, dict[str, Any]] = {
     "hypernet_config": {
         "use_light_weight_lora": False, "per_rank_gen": True, "use_per_rank_bias": False, "use_token_mixing": False,
@@ -244,6 +236,19 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "aggregator_config": {"aggregator_type": "perceiver", "num_self_attn_per_block": 0, "shared_weights": False},
 }  # fmt: skip
 """The only supported value of each setting; a checkpoint from before a setting existed lacks it."""
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Raise HypernetworkError for what a checkpoint raises that lacks parts or is damaged."""
+    try:
+        yield
+    except (KeyError, AttributeError, IndexError) as error:
+        raise HypernetworkError(f"this is no checkpoint of {what}, or is damaged: it lacks {error}") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise HypernetworkError(
+            f"this checkpoint of {what}, or a file beside it, is damaged ({type(error).__name__}: {error})"
+        ) from error
 
 
 def doc_to_lora(
@@ -261,58 +266,36 @@ def doc_to_lora(
     Raises:
         HypernetworkError: it lacks parts, has a setting that is not supported, or belongs to another base.
     """
-    try:
+    with _reported("Doc-to-LoRA"):
         published, encoder = checkpoint["hypernet_config"], checkpoint["ctx_encoder_args"]
-        _check_supported(published, encoder, checkpoint.get("base_model_name_or_path"))
+        parts = {"hypernet_config": published, "aggregator_config": published.aggregator_config}
+        problems = [
+            f"{part}.{name} is {getattr(parts[part], name)!r}, not {value!r}"
+            for part, settings in _NEEDED.items()
+            for name, value in settings.items()
+            if (getattr(parts[part], name, value) or None) != (value or None)
+        ]
+        other = encoder.ctx_encoder_model_name_or_path
+        if other is not None and other != checkpoint.get("base_model_name_or_path"):
+            problems.append(f"it reads documents with {other!r}, not with its base")
+        if problems:
+            raise HypernetworkError(f"this checkpoint of Doc-to-LoRA is not supported: {'; '.join(problems)}")
         weights = {name.removeprefix("_orig_mod."): value for name, value in checkpoint.items()}
-        config = _config(published, encoder, weights, base_config, chat_prefix, chat_suffix)
+        config = _doc_config(published, encoder, weights, base_config, chat_prefix, chat_suffix)
         with torch.device("meta"):
             hypernet = PublishedDocToLoRA(config)
-        state = _state(config, weights, getattr(published, "per_layer_processing", True))
-    except (KeyError, AttributeError, IndexError) as error:
-        raise HypernetworkError(f"this is no checkpoint of Doc-to-LoRA: it lacks {error}") from error
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise HypernetworkError(
-            f"this checkpoint of Doc-to-LoRA is damaged ({type(error).__name__}: {error})"
-        ) from error
-    return with_weights(hypernet, state)
+        hypernet.take_weights(
+            _doc_weights(config, weights, getattr(published, "per_layer_processing", True)), "this checkpoint"
+        )
+    return hypernet
 
 
-def with_weights(hypernet: H, state: Mapping[str, Tensor]) -> H:
-    """A hypernetwork that was built on the meta device, with a converted checkpoint's tensors as its weights.
-
-    Raises:
-        HypernetworkError: a tensor is missing, unknown or of another shape; the message names all.
-    """
-    if problems := _differences(hypernet.state_dict(), state):
-        raise HypernetworkError(f"the checkpoint does not fit its own config or this base: {'; '.join(problems)}")
-    hypernet.load_state_dict(state, assign=True)
-    return hypernet.eval().requires_grad_(False)
-
-
-def _check_supported(published: Any, encoder: Any, base_name: str | None) -> None:
-    """Raise HypernetworkError that names every setting of a checkpoint that is not supported."""
-    parts = {"hypernet_config": published, "aggregator_config": published.aggregator_config}
-    problems = [
-        f"{part}.{name} is {getattr(parts[part], name)!r}, not {value!r}"
-        for part, settings in _NEEDED.items()
-        for name, value in settings.items()
-        if (getattr(parts[part], name, value) or None) != (value or None)
-    ]
-    other = encoder.ctx_encoder_model_name_or_path
-    if other is not None and other != base_name:
-        problems.append(f"it reads documents with {other!r}, not with its base")
-    if problems:
-        raise HypernetworkError(f"this checkpoint of Doc-to-LoRA is not supported: {'; '.join(problems)}")
-
-
-def _config(
+def _doc_config(
     published: Any, encoder: Any, weights: Mapping[str, Any], base_config: Any, prefix: Any, suffix: Any
 ) -> PublishedDocToLoRAConfig:
     lora, aggregator = published.lora_config, published.aggregator_config
-    layers = published.layer_indices.tolist()
     kinds = sorted(lora.target_modules)
-    target = target_from_config(base_config, kinds, layers)
+    target = target_from_config(base_config, kinds, published.layer_indices.tolist())
     shapes = {module.kind: (module.d_in, module.d_out) for module in target.modules}
     stated = {kind: tuple(side[kind] for side in published.feature_sizes) for kind in kinds}
     if shapes != stated:
@@ -323,6 +306,10 @@ def _config(
     reader_layers, with_final_norm = _reader(encoder, text_config(base_config).num_hidden_layers)
     n_heads_width, width = weights[f"{_PERCEIVER}.decoder.layers.0.self_attn.q_proj.weight"].shape
     kv_width = weights[f"{_PERCEIVER}.decoder.layers.0.self_attn.k_proj.weight"].shape[0]
+
+    def n_blocks(prefix: str) -> int:  # whose tensors are called PREFIX0..., PREFIX1...
+        return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
+
     return PublishedDocToLoRAConfig.for_target(
         target,
         aggregator.feature_size,
@@ -332,10 +319,10 @@ def _config(
         n_heads=n_heads_width // HEAD_DIM,
         n_kv_heads=kv_width // HEAD_DIM,
         head_dim=HEAD_DIM,
-        n_encoder_blocks=_count(weights, f"{_PERCEIVER}.encoder.layers."),
+        n_encoder_blocks=n_blocks(f"{_PERCEIVER}.encoder.layers."),
         n_latents=aggregator.n_latent_queries,
-        n_decoder_blocks=_count(weights, f"{_PERCEIVER}.decoder.layers."),
-        n_latent_mlps=_count(weights, "layers."),
+        n_decoder_blocks=n_blocks(f"{_PERCEIVER}.decoder.layers."),
+        n_latent_mlps=n_blocks("layers."),
         static_rank=lora.r if getattr(published, "use_bias", True) else 0,
         scale=float(lora.lora_alpha),
         chat_prefix=tuple(prefix),
@@ -357,73 +344,55 @@ def _reader(encoder: Any, n_layers: int) -> tuple[tuple[int, ...], bool]:
     raise HypernetworkError(f"this checkpoint reads its base in an unknown way, {kind!r}")
 
 
-def _count(weights: Mapping[str, Any], prefix: str) -> int:
-    """Number of blocks whose tensors are called PREFIX0..., PREFIX1..."""
-    return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
-
-
-def _state(c: PublishedDocToLoRAConfig, theirs: Mapping[str, Any], has_layer_mlps: bool) -> dict[str, Tensor]:
+def _doc_weights(c: PublishedDocToLoRAConfig, theirs: Mapping[str, Any], has_layer_mlps: bool) -> dict[str, Tensor]:
     """The checkpoint's tensors under our names and in our shapes."""
-    # The features stay as they are: published hypernetworks standardise nothing.
-    state = {"feature_mean": torch.zeros(c.d_features), "feature_std": torch.ones(c.d_features)}
-    for side in ("gate", "up", "down"):
-        state[f"project.{side}.weight"] = theirs[f"{_PERCEIVER}.modality_projection.{side}_proj.weight"]
     order = sorted(c.kinds)  # theirs; ours is that of KINDS
     by_kind = [order.index(kind) for kind in c.kinds]
-    queries = theirs[f"{_PERCEIVER}.decoder.latents_q"]
-    state["rank_latents.free"] = queries.unflatten(0, (-1, len(order), c.rank))[:, by_kind].flatten(0, 2)
+    names = {
+        f"project.{side}.weight": f"{_PERCEIVER}.modality_projection.{side}_proj.weight"
+        for side in ("gate", "up", "down")
+    }
     if c.n_encoder_blocks:
-        state["encoder_latents.free"] = theirs[f"{_PERCEIVER}.encoder.latents_q"]
+        names["encoder_latents.free"] = f"{_PERCEIVER}.encoder.latents_q"
     for part, n_blocks in (("encoder", c.n_encoder_blocks), ("decoder", c.n_decoder_blocks)):
         if n_blocks:
-            state[f"{part}.norm.weight"] = theirs[f"{_PERCEIVER}.{part}.layernorm.weight"]
+            names[f"{part}.norm.weight"] = f"{_PERCEIVER}.{part}.layernorm.weight"
         for i in range(n_blocks):
-            for name, ours in _BLOCK.items():
-                state[f"{part}.blocks.{i}.{ours}.weight"] = theirs[f"{_PERCEIVER}.{part}.layers.{i}.{name}.weight"]
+            for ours, name in _BLOCK.items():
+                names[f"{part}.blocks.{i}.{ours}.weight"] = f"{_PERCEIVER}.{part}.layers.{i}.{name}.weight"
+    weights = {ours: theirs[name] for ours, name in names.items()}
+    # The features stay as they are: published hypernetworks standardise nothing.
+    weights |= {"feature_mean": torch.zeros(c.d_features), "feature_std": torch.ones(c.d_features)}
+    queries = theirs[f"{_PERCEIVER}.decoder.latents_q"].unflatten(0, (-1, len(order), c.rank))
+    weights["rank_latents.free"] = queries[:, by_kind].flatten(0, 2)
     for i in range(c.n_latent_mlps):
-        state |= _latent_mlp(f"latent_mlps.{i}", f"layers.{i}", theirs, len(c.layers), has_layer_mlps)
+        weights |= _latent_mlp(i, theirs, len(c.layers), has_layer_mlps)
     for i, kind in zip(by_kind, c.kinds, strict=True):
         (d_in, d_out), head = next(row[3:] for row in c.modules if row[2] == kind), theirs["head.weight"]
         # The heads of several kinds are one tensor [layers, kinds, w, d], as wide as the widest kind needs.
-        state[f"heads.{kind}.weight"] = head if head.ndim == 3 else head[:, i, :, : d_in + d_out]
-        state[f"heads.{kind}.scaler_a"] = theirs[f"scaler_A.{kind}"][0]
-        state[f"heads.{kind}.scaler_b"] = theirs[f"scaler_B.{kind}"][0]
+        weights[f"heads.{kind}.weight"] = head if head.ndim == 3 else head[:, i, :, : d_in + d_out]
+        weights[f"heads.{kind}.scaler_a"] = theirs[f"scaler_A.{kind}"][0]
+        weights[f"heads.{kind}.scaler_b"] = theirs[f"scaler_B.{kind}"][0]
         if c.static_rank:
-            state[f"static.{kind}.a"] = theirs[f"bias_A.{kind}"]
-            state[f"static.{kind}.b"] = theirs[f"bias_B.{kind}"] * c.scale
-    return state
+            weights[f"static.{kind}.a"] = theirs[f"bias_A.{kind}"]
+            weights[f"static.{kind}.b"] = theirs[f"bias_B.{kind}"] * c.scale
+    return weights
 
 
-def _latent_mlp(
-    ours: str, part: str, theirs: Mapping[str, Any], n_layers: int, has_layer_mlps: bool
-) -> dict[str, Tensor]:
-    """The tensors of one `LatentMLP`; an MLP that all layers share is repeated for each."""
-    if has_layer_mlps:
-        names, places = f"{part}.layers", (0, 1, 3, 4)
-    else:
-        names, places = f"{part}.mlp", (0, 2, 5, 6)
-    first, w1, w2, last = (f"{names}.{place}" for place in places)
-    state = {f"{ours}.norm_in.{end}": theirs[f"{first}.{end}"] for end in ("weight", "bias")}
-    state |= {f"{ours}.norm_out.{end}": theirs[f"{last}.{end}"] for end in ("weight", "bias")}
-    for n, place in ((1, w1), (2, w2)):
-        weight, bias = theirs[f"{place}.weight"], theirs[f"{place}.bias"]
-        if has_layer_mlps:  # biases lie as [1, layers, 1, 1, w]
-            state[f"{ours}.w{n}"], state[f"{ours}.b{n}"] = weight, bias.reshape(n_layers, 1, -1)
-        else:
-            state[f"{ours}.w{n}"] = weight.T.expand(n_layers, -1, -1)
-            state[f"{ours}.b{n}"] = bias.expand(n_layers, 1, -1)
-    return state
-
-
-def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """What is missing, unknown or of another shape."""
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
-    return problems + [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in found and found[name].shape != value.shape
-    ]
+def _latent_mlp(i: int, theirs: Mapping[str, Any], n_layers: int, has_layer_mlps: bool) -> dict[str, Tensor]:
+    """The tensors of the i-th `LatentMLP`; an MLP that all layers share is repeated for each."""
+    part, places = ("layers", (0, 1, 3, 4)) if has_layer_mlps else ("mlp", (0, 2, 5, 6))
+    weights = {}
+    for ours, place in zip(("norm_in", "1", "2", "norm_out"), places, strict=True):
+        weight, bias = (theirs[f"layers.{i}.{part}.{place}.{end}"] for end in ("weight", "bias"))
+        if ours.startswith("norm"):
+            weights |= {f"latent_mlps.{i}.{ours}.weight": weight, f"latent_mlps.{i}.{ours}.bias": bias}
+            continue
+        if not has_layer_mlps:
+            weight, bias = weight.T.expand(n_layers, -1, -1), bias.expand(n_layers, -1)
+        # Biases of layers lie as [1, layers, 1, 1, w].
+        weights |= {f"latent_mlps.{i}.w{ours}": weight, f"latent_mlps.{i}.b{ours}": bias.reshape(n_layers, 1, -1)}
+    return weights
 
 
 _PARTS = {
@@ -459,73 +428,51 @@ def text_to_lora(
     ]
     if args.get("training_task") == "recon" and not args.get("factorized"):
         bad.append("it makes dense deltas and no factors")
+    is_shared, by_row = args.get("shared_AB_head", False), args.get("autoreg_gen", False)
+    if by_row and not (is_shared and args.get("learnable_pos_emb", False)):
+        bad.append("it makes rows one at a time in another way than the published variant S")
     if bad:
         raise HypernetworkError(f"this checkpoint of Text-to-LoRA is not supported: {'; '.join(bad)}")
-    try:
-        return _read(checkpoint, args, adapter, base_config)
-    except KeyError as error:
-        raise HypernetworkError(f"this is no checkpoint of Text-to-LoRA: it lacks {error}") from error
-    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
-        raise HypernetworkError(
-            f"this checkpoint of Text-to-LoRA, or a file beside it, is damaged ({type(error).__name__}: {error})"
-        ) from error
+    with _reported("Text-to-LoRA"):
+        order = [name.split(".")[1] for name in checkpoint if name.startswith("heads.") and name.endswith(".weight")]
+        rank = adapter["r"]
+        n_layers = checkpoint["layer_depth_encoder.0.weight"].shape[0]
+        architecture: type[TextToLoRA] = PublishedTextToLoRA if by_row else TextToLoRA
+        config = architecture.config_class(
+            d_text=checkpoint["task_encoder.mlp.0.weight"].shape[1],
+            modules=target_from_config(base_config, order, range(n_layers)).rows,
+            encoder=args["emb_model"],
+            variant="S" if by_row else "M" if is_shared else "L",
+            rank=rank,
+            width=checkpoint["mixer.1.weight"].shape[1],
+            head_width=checkpoint["mlp3.4.weight"].shape[0],
+            scale=adapter["lora_alpha"] / (rank**0.5 if adapter.get("use_rslora") else rank),
+        )
+        with torch.device("meta"):
+            hypernet = architecture(config)
+        hypernet.take_weights(_text_weights(config, checkpoint, order), "this checkpoint")
+    return hypernet
 
 
-def _read(
-    theirs: Mapping[str, Tensor], args: Mapping[str, Any], adapter: Mapping[str, Any], base_config: Any
-) -> TextToLoRA:
-    order = [name.split(".")[1] for name in theirs if name.startswith("heads.") and name.endswith(".weight")]
-    rank = adapter["r"]
-    n_layers = theirs["layer_depth_encoder.0.weight"].shape[0]
-    target = target_from_config(base_config, order, range(n_layers))
-    settings: dict[str, Any] = {
-        "d_text": theirs["task_encoder.mlp.0.weight"].shape[1],
-        "modules": target.rows,
-        "encoder": args["emb_model"],
-        "variant": _variant(args),
-        "rank": rank,
-        "width": theirs["mixer.1.weight"].shape[1],
-        "head_width": theirs["mlp3.4.weight"].shape[0],
-        "scale": adapter["lora_alpha"] / (rank**0.5 if adapter.get("use_rslora") else rank),
-    }
-    with torch.device("meta"):
-        if settings["variant"] == "S":
-            hypernet: TextToLoRA = PublishedTextToLoRA(PublishedTextToLoRAConfig(**settings))
-        else:
-            hypernet = TextToLoRA(TextToLoRAConfig(**settings))
-    return with_weights(hypernet, _text_state(hypernet, theirs, order))
-
-
-def _variant(args: Mapping[str, Any]) -> str:
-    """The variant by the published settings: whether A and B share a head, and whether its rows come one at a time."""
-    is_shared, by_row = args.get("shared_AB_head", False), args.get("autoreg_gen", False)
-    if is_shared and by_row and args.get("learnable_pos_emb", False):
-        return "S"
-    if by_row:
-        raise HypernetworkError("this checkpoint makes rows one at a time in a way that is not supported")
-    return "M" if is_shared else "L"
-
-
-def _text_state(hypernet: TextToLoRA, theirs: Mapping[str, Tensor], order: list[str]) -> dict[str, Tensor]:
+def _text_weights(c: TextToLoRAConfig, theirs: Mapping[str, Tensor], order: list[str]) -> dict[str, Tensor]:
     """The checkpoint's tensors under our names, in the order of our module kinds."""
-    c, kinds = hypernet.config, hypernet.config.target.kinds
-    n_layers = len(c.target.layers)
+    kinds = c.target.kinds
     parts = _PARTS | {f"heads.{kind}.linear": f"heads.{kind}" for kind in kinds}
     if c.variant != "L":
         parts |= {"asked_norm": "out_emb_norm"}
     if c.variant == "S":
         parts |= {"position.1": "pos_emb.1"}
-    state = {f"{ours}.{end}": theirs[f"{name}.{end}"] for ours, name in parts.items() for end in ("weight", "bias")}
-    state["layer.0.weight"] = theirs["layer_depth_encoder.0.weight"]
-    state["kind.0.weight"] = theirs["layer_type_encoder.0.weight"][[order.index(kind) for kind in kinds]]
+    weights = {f"{ours}.{end}": theirs[f"{name}.{end}"] for ours, name in parts.items() for end in ("weight", "bias")}
+    weights["layer.0.weight"] = theirs["layer_depth_encoder.0.weight"]
+    weights["kind.0.weight"] = theirs["layer_type_encoder.0.weight"][[order.index(kind) for kind in kinds]]
     for kind in kinds:
-        state[f"heads.{kind}.shared_a"] = theirs[f"AB_offset.A.{kind}"]
-        state[f"heads.{kind}.shared_b"] = theirs[f"AB_offset.B.{kind}"].transpose(1, 2)
-        state[f"heads.{kind}.scaler_b"] = torch.ones(n_layers, c.rank, 1)
+        weights[f"heads.{kind}.shared_a"] = theirs[f"AB_offset.A.{kind}"]
+        weights[f"heads.{kind}.shared_b"] = theirs[f"AB_offset.B.{kind}"].transpose(1, 2)
+        weights[f"heads.{kind}.scaler_b"] = torch.ones(len(c.target.layers), c.rank, 1)
     if c.variant != "L":
         asked = [torch.stack([theirs[f"out_emb.{kind}.{side}"] for side in "AB"]) for kind in kinds]
-        state["asked"] = torch.stack(asked)[:, :, None]  # [kinds, 2, 1, width]
+        weights["asked"] = torch.stack(asked)[:, :, None]  # [kinds, 2, 1, width]
     if c.variant == "S":
-        state["position.0.weight"] = theirs["pos_emb.0.weight"]
-    state["seen"] = torch.zeros(0, c.d_text)
-    return state
+        weights["position.0.weight"] = theirs["pos_emb.0.weight"]
+    weights["seen"] = torch.zeros(0, c.d_text)
+    return weights

@@ -63,16 +63,102 @@ class Pretrained(nn.Module):
         Args:
             revision: branch, tag or commit of the repository.
 
+        Returns:
+            the hypernetwork in fp32, in evaluation mode, with the base that it was made for.
+
         Raises:
-            HypernetworkError: missing, damaged, or of another class; with every fault.
+            HypernetworkError: missing, damaged, of another class or a newer format.
+            ConfigError: its config has faults; the message lists every one.
         """
-        return from_pretrained(source, cls, revision)
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = _folder_of(source, revision)
+        stored = _stored(folder)
+        name, written_as = stored.get("architecture"), stored.get("format")
+        if written_as not in (1, FORMAT) or not isinstance(name, str) or name not in _ARCHITECTURES:
+            raise HypernetworkError(
+                f"{folder} holds {name!r} in format {written_as!r}; this version of loracast reads "
+                f"{', '.join(_ARCHITECTURES)} in formats 1 and {FORMAT}: update loracast"
+            )
+        architecture: type[Any] = _ARCHITECTURES[name]
+        if not issubclass(architecture, cls):
+            raise HypernetworkError(f"{folder} holds a {name}; this takes a {cls.__name__}")
+        try:
+            made_for = Fingerprint(**stored["made_for"])
+            with torch.device("meta"):  # shapes only: memory is allocated once the file has shown that it holds them
+                hypernet = architecture(read_config(stored["config"], architecture.config_class))
+            tensors = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise HypernetworkError(_not_whole(folder, error)) from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise HypernetworkError(_damaged(folder, error)) from error
+        weights = _in_fp32(tensors_of_format_1(tensors), folder)
+        hypernet.take_weights(weights, folder)
+        hypernet.made_for, hypernet.provenance = made_for, stored.get("provenance", {})
+        hypernet.former_ids = tuple(stored.get("former_ids", ()))
+        if written_as == 1:
+            hypernet.former_ids = (former_id(weights, tensors),)
+        return hypernet
+
+    def take_weights(self, weights: Mapping[str, Tensor], source: object) -> None:
+        """Take the tensors of a file as weights, frozen, in evaluation mode; the network may be on the meta device.
+
+        Raises:
+            HypernetworkError: tensors are missing, unknown or of another shape; the message names all.
+        """
+        try:
+            self.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            faults = " ".join(str(error).split())
+            raise HypernetworkError(
+                f"{source} is not a hypernetwork that fits its config and base: {faults}"
+            ) from error
+        self.eval().requires_grad_(False)
 
     def save_pretrained(
         self, folder: str | Path, *, storage: str = "bfloat16", provenance: Mapping[str, Any] | None = None
     ) -> None:
-        """Write config.json, model.safetensors and a model card, README.md; arguments as in `store.save_pretrained`."""
-        save_pretrained(self, Path(folder), storage=storage, provenance=provenance)
+        """Write config.json, model.safetensors, and a model card, README.md, where its author has not written one.
+
+        Args:
+            folder: created if need be; config.json is written last, so that no half-written folder can be read.
+            storage: "float32", "bfloat16", or "int8": large matrices in int8 with one scale for each output column, the
+                rest in bfloat16. Only float32 keeps its id.
+            provenance: how it was made (command, seed, data; `licence` and `figures` for the card), kept in
+                config.json; its own if None.
+        """
+        from safetensors.torch import save_file
+
+        if self.made_for is None:
+            raise HypernetworkError(
+                "this hypernetwork names no base that it was made for: set `made_for` before it is saved"
+            )
+        if storage not in STORAGE:
+            raise ConfigError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
+        provenance = self.provenance if provenance is None else provenance
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.state_dict().items():
+            value = value.detach().cpu()
+            if storage == "int8" and value.ndim >= 2 and value.numel() >= _INT8_MIN_NUMEL:
+                rows, scale = quantise(value, axis=-2, floor=1e-12)  # scale [..., 1, columns]
+                tensors[name], tensors[f"{name}{_SCALE}"] = rows.contiguous(), scale.contiguous()
+            else:
+                tensors[name] = value.to(torch.float32 if storage == "float32" else torch.bfloat16).contiguous()
+        config = {
+            "format": FORMAT,
+            "architecture": type(self).__name__,
+            "made_for": self.made_for.to_dict(),
+            "config": dataclasses.asdict(self.config),
+            "provenance": dict(provenance),
+        }
+        write_with(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        card = folder / CARD
+        if not card.exists() or GENERATED in card.read_text(encoding="utf-8"):
+            write_atomically(card, model_card(self, provenance).encode())
+        write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
 
     def push_to_hub(
         self,
@@ -97,7 +183,26 @@ class Pretrained(nn.Module):
         Raises:
             HypernetworkError: the hub cannot be reached or refuses it.
         """
-        return upload(self, repository, storage, private, revision, message)
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        hub = HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, storage=storage)
+            try:
+                made = hub.create_repo(repository, private=private, exist_ok=True).repo_id
+                if revision is not None:
+                    hub.create_branch(made, branch=revision, exist_ok=True)
+                if hub.file_exists(made, CARD, revision=revision):
+                    (Path(folder) / CARD).unlink()
+                return hub.upload_folder(
+                    repo_id=made, folder_path=folder, revision=revision, commit_message=message
+                ).commit_url
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                raise HypernetworkError(
+                    f"the hub did not take the hypernetwork as {repository!r}: log in with `hf auth login`, and check "
+                    f"the name ({(str(error).splitlines() or [type(error).__name__])[0]})"
+                ) from error
 
     @property
     def modality(self) -> Modality:
@@ -305,130 +410,6 @@ _SCALE = ".int8_scale"
 _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delicate ones
 
 
-def save_pretrained(
-    hypernet: Pretrained,
-    folder: Path,
-    *,
-    storage: str = "bfloat16",
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a hypernetwork: config.json, model.safetensors, and a model card where its author has not written one.
-
-    Args:
-        folder: created if need be; config.json is written last, so that no half-written folder can be read.
-        storage: "float32", "bfloat16", or "int8": large matrices in int8 with one scale for each output column, the
-            rest in bfloat16. Only float32 keeps its id.
-        provenance: how it was made (command, seed, data; `licence` and `figures` for the card), kept in config.json;
-            its own if None.
-    """
-    from safetensors.torch import save_file
-
-    if hypernet.made_for is None:
-        raise HypernetworkError(
-            "this hypernetwork names no base that it was made for: set `made_for` before it is saved"
-        )
-    if storage not in STORAGE:
-        raise ConfigError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
-    provenance = hypernet.provenance if provenance is None else provenance
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, value in hypernet.state_dict().items():
-        value = value.detach().cpu()
-        if storage == "int8" and value.ndim >= 2 and value.numel() >= _INT8_MIN_NUMEL:
-            rows, scale = quantise(value, axis=-2, floor=1e-12)  # scale [..., 1, columns]
-            tensors[name], tensors[f"{name}{_SCALE}"] = rows.contiguous(), scale.contiguous()
-        else:
-            tensors[name] = value.to(torch.float32 if storage == "float32" else torch.bfloat16).contiguous()
-    config = {
-        "format": FORMAT,
-        "architecture": type(hypernet).__name__,
-        "made_for": hypernet.made_for.to_dict(),
-        "config": dataclasses.asdict(hypernet.config),
-        "provenance": dict(provenance),
-    }
-    write_with(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    card = folder / CARD
-    if not card.exists() or GENERATED in card.read_text(encoding="utf-8"):
-        write_atomically(card, model_card(hypernet, provenance).encode())
-    write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
-
-
-def upload(
-    hypernet: Pretrained, repository: str, storage: str, private: bool | None, revision: str | None, message: str
-) -> str:
-    """Write a hypernetwork to a hub repository; arguments, result and errors as in `Pretrained.push_to_hub`."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    hub = HfApi()
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(hypernet, Path(folder), storage=storage)
-        try:
-            made = hub.create_repo(repository, private=private, exist_ok=True).repo_id
-            if revision is not None:
-                hub.create_branch(made, branch=revision, exist_ok=True)
-            has_card = hub.file_exists(made, CARD, revision=revision)
-            return hub.upload_folder(
-                repo_id=made, folder_path=folder, revision=revision, commit_message=message,
-                ignore_patterns=[CARD] if has_card else None,
-            ).commit_url  # fmt: skip
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise HypernetworkError(
-                f"the hub did not take the hypernetwork as {repository!r}: log in with `hf auth login`, and check the "
-                f"name ({(str(error).splitlines() or [type(error).__name__])[0]})"
-            ) from error
-
-
-def from_pretrained(
-    source: str | Path,
-    architecture: type[H] = Pretrained,  # type: ignore[assignment]
-    revision: str | None = None,
-) -> H:
-    """Read a hypernetwork from a folder or a hub repository.
-
-    Args:
-        architecture: the class wanted, or a common base class such as `DescriptionHypernetwork`; any if left out.
-        revision: branch, tag or commit of the repository.
-
-    Returns:
-        the hypernetwork in fp32, in evaluation mode, with the base that it was made for.
-
-    Raises:
-        HypernetworkError: missing, damaged, of another architecture or a newer format; the message lists every fault.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = _folder_of(source, revision)
-    stored = _stored(folder)
-    name, written_as = stored.get("architecture"), stored.get("format")
-    if written_as not in (1, FORMAT) or not isinstance(name, str) or name not in _ARCHITECTURES:
-        raise HypernetworkError(
-            f"{folder} holds {name!r} in format {written_as!r}; this version of loracast reads "
-            f"{', '.join(_ARCHITECTURES)} in formats 1 and {FORMAT}: update loracast"
-        )
-    found = _ARCHITECTURES[name]
-    if not issubclass(found, architecture):
-        raise HypernetworkError(f"{folder} holds a {found.__name__}; this takes a {architecture.__name__}")
-    try:
-        made_for = Fingerprint(**stored["made_for"])
-        with torch.device("meta"):  # shapes only: memory is allocated once the file has shown that it holds them
-            build: Any = found
-            hypernet: H = build(read_config(stored["config"], build.config_class))
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise HypernetworkError(_not_whole(folder, error)) from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
-    weights = _checked(hypernet, tensors_of_format_1(tensors), folder)
-    hypernet.load_state_dict(weights, assign=True)
-    hypernet.made_for, hypernet.provenance = made_for, stored.get("provenance", {})
-    hypernet.former_ids = tuple(stored.get("former_ids", ()))
-    if stored["format"] == 1:
-        hypernet.former_ids = (former_id(weights, tensors),)
-    return hypernet.eval().requires_grad_(False)
-
-
 def average(hypernet: Pretrained, others: Sequence[Pretrained]) -> None:
     """Set a hypernetwork's parameters to the mean of its own and others'; its buffers stay, former ids go.
 
@@ -469,12 +450,12 @@ def read_made_for(source: str | Path) -> Fingerprint:
     try:
         return Fingerprint(**_stored(folder)["made_for"])
     except (KeyError, TypeError) as error:
-        raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
+        raise HypernetworkError(_damaged(folder, error)) from error
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """The provenance that `save_pretrained` kept in a folder."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("provenance", {})
+    return _stored(folder).get("provenance", {})
 
 
 def read_config(values: dict[str, Any], config: type[C]) -> C:
@@ -493,32 +474,22 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _checked(hypernet: Pretrained, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The stored tensors in fp32, once every key, shape, type and number has been checked."""
-    wanted = hypernet.state_dict()
-    packed = {name for name in wanted if name in tensors and tensors[name].dtype == torch.int8}
-    known = wanted.keys() | {f"{name}{_SCALE}" for name in packed}
-    problems = [f"missing tensor {name}" for name in sorted(wanted.keys() - tensors.keys())]
-    problems += [f"unknown tensor {name}" for name in sorted(tensors.keys() - known)]
-    weights: dict[str, Tensor] = {}
-    for name in sorted(wanted.keys() & tensors.keys()):
-        value, scale, shape = tensors[name], tensors.get(f"{name}{_SCALE}"), wanted[name].shape
-        if value.shape != shape:
-            problems.append(f"{name} is {tuple(value.shape)}, not {tuple(shape)}")
+def _in_fp32(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Stored tensors in fp32. Raises HypernetworkError that names all whose numbers cannot be used."""
+    weights, problems = {}, []
+    for name, value in tensors.items():
+        scale, whole = tensors.get(f"{name}{_SCALE}"), tensors.get(name.removesuffix(_SCALE))
+        if name.endswith(_SCALE) and whole is not None and whole.dtype == torch.int8:
             continue
-        if name in packed:
-            if scale is None or scale.shape != (*shape[:-2], 1, shape[-1]):
-                problems.append(f"{name} is int8 without a scale that fits")
-                continue
+        if value.dtype == torch.int8 and scale is not None and scale.shape == (*value.shape[:-2], 1, value.shape[-1]):
             value = value.float() * scale.float()
-        elif not value.is_floating_point():
-            problems.append(f"{name} is of type {value.dtype}")
-            continue
-        weights[name] = value.float()
-        if not torch.isfinite(weights[name]).all():
+        if not value.is_floating_point():
+            problems.append(f"{name} is of type {value.dtype} without a scale that fits")
+        elif not torch.isfinite(value).all():
             problems.append(f"{name} holds numbers that are not finite")
+        weights[name] = value.float()
     if problems:
-        raise HypernetworkError(f"{folder} is not a hypernetwork that fits its config: " + "; ".join(problems))
+        raise HypernetworkError(f"{folder} is not a hypernetwork that can be used: {'; '.join(problems)}")
     return weights
 
 
@@ -542,3 +513,7 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 def _not_whole(folder: Path, error: Exception) -> str:
     return f"{folder} is not a hypernetwork: it needs a config.json and a whole model.safetensors ({error})"
+
+
+def _damaged(folder: Path, error: Exception) -> str:
+    return f"the config.json of {folder} is damaged ({type(error).__name__}: {error})"

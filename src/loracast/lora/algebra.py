@@ -7,7 +7,7 @@ in*out/(in+out)); such a module keeps the exact dense sum instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.nn import functional
 from loracast.errors import AdapterError
 from loracast.files import folder_of
 from loracast.lora.factors import Factors, is_past_break_even
-from loracast.lora.inject import copies_for, deltas_added, merged, model_lock
+from loracast.lora.inject import deltas_added, model_lock, static_added
 from loracast.lora.peft_format import PEFT_FILES, peft_model, read_peft, write_peft_folder
 
 
@@ -271,10 +271,6 @@ class LoRABatch:
     factors: Mapping[str, Factors]  # A [n or 1, r, in], B [n or 1, out, r]
     dense: Mapping[str, Tensor]  # [n or 1, out, in]
 
-    def rows(self, first: int, end: int) -> LoRABatch:
-        """The rows from `first` to before `end` as a batch of their own; views, not copies."""
-        return self._some(end - first, slice(first, end))
-
     def to(self, place: torch.device | torch.dtype | str) -> LoRABatch:
         """The batch on a device, or in a dtype."""
         return LoRABatch(self.n, *_each_tensor(self, lambda tensor: tensor.to(place)))
@@ -282,10 +278,9 @@ class LoRABatch:
     def take(self, rows: Sequence[int]) -> LoRABatch:
         """Some rows, in this order, as a batch of their own."""
         order = list(rows)
-        return self._some(len(order), order)
-
-    def _some(self, n: int, rows: slice | list[int]) -> LoRABatch:
-        return LoRABatch(n, *_each_tensor(self, lambda tensor: tensor if tensor.shape[0] == 1 else tensor[rows]))
+        return LoRABatch(
+            len(order), *_each_tensor(self, lambda tensor: tensor if tensor.shape[0] == 1 else tensor[order])
+        )
 
     def only(self, names: Collection[str]) -> LoRABatch:
         """The batch on the modules of these names alone."""
@@ -299,24 +294,13 @@ class LoRABatch:
     def inner(self, other: LoRABatch) -> Tensor:
         """The Frobenius inner product of each row's delta with the other batch's, over all modules [n], differentiable.
 
-        Of factors by the Gram identity <B A, D C> = <B' D, A C'>, never dense; ranks may differ. Modules that one of
-        them lacks count nothing.
+        By the Gram identity <B A, D C> = <B' D, A C'>, never dense; ranks may differ. Modules that one of them lacks
+        count nothing. For LoRAs that are trained, which have no dense deltas.
         """
         products = [
             ((b.mT @ other.factors[name].b).float() * (a @ other.factors[name].a.mT).float()).sum((1, 2))
             for name, (a, b) in self.factors.items()
             if name in other.factors
-        ]
-        products += [
-            (delta.float() * other.dense[name].float()).sum((1, 2))
-            for name, delta in self.dense.items()
-            if name in other.dense
-        ]
-        products += [
-            ((one.dense[name].float() @ two.factors[name].a.float().mT) * two.factors[name].b.float()).sum((1, 2))
-            for one, two in ((self, other), (other, self))
-            for name in one.dense
-            if name in two.factors
         ]
         return torch.stack(products).sum(0) if products else torch.zeros(self.n)
 
@@ -371,18 +355,15 @@ def inject(
         AdapterError: a LoRA names a module that the base lacks, or has other shapes; all of them in one message.
         In the forward: a batch with another number of rows than there are LoRAs.
     """
-    with model_lock(model):
-        copies = None
+    with model_lock(model), ExitStack() as applied:
         if isinstance(loras, LoRABatch):
             batch = loras
         else:
             rows = loras if isinstance(loras, Sequence) else [loras]
-            copies = None if gates else copies_for(model, rows)
-            merged_in = () if copies is None else copies.own.keys()
-            others = {id(lora): None if lora is None else lora.without(merged_in) for lora in rows}
+            merged = () if gates else applied.enter_context(static_added(model, rows))
+            others = {id(lora): None if lora is None else lora.without(merged) for lora in rows}
             batch = stack([others[id(lora)] for lora in rows])
         # A list holds one for each row, also where all of them are the same and were stacked once.
         n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
-        own_weights = nullcontext() if copies is None else merged(model, copies)
-        with own_weights, deltas_added(model, batch.factors, batch.dense, n_rows, gates):
-            yield model
+        applied.enter_context(deltas_added(model, batch, n_rows, gates))
+        yield model

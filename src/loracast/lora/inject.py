@@ -1,33 +1,24 @@
 """Has a base compute with the factors of LoRAs for a while: `algebra.inject` takes the LoRAs themselves.
 
-Hooks add the products of the factors, others for every row of the batch. A static LoRA that all rows share is added to
-copies of the weights, which take the weights' places meanwhile. Each model has a lock, under which both happen.
+A forward hook on each target module adds `(x A') B'` to the output: two small matmuls for each LoRA and row, no copy
+of a factor per token, the weights of the base untouched. Works under autograd and under generation with a KV cache.
 
-A base's weights with a static LoRA added: copies, which take the weights' places while a question is answered.
+Every question about a document has the static LoRA of its hypernetwork in the same modules. What all rows of a batch
+have of one is added once to copies of the weights, which take the weights' places meanwhile: of the products that a
+LoRA adds to a pass, those are most. The copies of the last static LoRA are kept with the model, 69 MB for the shipped
+hypernetwork in bf16. They are rounded to the type of the weights.
 
-Every question about a document has the static LoRA of its hypernetwork in the same modules. Added once, it costs
-nothing afterwards: of the products that a LoRA adds to a pass, those are most. The copies of the last static LoRA are
-kept with the model, 69 MB for the shipped hypernetwork in bf16. They are rounded to the type of the weights.
-
-Applies LoRAs to a base during its forward passes, another LoRA for every row of the batch, or none.
-
-What all rows have of a static LoRA is added to copies of the weights. A forward hook on each other
-target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row,
-no copy of a factor per token, the base's weights untouched. Works under autograd and under generation with a KV
-cache.
-
-The hooks are seen by every thread that runs the model, so each model has a lock: it is held while LoRAs are applied,
-and whoever reads the model without one takes it too.
+Both are seen by every thread that runs the model, so each model has a lock: it is held while LoRAs are applied, and
+whoever reads the model without one takes it too.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -35,6 +26,9 @@ from torch import Tensor, nn
 
 from loracast.errors import AdapterError
 from loracast.lora.factors import Factors
+
+if TYPE_CHECKING:
+    from loracast.lora.algebra import LoRA, LoRABatch
 
 
 class FairLock:
@@ -45,21 +39,17 @@ class FairLock:
     """
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._waiting: deque[tuple[int, threading.Lock]] = deque()
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()  # a ticket for each thread that waits
         self._owner: int | None = None
         self._depth = 0
 
     def acquire(self) -> bool:
         """Wait for the lock and take it."""
-        me = threading.get_ident()
-        with self._mutex:
-            if self._owner in (None, me):
-                self._owner = me
-                self._depth += 1
-                return True
-            turn = self._queue(me)
-        self._wait(turn)
+        with self._changed:
+            if not self.is_owned():
+                self._wait()
+            self._depth += 1
         return True
 
     def give_way(self) -> None:
@@ -67,27 +57,27 @@ class FairLock:
 
         Raises RuntimeError for any but the owner.
         """
-        with self._mutex:
+        with self._changed:
             self._check_owned()
             if not self._waiting:
                 return
-            depth, turn = self._depth, self._queue(threading.get_ident())
-            self._hand_over()
-        try:
-            self._wait(turn)
-        except BaseException:
-            self.acquire()  # the caller gives it back
-            raise
-        finally:
-            self._depth = depth
+            self._owner, depth, self._depth = None, self._depth, 0
+            try:
+                self._wait()
+            except BaseException:
+                self._wait()  # the caller gives it back
+                raise
+            finally:
+                self._depth = depth
 
     def release(self) -> None:
         """Give the lock back, to the thread that has waited longest. Raises RuntimeError for any but the owner."""
-        with self._mutex:
+        with self._changed:
             self._check_owned()
             self._depth -= 1
             if not self._depth:
-                self._hand_over()
+                self._owner = None
+                self._changed.notify_all()
 
     def is_owned(self) -> bool:
         """Whether the calling thread holds the lock."""
@@ -97,30 +87,17 @@ class FairLock:
         if not self.is_owned():
             raise RuntimeError("this thread does not hold the lock")
 
-    def _hand_over(self) -> None:
-        """Give the lock to the thread that has waited longest, if any."""
-        self._owner = None
-        if self._waiting:
-            self._owner, turn = self._waiting.popleft()
-            self._depth = 1
-            turn.release()
-
-    def _queue(self, me: int) -> tuple[int, threading.Lock]:
-        turn = (me, threading.Lock())
-        turn[1].acquire()
-        self._waiting.append(turn)
-        return turn
-
-    def _wait(self, turn: tuple[int, threading.Lock]) -> None:
+    def _wait(self) -> None:
+        """Become the owner behind all who wait already."""
+        ticket = object()
+        self._waiting.append(ticket)
+        self._changed.notify_all()  # of a lock that is free now
         try:
-            turn[1].acquire()  # until `_hand_over`
-        except BaseException:  # the wait was interrupted
-            with self._mutex:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
-                    raise
-            self.release()
-            raise
+            self._changed.wait_for(lambda: self._owner is None and self._waiting[0] is ticket)
+            self._owner = threading.get_ident()
+        finally:
+            self._waiting.remove(ticket)
+            self._changed.notify_all()  # after an interruption it may be another thread's turn
 
     def __enter__(self) -> FairLock:
         self.acquire()
@@ -167,103 +144,79 @@ def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) 
     return modules
 
 
-class WithStatic(Protocol):
-    """What is needed of a LoRA to add its static part to copies of weights."""
+class _Copy(NamedTuple):
+    """A copy of a module's weight with the factors of a static LoRA added."""
 
-    @property
-    def factors(self) -> Mapping[str, Factors]: ...
-    @property
-    def static(self) -> frozenset[str]: ...
+    module: nn.Linear
+    factors: Factors
+    own: nn.Parameter
+    """The module's own weight."""
+    state: tuple[object, ...]
+    """Of the module's own weight when the copy was made (`_state`)."""
+    weight: nn.Parameter
 
-
-@dataclass(frozen=True, eq=False)
-class Copies:
-    """Copies of some weights of a model, with a static LoRA added."""
-
-    factors: Mapping[str, Factors]
-    """Of the static LoRA, in the modules that have copies: not in those with quantized weights."""
-    modules: Mapping[str, nn.Linear]
-    """All of the static LoRA."""
-    own: Mapping[str, nn.Parameter]
-    """The model's own weights that there are copies of."""
-    states: Mapping[str, tuple[object, ...]]
-    """Of these, when the copies were made (`_state`)."""
-    weights: Mapping[str, nn.Parameter]
-
-    def are_of(self, lora: WithStatic, modules: Mapping[str, nn.Linear]) -> bool:
-        """Whether they are of this LoRA's static part, and of the modules and weights that the model has now."""
-        return self.modules == modules and all(
-            modules[name]._parameters["weight"] is weight
-            and _state(weight) == self.states[name]
-            and _equal(self.factors[name], lora.factors[name])
-            for name, weight in self.own.items()
-        )
+    def is_of(self, module: nn.Linear, factors: Factors) -> bool:
+        """Whether it is of these factors, and of the weight that the module has now."""
+        own = module._parameters["weight"]
+        return self.module is module and self.own is own and self.state == _state(own) and _equal(self.factors, factors)
 
 
-_KEPT: WeakKeyDictionary[nn.Module, Copies] = WeakKeyDictionary()
-"""By model, those of the last static LoRA."""
+_KEPT: WeakKeyDictionary[nn.Module, dict[str, _Copy]] = WeakKeyDictionary()
+"""By model, the copies of the last static LoRA, by module."""
 _MERGED_NOW: WeakSet[nn.Module] = WeakSet()
 
 
-def copies_for(model: nn.Module, loras: Sequence[WithStatic | None]) -> Copies | None:
-    """The copies of a model's weights with the static LoRA that all rows of a batch have.
+@contextmanager
+def static_added(model: nn.Module, loras: Sequence[LoRA | None]) -> Iterator[Collection[str]]:
+    """Have a model compute with the static LoRA that all rows of a batch have, while the context lasts.
 
-    None where they have none in common, where gradients are wanted, and where the model computes with copies right now:
-    a second static LoRA cannot take their places.
+    Yields the names of the modules that have it: none with quantized weights, and none at all where the rows have no
+    static LoRA in common, where gradients are wanted, and where the model computes with copies right now.
 
     Raises AdapterError where the static LoRA does not fit the model. Whoever calls this holds the model's lock.
     """
     first = loras[0] if loras else None
-    if first is None or not first.static or torch.is_grad_enabled() or model in _MERGED_NOW:
-        return None
-    for other in loras[1:]:
-        if other is not first and not (other is not None and _has_static_of(other, first)):
-            return None
-    static = ((name, first.factors[name]) for name in first.static)
-    modules = check_fits(model, ((name, (b.shape[0], a.shape[1])) for name, (a, b) in static))
-    kept = _KEPT.get(model)
-    if kept is None or not kept.are_of(first, modules):
-        kept = _KEPT[model] = _copies(first, modules)
-    return kept
+    if (
+        first is None
+        or not first.static
+        or torch.is_grad_enabled()
+        or model in _MERGED_NOW
+        or not all(other is first or (other is not None and _has_static_of(other, first)) for other in loras)
+    ):
+        yield ()
+        return
+    static = {name: first.factors[name] for name in first.static}
+    modules = check_fits(model, ((name, (b.shape[0], a.shape[1])) for name, (a, b) in static.items()))
+    modules = {name: module for name, module in modules.items() if module.weight.is_floating_point()}
+    copies = _KEPT.get(model, {})
+    if copies.keys() != modules.keys() or not all(copies[n].is_of(m, static[n]) for n, m in modules.items()):
+        copies = _KEPT[model] = {name: _copy(module, static[name]) for name, module in modules.items()}
+    _MERGED_NOW.add(model)
+    try:
+        for copy in copies.values():
+            copy.module._parameters["weight"] = copy.weight
+        yield copies.keys()
+    finally:
+        for copy in copies.values():
+            copy.module._parameters["weight"] = copy.own
+        _MERGED_NOW.discard(model)
 
 
-def _has_static_of(other: WithStatic, first: WithStatic) -> bool:
+def _has_static_of(other: LoRA, first: LoRA) -> bool:
     return first.static <= other.static and all(_equal(first.factors[n], other.factors[n]) for n in first.static)
 
 
-def _copies(lora: WithStatic, modules: Mapping[str, nn.Linear]) -> Copies:
-    weights = {name: cast(nn.Parameter, module.weight) for name, module in modules.items()}
-    own = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
-    factors = {name: lora.factors[name] for name in own}
-    copies = {name: _sum(weight, factors[name]) for name, weight in own.items()}
-    return Copies(factors, modules, own, {name: _state(weight) for name, weight in own.items()}, copies)
-
-
-@contextmanager
-def merged(model: nn.Module, copies: Copies) -> Iterator[None]:
-    """Have a model compute with copies of its weights while the context lasts.
-
-    Whoever calls this holds the model's lock.
-    """
-    _MERGED_NOW.add(model)
-    try:
-        for name, weight in copies.weights.items():
-            copies.modules[name]._parameters["weight"] = weight
-        yield
-    finally:
-        for name, weight in copies.own.items():
-            copies.modules[name]._parameters["weight"] = weight
-        _MERGED_NOW.discard(model)
+def _copy(module: nn.Linear, factors: Factors) -> _Copy:
+    own = cast(nn.Parameter, module.weight)
+    a, b = (side.to(own.device, torch.float32) for side in factors)
+    return _Copy(
+        module, factors, own, _state(own), nn.Parameter((own.float() + b @ a).to(own.dtype), requires_grad=False)
+    )
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:
     """What changes when a weight is moved, converted or written to."""
     return weight.data_ptr(), weight._version, weight.dtype, weight.device
-
-
-def _sum(weight: Tensor, factors: Factors) -> nn.Parameter:
-    a, b = (side.to(weight.device, torch.float32) for side in factors)
-    return nn.Parameter((weight.float() + b @ a).to(weight.dtype), requires_grad=False)
 
 
 def _equal(one: Factors, other: Factors) -> bool:
@@ -285,30 +238,22 @@ def model_lock(model: nn.Module) -> FairLock:
 
 
 @contextmanager
-def deltas_added(
-    model: nn.Module,
-    factors: Mapping[str, Factors],
-    dense: Mapping[str, Tensor],
-    n_rows: int | None,
-    gates: Mapping[str, Tensor],
-) -> Iterator[None]:
-    """Have the linear modules of a model add deltas to their outputs while the context lasts.
+def deltas_added(model: nn.Module, batch: LoRABatch, n_rows: int | None, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have the linear modules of a model add the deltas of a batch's rows to their outputs while the context lasts.
 
     Args:
-        factors: by module, A [n or 1, r, in] and B [n or 1, out, r] of the rows of a batch.
-        dense: by module, the deltas [n or 1, out, in] of the rows.
         n_rows: the number of the batch's rows; None for any.
         gates: as in `algebra.inject`.
 
     Raises AdapterError where the model lacks a module or a shape differs. Whoever calls this holds the model's lock.
     """
-    shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in factors.items()]
-    shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in dense.items()]
+    shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in batch.factors.items()]
+    shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
     handles = []
     try:
         for name, module in check_fits(model, shapes).items():
-            chains: list[Sequence[Tensor]] = [factors[name]] if name in factors else []
-            chains += [[dense[name]]] if name in dense else []
+            chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
+            chains += [[batch.dense[name]]] if name in batch.dense else []
             # On the weight's device and in the type that the base computes in: once, not for every token.
             w = module.weight
             dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
@@ -349,7 +294,5 @@ def _hook(
 def _product(x: Tensor, matrix: Tensor, plus: Tensor | None = None) -> Tensor:
     """The rows [rows, tokens, in] times a matrix each, or one for all, [rows or 1, in, out]; added to `plus`."""
     matrix = matrix.to(x.dtype)
-    if len(matrix) != len(x):
-        return x @ matrix[0] if plus is None else plus + x @ matrix[0]
-    product = torch.bmm(x, matrix)
+    product = torch.bmm(x, matrix) if len(matrix) == len(x) else x @ matrix[0]
     return product if plus is None else plus + product

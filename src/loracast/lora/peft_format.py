@@ -67,21 +67,24 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
             tensors = load_file(folder / "adapter_model.safetensors")
         except (OSError, SafetensorError) as error:
             faults.append(f"adapter_model.safetensors cannot be read: {error}")
-    most = _largest_rank(header)
     modules = sorted({name.removesuffix(end) for name in header for end in (_A, _B) if name.endswith(end)})
     others = [name for name in header if not (name.startswith(_PREFIX) and name.endswith((_A, _B)))]
     faults += [f"{name[:200]}: not a factor of a linear module" for name in others]
-    for module in modules:
-        faults += [f"{module}{end[:-7]} is missing" for end in (_A, _B) if module + end not in header]
-        if module.startswith(_PREFIX) and {module + _A, module + _B} <= header.keys():
-            name = module.removeprefix(_PREFIX)
-            faults += _faults_of(name, header[module + _A], header[module + _B], shapes, most)
+    faults += [f"{m}{end[:-7]} is missing" for m in modules for end in (_A, _B) if m + end not in header]
+    pairs = {m.removeprefix(_PREFIX): (header.get(m + _A), header.get(m + _B)) for m in modules}
+    whole = {name: (a, b) for name, (a, b) in pairs.items() if a is not None and b is not None}
+    # Where all modules have one rank, smaller ones are padded to that of the largest.
+    most = max(
+        [MAX_RANK, *(min(a.shape[1], b.shape[0]) for a, b in whole.values() if len(a.shape) == len(b.shape) == 2)]
+    )
+    for name, (a, b) in whole.items():
+        faults += _faults_of(name, a, b, shapes, most)
     faults += number_faults((name, value) for name, value in tensors.items() if value.is_floating_point())
     if not faults and not modules:
         faults = ["it is empty"]
     if faults:
         raise AdapterError(f"the adapter in {folder} is not a LoRA that can be used: {'; '.join(faults)}")
-    factors = {}
+    factors: dict[str, Factors] = {}
     patterns = [(_pattern(key), alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()]
     for module in modules:
         a, b = tensors[module + _A], tensors[module + _B]
@@ -213,17 +216,6 @@ def _is_pattern(text: str) -> bool:
     except (re.error, OverflowError, RecursionError):
         return False
     return True
-
-
-def _largest_rank(header: Mapping[str, TensorInfo]) -> int:
-    """The highest rank that any module of a file may need; where all have one, smaller modules are padded to it."""
-    sizes: list[int] = []
-    for name, info in header.items():
-        if name.endswith(_A) and len(info.shape) == 2:
-            other = header.get(name.removesuffix(_A) + _B)
-            if other is not None and len(other.shape) == 2:
-                sizes.append(min(info.shape[1], other.shape[0]))
-    return max([MAX_RANK, *sizes])
 
 
 def _faults_of(

@@ -23,7 +23,6 @@ import loracast
 from loracast.base.load import Base, load_base
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import ImageEncoder
-from loracast.hypernets.store import save_pretrained
 from loracast.lora.target import target_from_config
 from tiny import gradient, make_attention_delta, make_hypernet, make_tokenizer
 
@@ -78,11 +77,11 @@ def make(folder: Path, work: Path) -> None:
     loaded = load_base(GOLDEN / "base", device="cpu", dtype="float32")
     base = Base("golden", loaded.model, loaded.tokenizer)  # a name that is no path
     folder.mkdir()
-    save_pretrained(document_hypernetwork(base), folder / "document-hypernetwork")
+    document_hypernetwork(base).save_pretrained(folder / "document-hypernetwork")
     bank = {"task_bank_rank": 2, "task_bank_width": 3, "bank_sizes": (2, 1)}
     tasks = make_attention_delta(base, ("q_proj", "o_proj"), rank=4, shared_rank=2, **bank)
-    save_pretrained(tasks, folder / "task-hypernetwork")
-    save_pretrained(image_hypernetwork(base, make_vision(work / "vision")), work / "image-hypernetwork")
+    tasks.save_pretrained(folder / "task-hypernetwork")
+    image_hypernetwork(base, make_vision(work / "vision")).save_pretrained(work / "image-hypernetwork")
     gradient().save(work / "gradient.png")
     model = loracast.Model(
         base,

@@ -276,18 +276,18 @@ def export(
 ) -> None:
     """Write a trained hypernetwork in a compact form, to ship or share it."""
     from loracast.hypernets.protocol import Hypernetwork
-    from loracast.hypernets.store import average, from_pretrained, read_provenance, save_pretrained, with_config
+    from loracast.hypernets.store import average, read_provenance, with_config
     from loracast.lab.training.recipe import keys_of, read_tables
 
-    hypernet: Hypernetwork = from_pretrained(run)
+    hypernet = Hypernetwork.from_pretrained(run)
     provenance = read_provenance(run)
     if average_with:
-        average(hypernet, [from_pretrained(other) for other in average_with])
+        average(hypernet, [Hypernetwork.from_pretrained(other) for other in average_with])
         provenance = {"average_of": [provenance, *map(read_provenance, average_with)]}
     if change:
         tables = read_tables(None, change, {"hypernetwork": keys_of(type(hypernet.config))})
         hypernet = with_config(hypernet, tables["hypernetwork"])
-    save_pretrained(hypernet, out, storage=storage, provenance=provenance)
+    hypernet.save_pretrained(out, storage=storage, provenance=provenance)
     n_bytes = (out / "model.safetensors").stat().st_size
     n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())
     facts = {"out": str(out), "bytes": n_bytes, "parameters": n_parameters, "storage": storage}

@@ -14,7 +14,7 @@ from loracast.base.fingerprint import check
 from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.files import value_faults
-from loracast.hypernets.store import H, from_pretrained, read_provenance, save_pretrained
+from loracast.hypernets.store import H, read_provenance
 from loracast.lab.training.loop import Objective, OnMetrics, TrainConfig, Workers, train
 
 R = TypeVar("R")
@@ -140,7 +140,7 @@ def check_not_given(given: Collection[str]) -> None:
 def start_from(folder: Path, architecture: type[H], base: Base, given: Collection[str] = ()) -> H:
     """The hypernetwork whose weights a fresh run starts from, checked against the base; ConfigError as above."""
     check_not_given(given)
-    hypernet = from_pretrained(folder, architecture)
+    hypernet = architecture.from_pretrained(folder)
     if hypernet.made_for is not None:
         check(hypernet.made_for, base.fingerprint, f"the hypernetwork in {folder}")
     hypernet.requires_grad_(True)
@@ -182,7 +182,7 @@ def train_hypernet(
     before: list[Any] = started_as.get("history") or ([started_as] if started_as else [])
     command, on_metrics = reporting.get("command", ""), reporting.get("on_metrics", lambda metrics: None)
     provenance = {"history": [*before, {"command": command, **about, "training": dataclasses.asdict(config)}]}
-    save_model = functools.partial(save_pretrained, hypernet, storage="float32", provenance=provenance)
+    save_model = functools.partial(hypernet.save_pretrained, storage="float32", provenance=provenance)
     hypernet.made_for = base.fingerprint
     settings = {**about, "hypernetwork": dataclasses.asdict(hypernet.config), "base": base.fingerprint.norms}
     metrics = train(

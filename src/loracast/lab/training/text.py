@@ -275,7 +275,7 @@ def _by_examples(
             conditions = torch.cat([conditions, meaningless, hypernet.constant().to(free), free])
         with recipe.training.autocast(device):
             both = hypernet(conditions)
-            loras = both.rows(0, n)
+            loras = both.take(range(n))
             scores = score_answers(base.model, loras, batch, passes=recipe.training.passes)
         of_descriptions, of_null = (squares := both.squared_norms())[:n], squares[n:]
         # A LoRA that is still near zero is no unit: at least 1.
