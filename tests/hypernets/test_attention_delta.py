@@ -15,7 +15,7 @@ from loracast.cast.task import TaskCaster
 from loracast.documents.task_spec import Example, TaskSpec, as_examples, with_description
 from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import KEPT_RANK, AttentionDeltaToLoRA
-from loracast.hypernets.attention_deltas import POSITIONS
+from loracast.hypernets.attention_delta_encoder import POSITIONS
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.training.document_start import fit_position_probes
 from loracast.lab.training.loop import TrainConfig
@@ -182,7 +182,7 @@ def test_at_the_start_contributions_are_written_as_they_were_read(base):
     by_place = read.view(3, len(POSITIONS), -1, 48)
     for n, name in enumerate(m.name for m in hypernet.config.target.of_kind("o_proj")):
         a, b = batch.factors[name]
-        assert torch.equal(a[1, :5], hypernet.where[n]) and a.shape[1] == hypernet.config.lora_rank == 8
+        assert torch.equal(a[1, :5], hypernet.where[n]) and a.shape[1] == hypernet.config.ranks["o_proj"] == 8
         torch.testing.assert_close(b[:, :, : len(POSITIONS)], by_place[:, :, n].transpose(1, 2) * gate[:, None, None])
         assert not b[:, :, len(POSITIONS) :].any()
 

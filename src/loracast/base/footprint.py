@@ -147,14 +147,9 @@ class Footprint:
     logits_per_token: int
     """Scores of the whole vocabulary for a token, in float32 and once more in the base's type."""
 
-    def generating(self, n_tokens: int, n_rows: int = 1) -> int:
-        """Peak of reading and continuing `n_rows` texts of at most `n_tokens` tokens, the weights included."""
-        per_token = self.kv_per_token + self.forward_per_token
-        return self.weights + n_rows * (n_tokens * per_token + self.logits_per_token)
-
-    def encoding(self, n_tokens: int) -> int:
-        """Peak of reading `n_tokens` tokens at once without keeping keys or values, the weights included."""
-        return self.weights + n_tokens * self.forward_per_token
+    def generating(self, n_tokens: int) -> int:
+        """Peak of reading and continuing a text of at most `n_tokens` tokens, the weights included."""
+        return self.weights + n_tokens * (self.kv_per_token + self.forward_per_token) + self.logits_per_token
 
 
 def footprint(config: Any, dtype: str | torch.dtype, quantization: Quantization | None = None) -> Footprint:
@@ -225,19 +220,15 @@ def read_base_config(source: str | Path | None, say: Say = lambda text: None) ->
 def free_memory(device: str) -> int | None:
     """Bytes that a device such as "cpu" or "cuda:0" has to give now; None where the system does not say.
 
-    On a CPU it is what Linux can give without swapping, or less where a control group (a container) has a limit.
+    On a CPU it is what the system can give without swapping, or less where a control group (a container) has a limit.
     """
     import torch
+    from accelerate.utils import get_max_memory
 
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if torch.device(device).type != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
+    place = torch.device(device)
+    free = get_max_memory().get(place.index or 0 if place.type == "cuda" else place.type)
+    if place.type != "cpu" or free is None:
+        return free
     try:
         most, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())

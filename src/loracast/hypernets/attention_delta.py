@@ -1,8 +1,8 @@
 """Text-to-LoRA from attention deltas: what a description adds to the base's own attention becomes a LoRA.
 
 The base reads the description, a dummy input and the beginning of a dummy answer, with an encoder LoRA that was trained
-with descriptions in its prompts. The attention deltas (attention_deltas.py) are what a base that does not see the
-description lacks. They become the B of a LoRA in the attention's output projections:
+with descriptions in its prompts. The attention deltas (attention_delta_encoder.py) are what a base lacks that does not
+see the description. They become the B of a LoRA in the attention's output projections:
 
     attention deltas [n, positions, layers, d] -> mixed over positions, plus a learned correction of low rank
     -> B [n, layers, r, d]
@@ -26,7 +26,7 @@ from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.documents.task_spec import TaskSpec
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.attention_deltas import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
+from loracast.hypernets.attention_delta_encoder import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
 from loracast.hypernets.config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.descriptions import (
     EXAMPLES_AT_ONCE,
@@ -125,11 +125,6 @@ class AttentionDeltaToLoRAConfig(ArchitectureConfig):
         """Rank of a task's LoRA by module kind, modules beyond `depth` padded with zeros."""
         bank = self.task_bank_rank if self.bank_sizes else 0
         return {kind: self.shared_rank + bank + (self.rank if kind == self.kind else 0) for kind in self.target.kinds}
-
-    @property
-    def lora_rank(self) -> int:
-        """Largest rank of a task's LoRA."""
-        return self.rank + self.shared_rank + self.task_bank_rank
 
 
 def _task_bank(c: AttentionDeltaToLoRAConfig) -> TaskBank:
@@ -242,22 +237,9 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         self.task_bank.take_directions(self.shared)
         self.task_bank.fit_keys(self._for_task_bank(conditions))
 
-    def refresh_task_bank(self, conditions: Tensor) -> None:
-        """Recompute the task bank's keys from its m descriptions [m, d_text]. Raises ConfigError for another m."""
-        if self.task_bank is not None:
-            self.task_bank.set_keys(self._for_task_bank(conditions))
-
-    def check_trainable(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
-        has_bank = self.config.task_bank_rank > 0
-        super().check_trainable(encoder_lora=False, task_bank_only=task_bank_only and not has_bank)
-        if has_bank and encoder_lora:
-            raise ConfigError(
-                "the task bank finds tasks by their descriptions as they are read at the start: "
-                "leave objective.encoder_lora_is_trained out"
-            )
-
     @property
     def probed_modules(self) -> tuple[str, ...]:
+        """Modules whose factors start as position probes."""
         return self._in_layers(self.config.kind)
 
     def _in_layers(self, kind: str) -> tuple[str, ...]:
@@ -266,6 +248,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         return tuple(name for name, layer, other, *_ in c.modules if other == kind and layer in c.layers)
 
     def set_position_probes(self, probes: Tensor) -> None:
+        """Start factors as position probes [modules, positions, in]."""
         self.where.data[:, : len(POSITIONS)] = probes
 
     def start_training(self, conditions: Tensor, n_descriptions: Sequence[int], *, is_fresh: bool) -> None:
@@ -273,14 +256,26 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
             self.set_units(conditions)
         self.remember_seen(conditions)
         if self.task_bank is not None:
-            self.refresh_task_bank(conditions)
+            self.task_bank.set_keys(self._for_task_bank(conditions))
         elif self.config.task_bank_rank:
             self.start_task_bank(conditions, n_descriptions)
 
     def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
-        if task_bank_only and self.task_bank is not None:
+        has_bank = self.config.task_bank_rank > 0
+        if task_bank_only and not has_bank:
+            raise ConfigError(
+                "objective.task_bank_only trains the task bank: "
+                "give the variant 'attention_delta' a hypernetwork.task_bank_rank"
+            )
+        if encoder_lora and has_bank:
+            raise ConfigError(
+                "the task bank finds tasks by their descriptions as they are read at the start: "
+                "leave objective.encoder_lora_is_trained out"
+            )
+        if task_bank_only:
             self.requires_grad_(False)
-            self.task_bank.requires_grad_(True)
+            if self.task_bank is not None:  # a new one has gradients from its start
+                self.task_bank.requires_grad_(True)
         self.encoder_lora.requires_grad_(encoder_lora)
 
     def weights_for(self, config: AttentionDeltaToLoRAConfig) -> dict[str, Tensor]:

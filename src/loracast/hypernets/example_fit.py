@@ -51,7 +51,7 @@ from torch.nn import functional
 
 from loracast.base.forward import capture_inputs
 from loracast.documents.task_spec import Example, TaskSpec
-from loracast.hypernets.attention_deltas import AttentionDeltaEncoder, TokenDeltas
+from loracast.hypernets.attention_delta_encoder import AttentionDeltaEncoder, TokenDeltas
 from loracast.lora.algebra import LoRA, LoRABatch, compress, inject, stack
 from loracast.lora.factors import Factors
 

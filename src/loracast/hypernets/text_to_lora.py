@@ -66,11 +66,6 @@ class TextToLoRAConfig(ArchitectureConfig):
         """Rank of a task's LoRA, by module kind."""
         return dict.fromkeys(self.target.kinds, self.rank)
 
-    @property
-    def lora_rank(self) -> int:
-        """Rank of a task's LoRA."""
-        return self.rank
-
 
 class TextToLoRA(DescriptionHypernetwork):
     """The hypernetwork. Its start is an exact no-op in every variant, because every B scaler starts at zero."""

@@ -31,7 +31,7 @@ from loracast.base.scoring import Episode
 from loracast.documents import split_text
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.associative_memory import N_PLACES
-from loracast.hypernets.attention_deltas import POSITIONS, tokens_around_input
+from loracast.hypernets.attention_delta_encoder import POSITIONS, tokens_around_input
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.lab.data.everyday import make_document

@@ -350,13 +350,13 @@ def read_library(
 
     Raises ConfigError if they have other modules than the hypernetwork, or a rank that it cannot reach.
     """
-    loras = [read_oracle(oracles / task.name, base) for task in tasks]
+    loras, rank = [read_oracle(oracles / task.name, base) for task in tasks], max(config.ranks.values())
     for task, lora in zip(tasks, loras, strict=True):
         if set(lora.names) != set(config.target.names):
             raise ConfigError(f"the oracle of {task.name} has other modules than the hypernetwork: make both equal")
-        if lora.rank > config.lora_rank or (match == "factors" and lora.rank != config.lora_rank):
+        if lora.rank > rank or (match == "factors" and lora.rank != rank):
             raise ConfigError(
-                f"the oracle of {task.name} has rank {lora.rank}, the hypernetwork {config.lora_rank}: make both equal"
+                f"the oracle of {task.name} has rank {lora.rank}, the hypernetwork {rank}: make both equal"
             )
     if match == "factors" and len(loras) < 2:
         raise ConfigError("factors are compared in units of how they differ between tasks; give at least two oracles")

@@ -171,20 +171,19 @@ def train_text(
     source = TaskSource(recipe.data, used, base.chat, is_specified=by_examples)
     source.check_lengths()
     hypernet = _start_from(init_from, recipe, base) if init_from is not None else build_text_hypernet(base, recipe)
-    hypernet.check_trainable(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
+    hypernet.select_trained(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
     encoder = hypernet.text_encoder(base)
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
     hypernet.to(workers.device)
     with torch.no_grad():
         conditions = encoder(source.descriptions).to(workers.device)
-    if init_from is None and hypernet.probed_modules:
+    if init_from is None and isinstance(hypernet, AttentionDeltaToLoRA):
         lora = hypernet.encoder_lora_batch()
         hypernet.set_position_probes(fit_position_probes(base, lora, hypernet.probed_modules, source))
     torch.manual_seed(recipe.training.seed)
     hypernet.start_training(conditions, source.n_descriptions, is_fresh=init_from is None)
     hypernet.train()
-    hypernet.select_trained(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
     if oracles is None:
         reader = encoder if recipe.encoder_lora_is_trained else CachedEncoder(encoder, source.descriptions, conditions)
         of_step = _by_examples(base, recipe, hypernet, source, reader)
