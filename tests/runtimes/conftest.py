@@ -81,7 +81,7 @@ def asked(model, tmp_path_factory) -> list[Asked]:
             prompt = model.base.chat.conversation(
                 [{"role": "system", "content": ASK_SYSTEM_TURN}, {"role": "user", "content": fact.question}]
             )
-            ((ids,), _) = _generate(model.base, [prompt], [adapter.lora()], Sampling(max_new_tokens=24))
+            (ids,), *_ = _generate(model.base, [prompt], [adapter.lora()], Sampling(max_new_tokens=24), [None], None)
             said = list(takewhile(lambda i: i not in model.base.end_ids, ids))
             rows.append(Asked(adapter, prompt, model.base.tokenizer.decode(said), ids[: len(said) + 1], fact.answer))
     return rows

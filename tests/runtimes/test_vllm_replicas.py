@@ -15,7 +15,6 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from test_vllm import PYTHON, post, wait_until_it_answers
 from loracast.answering.model import load
 from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.embedded import DEFAULT_BASE, embedded_folder
-from loracast.base.generate import Sampling, _generate
+from loracast.base.generate import Sampling, answers
 from loracast.documents import Document
 from loracast.export.adapter import export_adapter
 from loracast.library.library import Library
@@ -60,11 +59,9 @@ def ask_here(model, notes: list[Note]) -> None:
     """What loracast itself answers, greedily."""
     for first in range(0, len(notes), 10):
         some = notes[first : first + 10]
-        loras = [note.adapter.lora() for note in some]
-        for note, ids in zip(
-            some, _generate(model.base, [n.prompt for n in some], loras, Sampling(N_TOKENS))[0], strict=True
-        ):
-            note.ours = model.base.tokenizer.decode(list(takewhile(lambda i: i not in model.base.end_ids, ids))).strip()
+        prompts, loras = [note.prompt for note in some], [note.adapter.lora() for note in some]
+        for note, given in zip(some, answers(model.base, prompts, loras, Sampling(N_TOKENS)), strict=True):
+            note.ours = given.text
 
 
 def numbers_of(text: str) -> set[str]:

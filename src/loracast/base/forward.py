@@ -8,28 +8,22 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Ids [n, longest] and a bool mask [n, longest] that is true where they are real."""
-    longest = max(len(sequence) for sequence in sequences)
-    ids = torch.full((len(sequences), longest), pad_id)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[i, : len(sequence)] = True
-    return ids, mask
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    return ids, pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
 
 
 def length_groups(lengths: Sequence[int], n: int) -> list[list[int]]:
@@ -64,12 +58,21 @@ def capture_inputs(model: Any, names: Sequence[str]) -> Iterator[dict[str, Tenso
     def keep(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         return lambda module, given: inputs.update({name: given[0]})
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(keep(name)))
         yield inputs
+
+
+@contextmanager
+def attention_of(config: Any, implementation: str) -> Iterator[None]:
+    """Have a base with this config use another implementation of attention, by its name in transformers."""
+    usual = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        config._attn_implementation = usual
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from queue import SimpleQueue
 from statistics import fmean
@@ -14,6 +15,7 @@ from threading import Event
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from loracast.base.copying import Copying
 from loracast.base.load import Base
@@ -80,23 +82,19 @@ class _Streamer:
         self._is_prompt = True
 
     def put(self, ids: torch.Tensor) -> None:
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        self.ids += [i for i in ids.flatten().tolist() if i not in self.base.end_ids]
-        text = self._text()
-        if not text.endswith("\ufffd"):  # a character whose bytes are still incomplete waits for the next token
-            self._say(text)
+        if not self._is_prompt:
+            self.ids += [i for i in ids.flatten().tolist() if i not in self.base.end_ids]
+            self._show(is_last=False)
+        self._is_prompt = False
 
     def end(self) -> None:
-        self._say(self._text())
+        self._show(is_last=True)
 
-    def _text(self) -> str:
-        return self.base.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
-
-    def _say(self, text: str) -> None:
-        self.on_text(text[len(self.shown) :])
-        self.shown = text
+    def _show(self, is_last: bool) -> None:
+        text = self.base.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        if is_last or not text.endswith("\ufffd"):  # bytes of a character wait for those of the next token
+            self.on_text(text[len(self.shown) :])
+            self.shown = text
 
 
 def answer(
@@ -126,34 +124,17 @@ def answers(
     """
     if not prompts:
         return []
-    token_times: list[float] = []
-    streamer = None if on_text is None else _Streamer(base, on_text)
     started = time.perf_counter()
-    rows, logprobs = _generate(
-        base,
-        prompts,
-        loras,
-        sampling,
-        copying or [None] * len(prompts),
-        streamer,
-        lambda: token_times.append(time.perf_counter()),
-    )
+    streamer = None if on_text is None else _Streamer(base, on_text)
+    rows, logprobs, began = _generate(base, prompts, loras, sampling, copying or [None] * len(prompts), streamer)
     total_s = time.perf_counter() - started
     given = []
     for prompt, ids, of_row in zip(prompts, rows, logprobs, strict=True):
-        said = _until(ids, base.end_ids)
+        said = list(takewhile(lambda i: i not in base.end_ids, ids))
         text = base.tokenizer.decode(said, skip_special_tokens=True).strip()
-        figures = (len(prompt), len(said), token_times[0] - started, total_s)
-        is_finished = any(i in base.end_ids for i in ids)
-        given.append(Answer(text, *figures, is_finished, confidence(of_row[: len(said) + 1])))
+        figures = (len(prompt), len(said), began - started, total_s)
+        given.append(Answer(text, *figures, len(said) < len(ids), confidence(of_row[: len(said) + 1])))
     return given
-
-
-def answer_batch(
-    base: Base, prompts: Sequence[Sequence[int]], loras: Sequence[LoRA | None], sampling: Sampling = Sampling()
-) -> list[str]:
-    """The texts of `answers`."""
-    return [given.text for given in answers(base, prompts, loras, sampling)]
 
 
 def pieces(base: Base, run: Callable[[OnText], T]) -> Generator[str, None, T]:
@@ -185,11 +166,6 @@ def pieces(base: Base, run: Callable[[OnText], T]) -> Generator[str, None, T]:
     return given.result()
 
 
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """The ids before the first one that ends an answer."""
-    return list(takewhile(lambda i: i not in ends, ids))
-
-
 @torch.no_grad()
 def _generate(
     base: Base,
@@ -197,33 +173,29 @@ def _generate(
     loras: Sequence[LoRA | None],
     sampling: Sampling,
     copying: Sequence[Copying | None],
-    streamer: _Streamer | None = None,
-    on_token: Callable[[], None] = lambda: None,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """New token ids for each prompt, with their logprobs. The mask hides the padding on the prompts' left.
-
-    `on_token` is called when each prompt has one more token.
-    """
+    streamer: _Streamer | None,
+) -> tuple[list[list[int]], list[list[float]], float]:
+    """New token ids for each prompt, their logprobs, and the time at which all prompts had their first token."""
     longest = max(len(prompt) for prompt in prompts)
     if longest + sampling.max_new_tokens > base.window:
         raise PromptTooLong(
             f"the prompt has {longest} tokens and the base's window holds {base.window}; learn the long text as a "
             "document, or ask for a shorter answer (--max-tokens)"
         )
-    ids = torch.full((len(prompts), longest), base.pad_id, device=base.device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=base.device)
-        mask[row, longest - len(prompt) :] = 1
-    options: dict[str, object] = {"do_sample": False}
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = left([torch.tensor(prompt, dtype=torch.long) for prompt in prompts], padding_value=base.pad_id).to(
+        base.device
+    )
+    mask = left([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]).to(base.device)
+    options: dict[str, object] = {"do_sample": not sampling.is_greedy}
     if not sampling.is_greedy:
-        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        options = {"do_sample": True, **chosen}
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     rules = {"repetition_penalty": sampling.repetition_penalty, "no_repeat_ngram_size": sampling.no_repeat_ngram_size}
     options |= {name: value for name, value in rules.items() if value is not None}
 
     last_logits: list[torch.Tensor] = []
     logprobs: list[torch.Tensor] = []  # of each step [n]
+    times: list[float] = []
 
     def keep(model: object, args: object, output: Any) -> None:
         last_logits[:] = [output.logits[:, -1].float()]  # [n, vocabulary], before any rule of the sampling
@@ -237,7 +209,7 @@ def _generate(
         return scores
 
     def count(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        on_token()
+        times.append(time.perf_counter())
         chosen = last_logits[0].gather(1, ids[:, -1:])[:, 0]
         logprobs.append(chosen - last_logits[0].logsumexp(1))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -259,4 +231,4 @@ def _generate(
             stopping_criteria=StoppingCriteriaList([count]),
             **options,
         )
-    return out[:, longest:].tolist(), torch.stack(logprobs, 1).tolist()
+    return out[:, longest:].tolist(), torch.stack(logprobs, 1).tolist(), times[0]

@@ -15,7 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loracast.base.chat import PLAIN_TEMPLATE, ChatFormat
 from loracast.base.embedded import DEFAULT_BASE, Say, embedded, pull, quiet_transformers
+from loracast.base.fingerprint import Fingerprint, fingerprint, fingerprint_of_files
 from loracast.base.footprint import (
     check_memory,
     check_quantize,
@@ -27,13 +29,12 @@ from loracast.base.footprint import (
 )
 from loracast.errors import BaseModelError, ConfigError
 from loracast.files import check_revision, folder_of, needs_access
+from loracast.lora.target import text_config
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from loracast.base.chat import ChatFormat
-    from loracast.base.fingerprint import Fingerprint
     from loracast.lora.inject import FairLock
 
 
@@ -51,14 +52,10 @@ class Base:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        from loracast.base.chat import ChatFormat
-
         return ChatFormat(self.tokenizer)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        from loracast.base.fingerprint import fingerprint, fingerprint_of_files
-
         found = None
         if self.checkpoint is not None:
             with suppress(BaseModelError):  # in other files or under other names: `check` warns of another quantisation
@@ -85,8 +82,8 @@ class Base:
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the template's end of turn first, then those of the base's generation config."""
         others = self.model.generation_config.eos_token_id
-        others = others if isinstance(others, list) else [] if others is None else [others]
-        return tuple(dict.fromkeys([self.chat.end_of_turn, *others]))
+        others = others if isinstance(others, list) else [others]
+        return tuple(dict.fromkeys(i for i in (self.chat.end_of_turn, *others) if i is not None))
 
     @property
     def pad_id(self) -> int:
@@ -168,8 +165,6 @@ def load_base(
 
 def _frozen(name: str, model: Any, tokenizer: Any, chat_template: str | Path | None) -> Base:
     """A base of a loaded model, frozen and in evaluation mode. Raises BaseModelError where it cannot carry LoRAs."""
-    from loracast.lora.target import text_config
-
     text_config(model.config)  # raises for a family that cannot
     if any(parameter.is_meta for parameter in model.parameters()):
         raise BaseModelError(f"parts of the base {name!r} are offloaded: give a device_map that keeps it in memory")
@@ -198,8 +193,6 @@ def _side_by_side(head: object, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def template_text(given: str | Path | None) -> str:
     """The text of a chat template: a file's, the plain one, or what is given itself. Raises ConfigError."""
-    from loracast.base.chat import PLAIN_TEMPLATE
-
     if given is None or given == "":
         return ""
     if given == "plain":

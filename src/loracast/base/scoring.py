@@ -5,17 +5,8 @@ once (a system turn, say), then every question with its answer as a branch. A br
 and its positions continue from the prefix. So each branch computes exactly what a row of its own would, at a fraction
 of the tokens, and the LoRA of a document meets all its questions in one matmul.
 
-Keep a teacher's distributions compactly, and measure a student's divergence from them.
-
-Of each distribution the k likeliest tokens are kept (arXiv 2602.15902 keeps 16): about 100 bytes a token instead of 200
-kB.
-
-Pack documents with questions into batches: a document is encoded once and answers all questions in one row.
-
-A row is a small tree: the prompts' common prefix once (a system turn, say), then every question with its answer as a
-branch. A branch attends to the prefix and itself, and its positions continue from the prefix. So each branch computes
-exactly what a row of its own would, at a fraction of the tokens, and the LoRA of a document meets all its questions in
-one matmul.
+A teacher's distributions are kept by their k likeliest tokens (arXiv 2602.15902 keeps 16): about 100 bytes a token
+instead of 200 kB.
 """
 
 from __future__ import annotations
@@ -33,7 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from loracast.base.forward import capture_inputs, checkpointed_blocks, length_groups, names_within, pad_right
+from loracast.base.forward import (
+    attention_of,
+    capture_inputs,
+    checkpointed_blocks,
+    length_groups,
+    names_within,
+    pad_right,
+)
 from loracast.lora.algebra import LoRABatch, inject
 
 TOP_K = 16
@@ -160,30 +158,23 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     empty: tuple[tuple[int, ...], ...] = ((),)
     filled = [chunk for episode in episodes for chunk in episode.chunks + empty * (k - len(episode.chunks))]
     chunk_ids, chunk_mask = pad_right(filled, pad_id)
-    rows: list[list[int]] = []
-    positions: list[list[int]] = []
-    branches: list[list[int]] = []  # of each token: 0 for the prefix, then the batch's questions from 1 on
+    rows: list[list[tuple[int, int, int]]] = []  # of tokens: id, position, 0 for the prefix or the question from 1 on
     answers: list[tuple[int, int, int, int]] = []  # row, position, token, question
     n_questions = 0
     for row, episode in enumerate(episodes):
         shared = common_prefix([question.prompt for question in episode.questions])
-        ids = list(episode.questions[0].prompt[:shared])
-        position = list(range(shared))
-        branch = [0] * shared
+        tokens = [(token, i, 0) for i, token in enumerate(episode.questions[0].prompt[:shared])]
         for question in episode.questions:
-            tail = [*question.prompt[shared:], *question.answer[:-1]]  # the last answer token is predicted, never read
-            first = len(ids) + len(question.prompt) - shared - 1
+            first = len(tokens) + len(question.prompt) - shared - 1
             answers += [(row, first + i, token, n_questions) for i, token in enumerate(question.answer)]
             n_questions += 1
-            ids += tail
-            position += range(shared, shared + len(tail))
-            branch += [n_questions] * len(tail)
-        rows.append(ids)
-        positions.append(position)
-        branches.append(branch)
-    input_ids, _ = pad_right(rows, pad_id)
-    position_ids, _ = pad_right(positions, 0)
-    branch_ids, _ = pad_right(branches, -1)  # padding attends to padding only, and no token attends to it
+            tail = [*question.prompt[shared:], *question.answer[:-1]]  # the last answer token is predicted, never read
+            tokens += [(token, shared + i, n_questions) for i, token in enumerate(tail)]
+        rows.append(tokens)
+    # Padding attends to padding only, and no token attends to it.
+    input_ids, position_ids, branch_ids = (
+        pad_right([[token[i] for token in row] for row in rows], pad)[0] for i, pad in enumerate((pad_id, 0, -1))
+    )
     same = branch_ids[:, :, None] == branch_ids[:, None, :]
     to_prefix = (branch_ids == 0)[:, None, :] & (branch_ids >= 0)[:, :, None]
     t = input_ids.shape[1]
@@ -307,8 +298,10 @@ def under_loras(
     model: Any, loras: LoRABatch, gates: Mapping[str, Tensor], device: torch.device, block: nn.Module | None = None
 ) -> Iterator[None]:
     """Inject LoRAs into a base and set its attention for training; where a block is given, inject its LoRAs alone."""
-    some = loras if block is None else loras.only(names_within(model, block))
-    with inject(model, some, gates), attention_for_training(model.get_decoder().config, device):
+    some, config = loras if block is None else loras.only(names_within(model, block)), model.get_decoder().config
+    # On a CPU the fused kernel's backward takes four times as long on rows as short as these.
+    attention = "eager" if device.type == "cpu" else config._attn_implementation
+    with inject(model, some, gates), attention_of(config, attention):
         yield
 
 
@@ -353,17 +346,6 @@ def score_logits(logits: Tensor, batch: Batch, module_inputs: Mapping[str, Tenso
         logits=logits,
         module_inputs=module_inputs or {},
     )
-
-
-@contextmanager
-def attention_for_training(config: Any, device: torch.device) -> Iterator[None]:
-    """On a CPU, use eager attention: the fused kernel's backward takes four times as long on rows as short as these."""
-    usual = config._attn_implementation
-    config._attn_implementation = "eager" if device.type == "cpu" else usual
-    try:
-        yield
-    finally:
-        config._attn_implementation = usual
 
 
 def lr_factor(step: int, n_steps: int, n_warmup: int, schedule: Schedule) -> float:

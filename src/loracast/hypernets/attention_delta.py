@@ -161,14 +161,6 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         self.register_buffer("std", torch.ones(c.d_text))
         self.register_buffer("seen", torch.zeros(c.n_seen, c.d_state))
 
-    @property
-    def needs_base(self) -> bool:
-        return True
-
-    @property
-    def examples_at_once(self) -> int:
-        return self.config.examples_at_once
-
     def text_encoder(self, base: Base | None, encoder: str | None = None, say: Say = lambda text: None) -> TextEncoder:
         if base is None or encoder is not None:
             raise EncoderError(

@@ -7,8 +7,7 @@ the other values alone. The difference, through the layer's output projection, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from loracast.base.forward import capture_inputs, pad_right
+from loracast.base.forward import attention_of, capture_inputs, pad_right
 from loracast.documents.task_spec import Example, TaskSpec, with_description
 from loracast.errors import EncoderError
 from loracast.hypernets.encoders import cut
@@ -223,10 +222,13 @@ class AttentionDeltaEncoder:
 
     def _run(self, ids: Tensor, record: _Record) -> _Record:
         """Let the base read ids [n, t] after the tokens that the record has from before, and fill the record."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_RECORD, _recording_attention)
         base, n_before = self.base, record.described.shape[1] - ids.shape[1]
         record.described, record.positions = record.described.to(base.device), record.positions.to(base.device)
         at = torch.arange(n_before, record.described.shape[1], device=base.device)[None]
-        with _recording(base.model.get_decoder()):
+        with attention_of(base.model.get_decoder().config, _RECORD):
             self._decoder(input_ids=ids.to(base.device), position_ids=at, use_cache=False, **{_RECORD: record})
         return record
 
@@ -261,24 +263,13 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-@contextmanager
-def _recording(decoder: Any) -> Iterator[None]:
-    """Use attention that writes attention deltas into the `_Record` among its arguments."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_RECORD, _recording_attention)
-    usual = decoder.config._attn_implementation
-    decoder.config._attn_implementation = _RECORD
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = usual
-
-
 def _recording_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention [n, heads, t, d] -> [n, t, heads, d]; rows are padded on the right, so no mask is needed."""
+    """Causal attention [n, heads, t, d] -> [n, t, heads, d], which fills the `_Record` among its options.
+
+    Rows are padded on the right, so no mask is needed.
+    """
     record: _Record = options[_RECORD]
     record.read.append((key, value))
     if record.before:

@@ -116,7 +116,7 @@ class DescriptionHypernetwork(Hypernetwork):
     @property
     def examples_at_once(self) -> int:
         """Most examples that are read in one text; more are read in groups, whose conditions are averaged."""
-        return EXAMPLES_AT_ONCE
+        return getattr(self.config, "examples_at_once", EXAMPLES_AT_ONCE)
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> TaskReader:
         read = self.text_encoder(base, encoder, say)

@@ -26,7 +26,7 @@ from loracast.base.load import Base
 from loracast.errors import EncoderError, HypernetworkError
 from loracast.hypernets.associative_memory import AssociativeMemory, MemoryWrites
 from loracast.hypernets.config import DocToLoRAConfig
-from loracast.hypernets.encoders import OF_THE_BASE, Features, HiddenStatesEncoder, check_encoder, load_image_encoder
+from loracast.hypernets.encoders import Features, HiddenStatesEncoder, check_encoder, load_image_encoder
 from loracast.hypernets.perceiver import (
     FactorHead,
     Perceiver,
@@ -41,7 +41,6 @@ from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import Modality
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.factors import Rows
-from loracast.lora.merge import Merging
 
 
 class RankCodes(NamedTuple):
@@ -91,10 +90,8 @@ class DocToLoRA(Hypernetwork):
         )
         copying = [kind for kind in c.kinds if c.d_values and shapes[kind][1] == c.d_values]
         self.pointers = nn.ModuleDict({k: ValuePointer(n_layers, c.d_features, c.width, c.rank) for k in copying})
-        self.static = nn.ModuleDict()
-        for modules, rank in ((c.modules, c.static_rank), (c.static_modules, c.static_modules_rank)):
-            if rank:
-                self.static.update(dict(static_loras(modules, rank).items()))
+        self.static = static_loras(c.modules if c.static_rank else (), c.static_rank)
+        self.static.update(static_loras(c.static_modules, c.static_modules_rank))
         self.encoder_lora = static_loras(c.encoder_modules, c.encoder_rank)
         self.memory = AssociativeMemory(c) if c.memory_modules else None
         self.register_buffer("feature_mean", torch.zeros(c.d_features))
@@ -109,14 +106,7 @@ class DocToLoRA(Hypernetwork):
 
     @property
     def modality(self) -> Modality:
-        return "document" if self.config.encoder == OF_THE_BASE else "image"
-
-    @property
-    def needs_base(self) -> bool:
-        return self.config.encoder == OF_THE_BASE
-
-    def computes_in_bf16(self, base: Base | None) -> bool:
-        return self.needs_base and super().computes_in_bf16(base)
+        return "document" if self.needs_base else "image"
 
     def hidden_states_encoder(self, base: Base) -> HiddenStatesEncoder:
         """The base as the encoder of documents. Raises HypernetworkError for a hypernetwork of another modality."""
@@ -200,10 +190,6 @@ class DocToLoRA(Hypernetwork):
     @property
     def memory_kinds(self) -> tuple[str, ...]:
         return tuple({kind for _, _, kind, *_ in self.config.memory_modules})
-
-    @property
-    def merging(self) -> Merging:
-        return self.config.merging
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
         """The rank latents of chunks: features [n, t, d], mask [n, t] true where a token is real (None: all are)."""

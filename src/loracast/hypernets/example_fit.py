@@ -41,6 +41,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -227,13 +228,10 @@ def _read(base: Base, example: Example, modules: Sequence[str]) -> _Read:
         return hook
 
     ids = torch.tensor([[*prompt, *reply[:-1]]], device=base.device)
-    handles = [base.model.get_submodule(name).register_forward_hook(add_zero(name)) for name in modules]
-    try:
-        with capture_inputs(base.model, modules) as inputs:
-            logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=len(reply)).logits[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, capture_inputs(base.model, modules) as inputs:
+        for name in modules:
+            hooks.enter_context(base.model.get_submodule(name).register_forward_hook(add_zero(name)))
+        logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=len(reply)).logits[0]
     loss = functional.cross_entropy(logits.float(), torch.tensor(reply, device=base.device))
     found = torch.autograd.grad(loss, [added[name] for name in modules])
     return _Read(
@@ -287,18 +285,15 @@ def label_bias(base: Base, examples: Sequence[Example], module: str, lora: LoRAB
         adds = base.model.get_submodule(module).register_forward_hook(
             lambda _, given, output: output + change.to(output.dtype)
         )
-        try:
+        with adds, capture_inputs(base.model, [module]) as found:
             for example, reply in zip(examples, replies, strict=True):
                 prompt = base.chat.prompt(example.input, "")
                 ids = torch.tensor([[*prompt, *reply[:-1]]], device=base.device)
                 n_kept = len(reply) - n_common  # of the tokens, from the one behind which the labels differ
-                with capture_inputs(base.model, [module]) as found:
-                    given = base.model(input_ids=ids, use_cache=False, logits_to_keep=n_kept).logits
+                given = base.model(input_ids=ids, use_cache=False, logits_to_keep=n_kept).logits
                 logits.append(given[0, 0, tokens].float())
                 inputs.append(found[module][0, len(prompt) - 1 :].float())
                 is_chosen.append(torch.arange(len(reply), device=base.device) == n_common)
-        finally:
-            adds.remove()
         z = torch.stack(logits)  # [n, k]
         slopes = torch.stack([torch.autograd.grad(one, change, retain_graph=True)[0] for one in z.mean(0)])  # [k, out]
     labels = torch.tensor([tokens.index(reply[n_common]) for reply in replies], device=base.device)

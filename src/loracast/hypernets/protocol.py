@@ -22,7 +22,7 @@ from loracast.base.embedded import Say
 from loracast.base.fingerprint import Fingerprint, check
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import HypernetworkError
-from loracast.hypernets.encoders import Features
+from loracast.hypernets.encoders import OF_THE_BASE, Features
 from loracast.hypernets.store import Pretrained
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.factors import Factors, Rows
@@ -48,8 +48,8 @@ class Hypernetwork(Pretrained):
 
     @property
     def needs_base(self) -> bool:
-        """Whether its encoder is the base itself."""
-        raise self._undefined("needs_base")
+        """Whether its encoder is the base itself, as `config.encoder` says."""
+        return self.config.encoder.partition(":")[0] == OF_THE_BASE
 
     @property
     def chunk_tokens(self) -> int:
@@ -83,8 +83,8 @@ class Hypernetwork(Pretrained):
 
     @property
     def merging(self) -> Merging:
-        """How the rows of a document's chunks are combined; by default they are joined along the rank."""
-        return Merging()
+        """How the rows of a document's chunks are combined: joined along the rank if the config does not say it."""
+        return getattr(self.config, "merging", Merging())
 
     def loras(self, rows: Rows) -> LoRABatch:
         """Rows of n chunks, descriptions or images -> one LoRA for each, the static LoRA included."""
@@ -133,7 +133,7 @@ class Hypernetwork(Pretrained):
 
     def computes_in_bf16(self, base: Base | None) -> bool:
         """Whether casting for this base runs its matmuls in bf16, as in training."""
-        return base is not None and base.model.dtype == torch.bfloat16
+        return self.needs_base and base is not None and base.model.dtype == torch.bfloat16
 
     def bind(self, base: Base | None = None, *, encoder: str | None = None, say: Say = lambda text: None) -> Caster:
         """Bind the hypernetwork to a base and load its encoder.

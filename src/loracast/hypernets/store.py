@@ -216,11 +216,7 @@ class Pretrained(nn.Module):
         for key in dataclasses.fields(self.config):
             if NEWER in key.metadata and config[key.name] == key.default:
                 del config[key.name]
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()[:16]
+        return _hash(self.state_dict(), json.dumps(config, sort_keys=True).encode())
 
     def weights_for(self, config: Any) -> dict[str, Tensor]:
         """The weights for another config of the same hypernetwork. Raises ConfigError where they cannot be derived."""
@@ -305,10 +301,15 @@ def former_id(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> st
     back = {new: old for old, new in _TENSORS.items()}
     old = {_renamed(name, back): value for name, value in weights.items()}
     old |= {name: value.float() for name, value in stored.items() if _is_idle(name, value)}
-    digest = hashlib.sha256()
-    for name, value in sorted(old.items()):
+    return _hash(old)
+
+
+def _hash(tensors: Mapping[str, Tensor], config: bytes = b"") -> str:
+    """Short sha256 of a config and tensors."""
+    digest = hashlib.sha256(config)
+    for name, value in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(value.contiguous().numpy().data)
+        digest.update(value.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -328,16 +329,11 @@ GENERATED = "<!-- Written by loracast, and written anew with the weights until t
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_IDS = {DEFAULT_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _USES = {
-    "document": ("hypernetwork", 'manual = model.learn("manual.pdf")\nmodel.ask("How long is the warranty?", manual)'),
-    "task": (
-        "task_hypernetwork",
-        'shout = model.task("Answer in capital letters.", "shout")\nmodel.ask("river", shout)',
-    ),
-    "image": (
-        "image_hypernetwork",
-        'photo = model.learn("photo.jpg")\nmodel.ask("What does the picture show?", photo)',
-    ),
+    "document": ("hypernetwork", 'manual = model.learn("manual.pdf")', "How long is the warranty?", "manual"),
+    "task": ("task_hypernetwork", 'shout = model.task("Answer in capital letters.", "shout")', "river", "shout"),
+    "image": ("image_hypernetwork", 'photo = model.learn("photo.jpg")', "What does the picture show?", "photo"),
 }
+"""By modality: the argument of `loracast.load`, how an adapter is made, and a question to it by its name."""
 _UNKNOWN = "Not recorded: to be filled in by whoever publishes this."
 
 
@@ -352,10 +348,11 @@ def model_card(hypernet: Pretrained, provenance: Mapping[str, Any]) -> str:
     base = hypernet.made_for.base
     base = Path(base).name if Path(base).is_absolute() else base  # not where it lies on this machine
     hub_id = _HUB_IDS.get(base, base)
-    licence, figures = provenance.get("licence"), provenance.get("figures", {})
-    option, use = _USES[hypernet.modality]
+    licence = provenance.get("licence")
+    option, learn, question, adapter = _USES[hypernet.modality]
     steps = list(_steps(provenance))
-    data = dict.fromkeys(name for step in steps for name in _data_of(step))
+    ranks = ", ".join(f"{rank} in {kind}" for kind, rank in hypernet.config.ranks.items() if rank)
+    n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())
     front = [
         "---",
         "library_name: loracast",
@@ -363,25 +360,29 @@ def model_card(hypernet: Pretrained, provenance: Mapping[str, Any]) -> str:
         *([f"base_model: {hub_id}"] if _HUB_ID.fullmatch(hub_id) else []),
         f"tags: [lora, hypernetwork, {hypernet.modality}-to-lora]",
         "---",
+        GENERATED,
     ]
-    ranks = ", ".join(f"{rank} in {kind}" for kind, rank in hypernet.config.ranks.items() if rank)
-    n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())
-    sections = [
-        "\n".join([*front, GENERATED]),
+    use = [
+        "```python\nimport loracast\n\n# FOLDER: this repository, or a folder with it",
+        f'model = loracast.load("{base}", {option}="FOLDER")\n{learn}\nmodel.ask("{question}", {adapter})\n```',
+    ]
+    sections = {
+        "Base": f"`{hub_id}`; other bases are refused (fingerprints: shapes {hypernet.made_for.config}, weights "
+        f"{hypernet.made_for.norms}).",
+        "Shape": f"{n_parameters / 1e6:.1f} million parameters; LoRAs of rank {ranks}.",
+        "Data": "\n".join(dict.fromkeys(f"- {name}" for step in steps for name in _data_of(step))),
+        "Training": "\n".join(f"    {step['command']}" for step in steps if step.get("command")),
+        "Figures": "\n".join(f"- {name}: {value}" for name, value in provenance.get("figures", {}).items()),
+        "Licence": licence,
+    }
+    parts = [
+        "\n".join(front),
         f"# {type(hypernet).__name__} for {hub_id}",
         f"A hypernetwork that casts {hypernet.modality}s into LoRAs for a frozen language model in one forward pass.",
-        f"```python\nimport loracast\n\n# FOLDER: this repository, or a folder with it\n"
-        f'model = loracast.load("{base}", {option}="FOLDER")\n{use}\n```',
-        "## Base\n\n"
-        f"`{hub_id}`; other bases are refused (fingerprints: shapes {hypernet.made_for.config}, weights "
-        f"{hypernet.made_for.norms}).",
-        f"## Shape\n\n{n_parameters / 1e6:.1f} million parameters; LoRAs of rank {ranks}.",
-        "## Data\n\n" + ("\n".join(f"- {name}" for name in data) or _UNKNOWN),
-        "## Training\n\n" + ("\n".join(f"    {step['command']}" for step in steps if step.get("command")) or _UNKNOWN),
-        "## Figures\n\n" + ("\n".join(f"- {name}: {value}" for name, value in figures.items()) or _UNKNOWN),
-        "## Licence\n\n" + (licence or _UNKNOWN),
+        "\n".join(use),
+        *(f"## {title}\n\n{text or _UNKNOWN}" for title, text in sections.items()),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _steps(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -396,11 +397,11 @@ def _steps(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _data_of(step: Mapping[str, Any]) -> Iterator[str]:
     """What a training names as its data: files, sources in them, tasks."""
-    named = {key: value for key, value in step.get("data", {}).items() if not key.endswith(("_kinds", "_share"))}
     if "tasks" in step:
         yield f"{len(step['tasks'])} tasks: {', '.join(step['tasks'])}"
-    for value in named.values():
-        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+    for key, value in step.get("data", {}).items():
+        is_named = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if is_named and not key.endswith(("_kinds", "_share")):
             yield from value
 
 

@@ -20,7 +20,7 @@ from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.hypernets.config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
-from loracast.hypernets.encoders import OF_THE_BASE, TextEncoder, load_text_encoder
+from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.hypernets.perceiver import shapes_by_kind
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Factors
@@ -91,10 +91,6 @@ class TextToLoRA(DescriptionHypernetwork):
             self.asked = nn.Parameter(torch.randn(len(target.kinds), 2, n_rows, c.width))
             self.asked_norm = nn.LayerNorm(c.width)
         self.register_buffer("seen", torch.zeros(c.n_seen, c.d_text))
-
-    @property
-    def needs_base(self) -> bool:
-        return self.config.encoder == OF_THE_BASE
 
     def computes_in_bf16(self, base: Base | None) -> bool:
         return False

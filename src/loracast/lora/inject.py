@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -249,8 +249,7 @@ def deltas_added(model: nn.Module, batch: LoRABatch, n_rows: int | None, gates: 
     """
     shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in batch.factors.items()]
     shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, module in check_fits(model, shapes).items():
             chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
             chains += [[batch.dense[name]]] if name in batch.dense else []
@@ -258,11 +257,8 @@ def deltas_added(model: nn.Module, batch: LoRABatch, n_rows: int | None, gates: 
             w = module.weight
             dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
             chains = [[matrix.to(w.device, dtype).mT for matrix in chain] for chain in chains]
-            handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
+            hooks.enter_context(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hook(

@@ -136,20 +136,13 @@ def layer_shapes(config: Any) -> dict[str, tuple[int, int]]:
     }
 
 
-def target_from_config(
-    config: Any,
-    kinds: Iterable[str] = ("down_proj",),
-    layers: Layers = None,
-    prefix: str | None = None,
-) -> Target:
+def target_from_config(config: Any, kinds: Iterable[str] = ("down_proj",), layers: Layers = None) -> Target:
     """Choose the modules of a base that receive a LoRA, from the base's config.
 
     Args:
         config: a transformers config (attributes as in LlamaConfig).
         kinds: which of `KINDS`; their order does not matter, the result always follows `KINDS`.
         layers: which layers (`Layers`).
-        prefix: where the base keeps its decoder layers; None for transformers' own place, which is deeper in a
-            multimodal base.
 
     Raises:
         ConfigError: an unknown kind or a layer that the base does not have.
@@ -158,8 +151,7 @@ def target_from_config(
     wanted = set(kinds)
     text = text_config(config)
     n_layers = text.num_hidden_layers
-    if prefix is None:
-        prefix = "model.layers" if text is config else "model.language_model.layers"
+    prefix = "model.layers" if text is config else "model.language_model.layers"  # where a multimodal base has them
     chosen = layers_at(layers, n_layers)
     shapes = module_shapes(config)
     problems = [f"unknown module kind {kind!r}" for kind in sorted(wanted - set(KINDS))]

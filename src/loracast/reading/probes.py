@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loracast.base.generate import Sampling, answer_batch
+from loracast.base.generate import Sampling, answers
 from loracast.base.load import Base
 from loracast.lora.algebra import LoRA, inject
 
@@ -49,14 +49,14 @@ def probe(base: Base, lora: LoRA, prompts: Sequence[str] = PROBES, n_tokens: int
     """Answer prompts with and without a LoRA, `n_tokens` of each answer, greedily."""
     ids = [base.chat.prompt(prompt) for prompt in prompts]
     rules = Sampling(max_new_tokens=n_tokens)
-    plain, adapted = (answer_batch(base, ids, [one] * len(ids), rules) for one in (None, lora))
+    plain, adapted = (answers(base, ids, [one] * len(ids), rules) for one in (None, lora))
     found = []
     with torch.no_grad():
         for i, prompt in enumerate(ids):
             before = _next_token(base, prompt, None)
             after = _next_token(base, prompt, lora)
             kl = (after.exp() * (after - before)).sum().item()
-            found.append(Probe(prompts[i], max(0.0, kl), plain[i], adapted[i]))
+            found.append(Probe(prompts[i], max(0.0, kl), plain[i].text, adapted[i].text))
     return found
 
 

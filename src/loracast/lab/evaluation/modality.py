@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loracast.base.generate import Sampling, answer, answer_batch
+from loracast.base.generate import Sampling, answer, answers
 from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.hypernets.encoders import Features
@@ -130,8 +130,8 @@ def evaluate_modality(
     free = scorer.free_answers(asked.test, states)
     for part in parts[:2]:
         right[part, "free"] = [is_exact(free[i], examples.names[i]) for i in examples.of(part)]
-    for baseline, answers in classified.items():
-        right[TRAINED, baseline] = [said == examples.names[i] for i, said in zip(trained, answers, strict=True)]
+    for baseline, classes in classified.items():
+        right[TRAINED, baseline] = [said == examples.names[i] for i, said in zip(trained, classes, strict=True)]
     rows = [_row(part, baseline, hits, 1 / len(offered[part])) for (part, baseline), hits in right.items()]
     rows.sort(key=lambda row: parts.index(row["part"]))
     for attribute in asked.attributes:
@@ -174,10 +174,11 @@ class _Scorer:
     def free_answers(self, question: str, states: Tensor) -> list[str]:
         """What the base writes with the LoRA of each example."""
         prompt = self.base.chat.prompt(question, "")
-        answers: list[str] = []
+        given: list[str] = []
         for loras in self._loras(states, range(len(states))):
-            answers += answer_batch(self.base, [prompt] * len(loras), loras, Sampling(max_new_tokens=16))
-        return answers
+            found = answers(self.base, [prompt] * len(loras), loras, Sampling(max_new_tokens=16))
+            given += [one.text for one in found]
+        return given
 
     def _loras(self, states: Tensor, rows: Sequence[int]) -> Iterator[list[LoRA]]:
         """The LoRAs of these examples, a few at a time."""

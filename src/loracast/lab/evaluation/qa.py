@@ -24,7 +24,7 @@ from torch import Tensor
 from loracast.answering.model import Model
 from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.chat import ChatFormat, Message, encode_with_offsets, without_middle
-from loracast.base.generate import Sampling, answer_batch
+from loracast.base.generate import Sampling, answers
 from loracast.base.scoring import Episode, Question, pack, score_answers
 from loracast.documents import split_text
 from loracast.errors import ConfigError
@@ -175,11 +175,11 @@ def _questions(setup: DocumentSetup, case: DocumentCase) -> list[Question]:
     asked = [cloze.question for cloze in clozes]
     shown = [tuple(prompt(base.chat, text, question)) for question in asked]
     sampling = Sampling(max_new_tokens=setup.max_new_tokens)
-    said = answer_batch(base, shown, [setup.window_lora] * len(shown), sampling) if shown else []
+    said = answers(base, shown, [setup.window_lora] * len(shown), sampling)
     return [
-        Question(plain(setup, question), tuple(base.chat.answer(answer)), window_prompt=shown_prompt)
+        Question(plain(setup, question), tuple(base.chat.answer(answer.text)), window_prompt=shown_prompt)
         for question, shown_prompt, answer in zip(asked, shown, said, strict=True)
-        if answer
+        if answer.text
     ]
 
 
