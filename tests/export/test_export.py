@@ -274,7 +274,7 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
 def test_of_chunks_loaded_together_the_static_lora_comes_in_once(base, tmp_path):
     hypernet = make_hypernet(base, kinds=("v_proj", "down_proj"), static_rank=2)
     for kind in hypernet.config.target.kinds:
-        torch.nn.init.normal_(hypernet.static_of(kind).b)
+        torch.nn.init.normal_(hypernet.static[kind].b)
     text = Document.from_text(PROSE * 3)
     long = learn_document(hypernet.bind(base), base, text, Library(tmp_path / "library"), "long", max_chunk_tokens=40)
     export_adapter(long, "peft", tmp_path / "out", each_chunk=True, base="tiny")

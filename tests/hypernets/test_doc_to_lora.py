@@ -174,7 +174,8 @@ def test_merging_chunks_is_the_sum_of_their_loras(variant):
             at = target.of_kind(module.kind).index(module)
             a, b = (side[:, at] for side in expanded[module.kind])
             expected = sum(b[i].T @ a[i] for i in range(3 * document, 3 * document + 3))
-            if shared := hypernet.static_of(module.kind):
+            if module.kind in hypernet.static:
+                shared = hypernet.static[module.kind]
                 expected = expected + shared.b[at].T @ shared.a[at]
             torch.testing.assert_close(lora.delta(module.name), expected, atol=1e-4, rtol=1e-4)
     if not hypernet.config.static_rank:
@@ -185,7 +186,7 @@ def test_merging_chunks_is_the_sum_of_their_loras(variant):
 def test_beyond_the_limit_the_perceivers_factors_are_averaged_and_the_memorys_add_up():
     features = make_features(make("memory"), 6)
     free, limited = (row(loras(make("memory", max_unscaled_chunks=most), features, None, 6), 0) for most in (None, 2))
-    shared = make("memory").static_of("down_proj")
+    shared = make("memory").static["down_proj"]
     for name in free.names:
         if "o_proj" in name:
             torch.testing.assert_close(limited.delta(name), free.delta(name))
@@ -241,8 +242,7 @@ def test_shared_modules_get_the_same_whatever_the_document():
     batch = loras(hypernet, make_features(hypernet, 4), None, 2)
     assert hypernet.config.ranks == {"q_proj": 0, "o_proj": 4, "gate_proj": 0, "down_proj": 2}
     for kind in ("q_proj", "gate_proj"):
-        shared = hypernet.static_of(kind)
-        assert shared is not None
+        shared = hypernet.static[kind]
         for i, module in enumerate(hypernet.config.target.of_kind(kind)):
             a, b = batch.factors[module.name]
             assert a.shape == (1, 3, module.d_in) and b.shape == (1, module.d_out, 3)

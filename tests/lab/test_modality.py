@@ -318,7 +318,7 @@ def seeing(base, vision, tmp_path_factory) -> Path:
     )
     torch.manual_seed(0)
     hypernet = DocToLoRA(config)
-    for side in (hypernet.head("down_proj").scaler_b, hypernet.static_of("down_proj").b):
+    for side in (hypernet.head("down_proj").scaler_b, hypernet.static["down_proj"].b):
         side.data.fill_(0.5)
     for_base(hypernet, base.fingerprint).save_pretrained(folder, storage="float32")
     return folder

@@ -287,11 +287,11 @@ def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path)
     modules = target_from_config(base.model.config, ("q_proj",), (0, 2)).rows
     hypernet = make_hypernet(base, static_rank=2, static_modules=modules, static_modules_rank=3)
     for kind in ("down_proj", "q_proj"):
-        torch.nn.init.normal_(hypernet.static_of(kind).b)
+        torch.nn.init.normal_(hypernet.static[kind].b)
     model = Model(base, tmp_path, hypernet)
     lora = static_lora(model)
     assert len(lora.names) == 2 + 4
-    one = hypernet.static_of("q_proj")
+    one = hypernet.static["q_proj"]
     torch.testing.assert_close(
         lora.delta(modules[1][0]).float(), (one.b[1].T @ one.a[1]).detach(), rtol=0.05, atol=0.05
     )

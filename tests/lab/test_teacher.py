@@ -213,7 +213,7 @@ def test_all_of_it_trains(base, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"answer_loss", "distillation_loss", "kl_to_base", "l1"} <= set().union(*rows)
     hypernet = DocToLoRA.from_pretrained(tmp_path / "run")
-    shared = hypernet.static_of("q_proj")
+    shared = hypernet.static["q_proj"]
     assert shared is not None and shared.a.shape[1] == 3 and shared.b.abs().max() > 0
     assert hypernet.config.ranks["q_proj"] == 0
 

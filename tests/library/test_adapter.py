@@ -83,7 +83,7 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
         base, kinds=("v_proj", "down_proj"), static_rank=2, static_modules=modules, static_modules_rank=3
     )
     for kind in hypernet.config.target.kinds:
-        torch.nn.init.normal_(hypernet.static_of(kind).b)
+        torch.nn.init.normal_(hypernet.static[kind].b)
     path = tmp_path / "text.txt"
     path.write_text(PROSE * 4)
     document = read_document(path)
@@ -101,7 +101,7 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
             batch, *_ = hypernet(Features(features))  # the static LoRA comes with it, once
         expected = {name: f.b[0] @ f.a[0] for name, f in batch.factors.items()}
         assert_close(adapter.lora([i]), expected)
-    name, shared = "model.layers.0.mlp.down_proj", hypernet.static_of("down_proj")
+    name, shared = "model.layers.0.mlp.down_proj", hypernet.static["down_proj"]
     alone = [adapter.lora([i], static=False) for i in range(len(chunks))]
     parts = [lora.factors[name] for lora in alone]
     assert all(lora.norms()[m[0]] == 0 for lora in alone for m in modules)

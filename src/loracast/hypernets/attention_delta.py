@@ -39,7 +39,7 @@ from loracast.hypernets.descriptions import (
 )
 from loracast.hypernets.encoders import TextEncoder
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples, gradient_step, label_bias
-from loracast.hypernets.perceiver import StaticLoRA, lora_of, per_layer, static_loras
+from loracast.hypernets.perceiver import StaticLoRAs, per_layer
 from loracast.lora.algebra import LoRA, LoRABatch, compress, stack
 from loracast.lora.factors import Factors, Rows, joined_ranks
 
@@ -152,8 +152,8 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         d_read = n_positions * c.d_state
         self.down = nn.Parameter(torch.randn(n_layers, d_read, c.map_rank) / d_read**0.5)
         self.up = nn.Parameter(torch.zeros(n_layers, c.map_rank, c.rank * c.d_state))
-        self.shared = static_loras(c.modules, c.shared_rank)
-        self.encoder_lora = static_loras(c.modules, c.shared_rank)
+        self.shared = StaticLoRAs(c.modules, c.shared_rank)
+        self.encoder_lora = StaticLoRAs(c.modules, c.shared_rank)
         self.encoder_lora.requires_grad_(False)  # fixed: the rest is trained on the features that it gives
         self.task_bank: TaskBank | None = _task_bank(c) if c.bank_sizes else None
         self.gate = make_gate(c.d_state)
@@ -203,14 +203,12 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         for kind in target.kinds:
             a, b = shared_factors(lora, target.of_kind(kind), self.config.shared_rank)
             for part in (self.shared[kind], self.encoder_lora[kind]):
-                cast(StaticLoRA, part).a.data.copy_(a)
-                cast(StaticLoRA, part).b.data.copy_(b)
+                part.a.data.copy_(a)
+                part.b.data.copy_(b)
 
     def encoder_lora_batch(self) -> LoRABatch:
         """The LoRA that the base carries while it reads a description."""
-        lora = lora_of(self.encoder_lora, self.config.modules)
-        assert lora is not None  # a target is never empty
-        return lora
+        return self.encoder_lora.lora(self.config.modules)
 
     def set_units(self, conditions: Tensor) -> None:
         """Set the mean and standard deviation that standardise conditions, from real descriptions [m, d_text]."""
@@ -328,23 +326,21 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         dtype = torch.bfloat16 if in_bf16 else torch.float32
         gate = self.gate_logit(conditions).sigmoid()[:, None, None, None].to(dtype)
         cores = None if self.task_bank is None else self.task_bank(self._for_task_bank(conditions)).to(dtype) * gate
-        kinds, layers = [kind for _, _, kind, _, _ in c.modules], set(c.layers)
+        made = (self._columns(conditions).to(dtype) * gate).unbind(1)  # by layer [n, r, d_state]
+        own = dict(zip(c.layers, zip(self.where.to(dtype).unbind(0), made, strict=True), strict=True))
         factors: dict[str, Factors] = {}
         for kind in c.target.kinds:
-            at = [i for i, other in enumerate(kinds) if other == kind]
-            shared = cast(StaticLoRA, self.shared[kind])
-            a: Tensor = shared.a.to(dtype)  # [layers, r, in]
-            rows = shared.b.to(dtype) * gate  # [n, layers, r, out]
+            at = [i for i, module in enumerate(c.modules) if module[2] == kind]
+            a = self.shared[kind].a.to(dtype)  # [layers, r, in]
+            b = self.shared[kind].b.to(dtype) * gate  # rows [n, layers, r, out]
             if self.task_bank is not None and cores is not None:
-                bank = cast(StaticLoRA, self.task_bank.factors[kind])
+                bank = self.task_bank.factors[kind]
                 retrieved = per_layer(cores[:, at].transpose(2, 3), bank.b.to(dtype))
-                a, rows = torch.cat([a, bank.a.to(dtype)], dim=1), torch.cat([rows, retrieved], dim=2)
-            made = dict(zip(at, zip(a.unbind(0), rows.unbind(1), strict=True), strict=True))
-            if kind == c.kind:
-                own = [k for k, i in enumerate(at) if c.modules[i][1] in layers]
-                a = torch.cat([self.where.to(dtype), a[own]], dim=1)
-                rows = torch.cat([self._columns(conditions).to(dtype) * gate, rows[:, own]], dim=2)
-                made.update(zip([at[k] for k in own], zip(a.unbind(0), rows.unbind(1), strict=True), strict=True))
-            for i, (one, row) in made.items():
-                factors[c.modules[i][0]] = Factors(one.expand(n, -1, -1), row.transpose(1, 2))
+                a, b = torch.cat([a, bank.a.to(dtype)], dim=1), torch.cat([b, retrieved], dim=2)
+            for i, a_rows, b_rows in zip(at, a.unbind(0), b.unbind(1), strict=True):
+                name, layer, *_ = c.modules[i]
+                if kind == c.kind and layer in own:
+                    own_a, own_b = own[layer]
+                    a_rows, b_rows = torch.cat([own_a, a_rows]), torch.cat([own_b, b_rows], dim=1)
+                factors[name] = Factors(a_rows.expand(n, -1, -1), b_rows.transpose(1, 2))
         return LoRABatch(n, {name: factors[name] for name in c.target.names}, {})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,9 @@ class TokenDeltas:
     """How many of the p tokens stand before the one that begins the answer."""
 
 
-@dataclass(frozen=True)
-class _Probe:
+class _Probe(NamedTuple):
     """An input and the beginning of an answer, at which a text that stands before them is read."""
 
-    input: str
     prompt: Sequence[int]
     """Token ids of the prompt of the input alone."""
     answer: Sequence[int]
@@ -110,7 +108,8 @@ class AttentionDeltaEncoder:
         self._lora, self._is_training = lora, is_training
         self._d_state = int(base.model.config.get_text_config().hidden_size)
         self.d_text = len(POSITIONS) * len(self._layers) * self._d_state
-        self._dummy = _Probe(dummy_input, base.chat.prompt(dummy_input, ""), base.chat.reply(dummy_answer)[:-1])
+        self._dummy_input = dummy_input
+        self._dummy = _Probe(base.chat.prompt(dummy_input, ""), base.chat.reply(dummy_answer)[:-1])
         self._n_before, self._n_after = tokens_around_input(base.chat)
         self._shared = self._dummy.prompt[: self._n_before]
         """The tokens that begin every prompt."""
@@ -123,17 +122,15 @@ class AttentionDeltaEncoder:
         They are differentiable in the encoder LoRA. Raises EncoderError for a text that is too long.
         """
         rows = [self._described(text) for text in texts]
-        for _, end, _ in rows:
-            if end - self._n_before > MAX_TOKENS:
-                raise EncoderError(
-                    f"a description has {end - self._n_before} tokens and {MAX_TOKENS} are read: shorten it, or give "
-                    "it as a document"
-                )
+        if (longest := max(end for _, end, _ in rows) - self._n_before) > MAX_TOKENS:
+            raise EncoderError(
+                f"a description has {longest} tokens and {MAX_TOKENS} are read: shorten it, or give it as a document"
+            )
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         conditions = torch.zeros(len(rows), self.d_text, device=self.base.device)
         while order:
-            longest = _LONGER * max(_SHORT_TOKENS, len(rows[order[0]][0]))
-            n = sum(len(rows[i][0]) <= longest for i in order[:_TEXTS_AT_ONCE])
+            most = _LONGER * max(_SHORT_TOKENS, len(rows[order[0]][0]))
+            n = sum(len(rows[i][0]) <= most for i in order[:_TEXTS_AT_ONCE])
             some, order = order[:n], order[n:]
             conditions[some] = self._read([rows[i] for i in some])
         return conditions
@@ -150,23 +147,20 @@ class AttentionDeltaEncoder:
 
     def after_turns(self, spec: TaskSpec, example: Example) -> TokenDeltas:
         """As `at_example`, of a conversation whose earlier turns are examples, in the base without a LoRA."""
-        return self._at_each_token(
-            self.base.chat.conversation(spec.conversation(example.input)), self._probe_of(example)
-        )
+        prompt = self.base.chat.conversation(spec.conversation(example.input))
+        return self._at_each_token(prompt, self._probe_of(example))
 
     def _probe_of(self, example: Example) -> _Probe:
         chat = self.base.chat
-        answer = chat.reply(example.outputs[0])[:-1][:_ANSWER_TOKENS]
-        return _Probe(example.input, chat.prompt(example.input, ""), answer)
+        return _Probe(chat.prompt(example.input, ""), chat.reply(example.outputs[0])[:-1][:_ANSWER_TOKENS])
 
     def _at_each_token(self, prompt: list[int], probe: _Probe) -> TokenDeltas:
         """The attention deltas, at each token of a probe, of what a prompt has before it."""
         row, end, n_prompt = self._row(prompt, probe)
         is_read = torch.zeros(1, len(row), dtype=torch.bool)
         is_read[0, self._n_before : end] = True
-        deltas = self._projected(
-            self._run(torch.tensor([row]), _Record(is_read, torch.eye(len(row))[None, end:])).deltas
-        )
+        record = self._run(torch.tensor([row]), _Record(is_read, torch.eye(len(row))[None, end:]))
+        deltas = self._projected(record.deltas)
         return TokenDeltas([*probe.prompt, *probe.answer], deltas[0].transpose(0, 1), n_prompt - 1 - end)
 
     def module_inputs(self, names: Sequence[str], ids: Sequence[int], lora: LoRABatch) -> dict[str, Tensor]:
@@ -178,7 +172,7 @@ class AttentionDeltaEncoder:
 
     def _described(self, text: str) -> tuple[list[int], int, int]:
         """The row of a text before the dummy input."""
-        prompt = self.base.chat.prompt(with_description(text.strip(), self._dummy.input), "")
+        prompt = self.base.chat.prompt(with_description(text.strip(), self._dummy_input), "")
         return self._row(prompt, self._dummy)
 
     def _row(self, prompt: list[int], probe: _Probe) -> tuple[list[int], int, int]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from loracast.base.load import Base
 from loracast.documents.task_spec import TaskSpec, as_spec
 from loracast.errors import ConfigError, EncoderError, HypernetworkError
 from loracast.hypernets.encoders import Features, TextEncoder
-from loracast.hypernets.perceiver import StaticLoRA, static_loras
+from loracast.hypernets.perceiver import StaticLoRAs
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import Modality
 from loracast.lora.algebra import LoRA, LoRABatch
@@ -279,9 +279,9 @@ class TaskBank(nn.Module):
         """
         super().__init__()
         n_tasks = len(n_descriptions)
-        self.factors = static_loras(target.rows, rank)
-        for part in self.factors.values():
-            cast(StaticLoRA, part).b.data.normal_()
+        self.factors = StaticLoRAs(target.rows, rank)
+        for kind in self.factors:
+            self.factors[kind].b.data.normal_()
         self.cores = nn.Parameter(torch.zeros(n_tasks, len(target.names), rank, rank))
         self.gate = make_gate(width + 2, start=0.0)
         self.register_buffer("centre", torch.zeros(d_pooled))
@@ -290,8 +290,8 @@ class TaskBank(nn.Module):
         self._n_descriptions = tuple(n_descriptions)
 
     @torch.no_grad()
-    def take_directions(self, other: nn.ModuleDict) -> None:
-        """Copy the directions of other `StaticLoRA`s' factors, as far as the ranks go, all scaled to one length."""
+    def take_directions(self, other: StaticLoRAs) -> None:
+        """Copy the directions of other static LoRAs' factors, as far as the ranks go, all scaled to one length."""
         for kind, part in self.factors.items():
             for mine, theirs in zip(part.parameters(), other[kind].parameters(), strict=True):
                 n = min(mine.shape[1], theirs.shape[1])

@@ -31,11 +31,9 @@ from loracast.hypernets.perceiver import (
     FactorHead,
     Perceiver,
     Queries,
-    StaticLoRA,
+    StaticLoRAs,
     ValuePointer,
-    lora_of,
     shapes_by_kind,
-    static_loras,
 )
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import Modality
@@ -90,9 +88,9 @@ class DocToLoRA(Hypernetwork):
         )
         copying = [kind for kind in c.kinds if c.d_values and shapes[kind][1] == c.d_values]
         self.pointers = nn.ModuleDict({k: ValuePointer(n_layers, c.d_features, c.width, c.rank) for k in copying})
-        self.static = static_loras(c.modules if c.static_rank else (), c.static_rank)
-        self.static.update(static_loras(c.static_modules, c.static_modules_rank))
-        self.encoder_lora = static_loras(c.encoder_modules, c.encoder_rank)
+        self.static = StaticLoRAs(c.modules, c.static_rank)
+        self.static.update(StaticLoRAs(c.static_modules, c.static_modules_rank))
+        self.encoder_lora = StaticLoRAs(c.encoder_modules, c.encoder_rank)
         self.memory = AssociativeMemory(c) if c.memory_modules else None
         self.register_buffer("feature_mean", torch.zeros(c.d_features))
         self.register_buffer("feature_std", torch.ones(c.d_features))
@@ -171,21 +169,16 @@ class DocToLoRA(Hypernetwork):
         """The pointer to values of a module kind."""
         return cast(ValuePointer, self.pointers[kind])
 
-    def static_of(self, kind: str) -> StaticLoRA | None:
-        """The static LoRA of a module kind, if there is one."""
-        return cast(StaticLoRA, self.static[kind]) if kind in self.static else None
-
     def encoder_lora_batch(self) -> LoRABatch | None:
         """The encoder LoRA, which the base carries while it reads a document, differentiable; None without one."""
-        return lora_of(self.encoder_lora, self.config.encoder_modules)
+        return self.encoder_lora.lora(self.config.encoder_modules) if self.encoder_lora else None
 
-    def static_lora(self) -> LoRABatch | None:
-        """The static LoRA in all its modules, differentiable; None without one."""
-        return lora_of(self.static, (*self.config.modules, *self.config.static_modules))
+    def static_lora(self) -> LoRABatch:
+        """The static LoRA in all its modules, differentiable; an empty one without it."""
+        return self.static.lora((*self.config.modules, *self.config.static_modules))
 
     def static_rows(self) -> Rows:
-        parts = {kind: self.static_of(kind) for kind in self.config.target.kinds}
-        return {kind: (part.a, part.b) for kind, part in parts.items() if part is not None}
+        return {k: (self.static[k].a, self.static[k].b) for k in self.config.target.kinds if k in self.static}
 
     @property
     def memory_kinds(self) -> tuple[str, ...]:

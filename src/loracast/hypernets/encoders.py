@@ -109,10 +109,7 @@ def cut(decoder: Any, depth: int) -> Any:
         EncoderError: it has fewer blocks.
     """
     if depth > len(decoder.layers):
-        raise EncoderError(
-            f"the base has {len(decoder.layers)} blocks, and it is read after block {depth}: give the base that the "
-            "hypernetwork was made for"
-        )
+        raise EncoderError(f"the base has no block {depth}, which is read: give the hypernetwork's own base")
     shorter = copy.copy(decoder)
     shorter._modules = dict(decoder._modules)
     shorter.layers = decoder.layers[:depth]
@@ -185,10 +182,7 @@ class HiddenStatesEncoder:
         self._model, self._depth = model, depth
         self._own = threading.local()
         if missing := [name for name in key_modules if name not in modules]:
-            raise EncoderError(
-                f"the base has no module {missing[0]}, whose inputs are read: give the base that the hypernetwork was "
-                "made for"
-            )
+            raise EncoderError(f"the base has no {missing[0]}, whose inputs are read: give the hypernetwork's own base")
 
     def __call__(self, input_ids: Tensor, mask: Tensor | None = None, lora: LoRABatch | None = None) -> Features:
         """input_ids [n, t], padded on the right -> their features: states of the base's width, twice that with values.

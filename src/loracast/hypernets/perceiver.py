@@ -239,20 +239,24 @@ class StaticLoRA(nn.Module):
         self.b = nn.Parameter(torch.zeros(n_layers, rank, d_out))
 
 
-def static_loras(modules: Sequence[ModuleRow], rank: int) -> nn.ModuleDict:
-    """A `StaticLoRA` for each kind of the modules."""
-    return nn.ModuleDict({kind: StaticLoRA(n, rank, *shape) for kind, (n, *shape) in shapes_by_kind(modules).items()})
+class StaticLoRAs(nn.ModuleDict):
+    """By module kind, the `StaticLoRA` of some modules; none at all for a rank of 0."""
 
+    def __init__(self, modules: Sequence[ModuleRow], rank: int):
+        shapes = shapes_by_kind(modules) if rank else {}
+        super().__init__({kind: StaticLoRA(n, rank, *shape) for kind, (n, *shape) in shapes.items()})
 
-def lora_of(parts: nn.ModuleDict, modules: Sequence[ModuleRow]) -> LoRABatch | None:
-    """`StaticLoRA`s by kind -> one LoRA for the modules of these kinds; None without parts."""
-    factors: dict[str, Factors] = {}
-    for kind, part in parts.items():
-        names = [name for name, _, of_kind, _, _ in modules if of_kind == kind]
-        part = cast(StaticLoRA, part)
-        for name, a, b in zip(names, part.a.unbind(0), part.b.unbind(0), strict=True):
-            factors[name] = Factors(a[None], b.T[None])
-    return LoRABatch(1, factors, {}) if factors else None
+    def __getitem__(self, kind: str) -> StaticLoRA:
+        return cast(StaticLoRA, super().__getitem__(kind))
+
+    def lora(self, modules: Sequence[ModuleRow]) -> LoRABatch:
+        """One LoRA for those of the modules whose kinds have a static LoRA, differentiable; it may be empty."""
+        factors: dict[str, Factors] = {}
+        for kind in self:
+            names = [name for name, _, of_kind, _, _ in modules if of_kind == kind]
+            for name, a, b in zip(names, self[kind].a.unbind(0), self[kind].b.unbind(0), strict=True):
+                factors[name] = Factors(a[None], b.T[None])
+        return LoRABatch(1, factors, {})
 
 
 def shapes_by_kind(modules: Sequence[ModuleRow]) -> dict[str, tuple[int, int, int]]:

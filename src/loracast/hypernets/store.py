@@ -244,16 +244,11 @@ _CONFIG_KEYS = {
     "n_known": "n_seen",
 }
 _GONE: dict[str, Any] = {
-    "among_latents": False,
-    "whitened": False,
-    "weighting_width": 0,
-    "weighting_dropout": None,
-    "reading_strength": 1.0,
-    "n_encoder_blocks": 0,
-    "n_latents": 0,
-    "gated_projection": False,
+    **dict.fromkeys(("among_latents", "whitened", "gated_projection"), False),
+    **dict.fromkeys(("weighting_width", "n_encoder_blocks", "n_latents", "n_latent_mlps"), 0),
     "factorised_queries": True,
-    "n_latent_mlps": 0,
+    "reading_strength": 1.0,
+    "weighting_dropout": None,
 }
 """Options that are gone, with the value at which each had no effect; None if no value of its own had one."""
 _TENSORS = {

@@ -77,7 +77,7 @@ def set_memory_units(
     seen = [keys[:, 1:] for keys in _keys(encoder, base, [row[0].tolist() for row in rows])]
     totals, counts = torch.zeros(1, device=base.device), torch.zeros(N_PLACES)
     at_answers: list[Tensor] = []  # by question, at the first places of its answer: [modules, places, in]
-    for i, keys in enumerate(_keys(encoder, base, answered, hypernet.static_lora() or LoRABatch(1, {}, {}))):
+    for i, keys in enumerate(_keys(encoder, base, answered, hypernet.static_lora())):
         if i < _QUESTIONS_FOR_UNITS:
             seen.append(keys[:, 1:])
         keys = keys[:, len(questions[i].prompt) - 1 : -1]  # where the answer's tokens are predicted
@@ -286,8 +286,7 @@ def memory_alone(hypernet: DocToLoRA, base: Base, chunks: Sequence[Sequence[int]
             (value if value.shape == taken.shape else value[:, : taken.shape[1]]).copy_(taken)
     for kind, delta in mean_deltas(hypernet, base, chunks).items():
         u, s, vh = torch.linalg.svd(_CHUNKS_OF_A_QUESTION * delta, full_matrices=False)
-        root, rows, part = s[:, : c.rank].sqrt(), slice(c.static_rank, c.static_rank + c.rank), alone.static_of(kind)
-        assert part is not None  # its modules are among the static ones
+        root, rows, part = s[:, : c.rank].sqrt(), slice(c.static_rank, c.static_rank + c.rank), alone.static[kind]
         with torch.no_grad():
             part.a[:, rows] = root[:, :, None] * vh[:, : c.rank]
             part.b[:, rows] = (u[:, :, : c.rank] * root[:, None]).mT
