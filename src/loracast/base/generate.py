@@ -179,8 +179,8 @@ def _generate(
     longest = max(len(prompt) for prompt in prompts)
     if longest + sampling.max_new_tokens > base.window:
         raise PromptTooLong(
-            f"the prompt has {longest} tokens and the base's window holds {base.window}; learn the long text as a "
-            "document, or ask for a shorter answer (--max-tokens)"
+            f"the prompt has {longest} tokens, and the base's window {base.window}: learn the long text as a document, "
+            "or ask for a shorter answer (--max-tokens)"
         )
     left = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = left([torch.tensor(prompt, dtype=torch.long) for prompt in prompts], padding_value=base.pad_id).to(

@@ -229,10 +229,8 @@ def _read_tokenizer(name: str, where: str, revision: str | None = None) -> Any:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(
-            needs_access(error, name)
-            or f"cannot load the tokenizer of the base {name!r} ({str(error).splitlines()[0]})"
-        ) from error
+        reason = needs_access(error, name) or f"cannot load the tokenizer of {name!r} ({str(error).splitlines()[0]})"
+        raise BaseModelError(reason) from error
 
 
 def _check_fast(name: str, tokenizer: Any) -> None:

@@ -87,9 +87,7 @@ class AttentionDeltaToLoRAConfig(ArchitectureConfig):
         problems = super()._problems()
         widths = {d_out for _, _, kind, _, d_out in self.modules if kind == self.kind}
         if widths != {self.d_state}:
-            problems.append(
-                f"attention deltas need {self.kind} among the target's modules, with outputs of {self.d_state} numbers"
-            )
+            problems.append(f"attention deltas need modules of the kind {self.kind} with {self.d_state} outputs")
         if self.rank < len(POSITIONS) or min(self.shared_rank, self.map_rank) < 1:
             problems.append(f"rank must be at least {len(POSITIONS)}, shared_rank and map_rank at least 1")
         if not (self.dummy_input and self.dummy_answer):
@@ -97,9 +95,7 @@ class AttentionDeltaToLoRAConfig(ArchitectureConfig):
         if self.examples_at_once < 1:
             problems.append("examples_at_once must be at least 1")
         if self.task_bank_rank < 0 or self.task_bank_width < 1 or (self.bank_sizes and not self.task_bank_rank):
-            problems.append(
-                "task_bank_rank must not be negative, task_bank_width at least 1, and bank_sizes need a task_bank_rank"
-            )
+            problems.append("task_bank_width must be at least 1, and bank_sizes need a task_bank_rank above 0")
         if not self.layers:
             problems.append(f"no module of the kind {self.kind} lies within a depth of {self.depth}")
         return problems
@@ -163,9 +159,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
 
     def text_encoder(self, base: Base | None, encoder: str | None = None, say: Say = lambda text: None) -> TextEncoder:
         if base is None or encoder is not None:
-            raise EncoderError(
-                "this hypernetwork reads descriptions with its base: give the base, and no other text encoder"
-            )
+            raise EncoderError("this hypernetwork reads descriptions with its base: give it, and no other text encoder")
         c = self.config
         lora, is_training = self.encoder_lora_batch, lambda: self.training
         return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, lora, is_training)
@@ -253,15 +247,9 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
         has_bank = self.config.task_bank_rank > 0
         if task_bank_only and not has_bank:
-            raise ConfigError(
-                "objective.task_bank_only trains the task bank: "
-                "give the variant 'attention_delta' a hypernetwork.task_bank_rank"
-            )
+            raise ConfigError("task_bank_only: give the variant 'attention_delta' a hypernetwork.task_bank_rank")
         if encoder_lora and has_bank:
-            raise ConfigError(
-                "the task bank finds tasks by their descriptions as they are read at the start: "
-                "leave objective.encoder_lora_is_trained out"
-            )
+            raise ConfigError("a task bank needs a fixed encoder LoRA: leave objective.encoder_lora_is_trained out")
         if task_bank_only:
             self.requires_grad_(False)
             if self.task_bank is not None:  # a new one has gradients from its start

@@ -110,15 +110,11 @@ class DocToLoRAConfig(ArchitectureConfig):
         if len(self.reader_layers) != 1:
             problems.append("reader_layers must name one layer")
         if min(self.n_decoder_blocks, self.rank, self.n_kv_heads) < 1 or self.n_heads % self.n_kv_heads:
-            problems.append(
-                "n_decoder_blocks, rank and n_kv_heads must be at least 1 and n_heads a multiple of n_kv_heads"
-            )
+            problems.append("n_decoder_blocks, rank, n_kv_heads must be positive, n_heads a multiple of n_kv_heads")
         if max(self.n_decoder_blocks, self.memory_blocks, self.memory_heads) > MOST_BLOCKS:
             problems.append(f"more than {MOST_BLOCKS} blocks or heads")
         if self.modules and self.d_values and self.d_values not in {d_out for _, _, _, _, d_out in self.modules}:
-            problems.append(
-                f"no target module writes outputs of {self.d_values} numbers for the values to be copied to"
-            )
+            problems.append(f"no target module has outputs of {self.d_values} numbers, to which values are copied")
         if self.memory_modules:
             problems += self._memory_problems()
         if self.static_modules:

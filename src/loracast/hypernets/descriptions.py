@@ -109,8 +109,7 @@ class DescriptionHypernetwork(Hypernetwork):
         """
         if encoder_lora or task_bank_only:
             raise ConfigError(
-                "only the variant 'attention_delta' has an encoder LoRA and a task bank: leave "
-                "objective.encoder_lora_is_trained and objective.task_bank_only out"
+                "only the variant 'attention_delta' has encoder_lora_is_trained and task_bank_only: leave them out"
             )
 
     @property
@@ -194,9 +193,7 @@ class TaskReader:
         if self.encoder.fits(group.text()):
             return [group]
         if end - start == 1:
-            raise EncoderError(
-                f"example {end} is too long to be read behind the description: shorten it, or leave it out"
-            )
+            raise EncoderError(f"example {end} is too long behind the description: shorten it, or leave it out")
         middle = (start + end) // 2
         return self._fitting(task, start, middle) + self._fitting(task, middle, end)
 
@@ -210,10 +207,7 @@ def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tu
     for module in modules:
         pair = lora.factors.get(module.name)
         if pair is None or pair.a.shape != (rank, module.d_in) or pair.b.shape != (module.d_out, rank):
-            raise ConfigError(
-                f"the LoRA to start from has no factors of rank {rank} for {module.name}: train it on the same "
-                "modules, with that rank"
-            )
+            raise ConfigError(f"the LoRA to start from has no rank {rank} in {module.name}: train it with that rank")
     pairs = [lora.factors[module.name] for module in modules]
     return torch.stack([pair.a.float() for pair in pairs]), torch.stack([pair.b.float().T for pair in pairs])
 

@@ -110,10 +110,7 @@ class DocToLoRA(Hypernetwork):
         """The base as the encoder of documents. Raises HypernetworkError for a hypernetwork of another modality."""
         c = self.config
         if not self.needs_base:
-            raise HypernetworkError(
-                f"this hypernetwork reads images with {c.encoder!r}, not documents: give one that `loracast train "
-                "doc` made"
-            )
+            raise HypernetworkError("this hypernetwork reads images: give one that `loracast train doc` made")
         return HiddenStatesEncoder(
             base.model,
             c.reader_layers,
@@ -128,14 +125,12 @@ class DocToLoRA(Hypernetwork):
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
         if self.needs_base:
             if base is None or encoder is not None:
-                raise EncoderError(
-                    "this hypernetwork reads documents with its base: give the base, and no other encoder"
-                )
+                raise EncoderError("this hypernetwork reads documents with its base: give it, and no other encoder")
             read, pad_id, device = self.hidden_states_encoder(base), base.pad_id, base.device
             if read.d_features != self.config.d_features:
                 raise HypernetworkError(
-                    f"the hypernetwork reads {self.config.d_features} features a token, and this base gives "
-                    f"{read.d_features}: give the base that the hypernetwork was made for"
+                    f"the base has {read.d_features} features a token, not {self.config.d_features}: give the "
+                    "hypernetwork's own base"
                 )
 
             def encode(token_rows: Sequence[Sequence[int]]) -> Features:

@@ -364,8 +364,7 @@ class SentenceEncoder:
         lengths = list(map(self._length, texts))
         if max(lengths) > self._max_tokens:
             raise EncoderError(
-                f"a description has {max(lengths)} tokens and the text encoder {self.name!r} reads {self._max_tokens}: "
-                "say it shorter"
+                f"a description has {max(lengths)} tokens, and {self.name!r} reads {self._max_tokens}: say it shorter"
             )
         return _in_batches(self._read, texts)
 
@@ -465,7 +464,7 @@ class ImageEncoder:
         except ImportError as error:  # of timm or Pillow
             missing = str(error).strip().splitlines()[0]
             raise EncoderError(
-                f"the image encoder {name!r} needs more than is installed ({missing}): pip install 'loracast[images]'"
+                f"the image encoder {name!r} needs pip install 'loracast[images]' ({missing})"
             ) from error
         except (OSError, ValueError, KeyError) as error:
             raise EncoderError(
@@ -490,9 +489,7 @@ class ImageEncoder:
         if states.ndim == 4:  # of convolutions: [n, d, rows, columns]
             states = states.flatten(2).transpose(1, 2)
         if states.ndim != 3:
-            raise EncoderError(
-                f"the image encoder {self.name!r} gives features of the shape {tuple(states.shape)}, not patches"
-            )
+            raise EncoderError(f"the image encoder {self.name!r} gives {tuple(states.shape)} numbers, and no patches")
         return Features(states.float().contiguous())
 
 

@@ -111,9 +111,7 @@ class Pretrained(nn.Module):
             self.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             faults = " ".join(str(error).split())
-            raise HypernetworkError(
-                f"{source} is not a hypernetwork that fits its config and base: {faults}"
-            ) from error
+            raise HypernetworkError(f"{source} is no hypernetwork that fits its config and base: {faults}") from error
         self.eval().requires_grad_(False)
 
     def save_pretrained(
@@ -131,9 +129,7 @@ class Pretrained(nn.Module):
         from safetensors.torch import save_file
 
         if self.made_for is None:
-            raise HypernetworkError(
-                "this hypernetwork names no base that it was made for: set `made_for` before it is saved"
-            )
+            raise HypernetworkError("this hypernetwork names no base: set `made_for` before it is saved")
         if storage not in STORAGE:
             raise ConfigError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
         provenance = self.provenance if provenance is None else provenance
@@ -272,10 +268,7 @@ def config_of_format_1(stored: Mapping[str, Any]) -> dict[str, Any]:
     architecture, values = _FORMER_ARCHITECTURES.get(architecture, architecture), stored["config"]
     used = [key for key, idle in _GONE.items() if idle is not None and values.get(key, idle) != idle]
     if used:
-        raise ConfigError(
-            f"this hypernetwork was trained with {', '.join(used)}, which this version of loracast no longer has: use "
-            "loracast 0.1.0"
-        )
+        raise ConfigError(f"trained with {', '.join(used)}, which this version no longer has: use loracast 0.1.0")
     keys = _CONFIG_KEYS | ({"shared_rank": "static_modules_rank"} if architecture == "DocToLoRA" else {})
     config = {keys.get(key, key): value for key, value in values.items() if key not in _GONE}
     return {"architecture": architecture, "config": config}
