@@ -258,12 +258,7 @@ def devices_of(device: str, device_map: str | dict[str, Any] | None) -> list[str
 
 
 def check_memory(
-    name: str,
-    config: Any,
-    dtype: torch.dtype,
-    quantization: Quantization | None,
-    devices: Sequence[str],
-    say: Say,
+    name: str, config: Any, dtype: torch.dtype, quantization: Quantization | None, devices: Sequence[str], say: Say
 ) -> None:
     """Say what a base takes, if that is much.
 

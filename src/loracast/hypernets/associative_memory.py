@@ -207,14 +207,11 @@ class AssociativeMemory(nn.Module):
                 getattr(self, near).copy_(getattr(self, end))
             self.strength_bias[:, -2] = (_NEAR_SHARE - 1) * _START_STRENGTH / _STRENGTH_RATE
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
-
     @torch.no_grad()
     def take_modules(self, other: AssociativeMemory, theirs_of: Mapping[int, int]) -> None:
         """Copy a memory's weights; its module theirs_of[i] becomes the i-th here. Others keep a `scale` of zero."""
-        theirs = other._tensors()
-        for name, mine in self._tensors().items():
+        theirs = other.state_dict()
+        for name, mine in self.state_dict().items():
             if mine.shape == theirs[name].shape:
                 mine.copy_(theirs[name])
             else:  # a tensor with one part for each module
@@ -224,9 +221,9 @@ class AssociativeMemory(nn.Module):
     @torch.no_grad()
     def take_without_near(self, other: AssociativeMemory) -> None:
         """Copy a memory without near tokens; their map and strength start as those of the ends of sentences."""
-        theirs = other._tensors()
+        theirs = other.state_dict()
         kept = [*range(self.n_keys - 2), self.n_keys - 1]  # all keys but that of near tokens
-        for name, mine in self._tensors().items():
+        for name, mine in self.state_dict().items():
             if name in _FROM_END:
                 mine.copy_(theirs[_FROM_END[name]])
             elif mine.shape == theirs[name].shape:

@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from loracast.base.chat import ChatFormat
 from loracast.base.forward import attention_of, capture_inputs, pad_right
+from loracast.base.load import Base
 from loracast.documents.task_spec import Example, TaskSpec, with_description
 from loracast.errors import EncoderError
 from loracast.hypernets.encoders import cut
 from loracast.lora.algebra import LoRABatch, inject
-
-if TYPE_CHECKING:
-    from loracast.base.chat import ChatFormat
-    from loracast.base.load import Base
 
 T = TypeVar("T")
 

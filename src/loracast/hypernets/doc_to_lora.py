@@ -27,14 +27,7 @@ from loracast.errors import EncoderError, HypernetworkError
 from loracast.hypernets.associative_memory import AssociativeMemory, MemoryWrites
 from loracast.hypernets.config import DocToLoRAConfig
 from loracast.hypernets.encoders import Features, HiddenStatesEncoder, check_encoder, load_image_encoder
-from loracast.hypernets.perceiver import (
-    FactorHead,
-    Perceiver,
-    Queries,
-    StaticLoRAs,
-    ValuePointer,
-    shapes_by_kind,
-)
+from loracast.hypernets.perceiver import FactorHead, Perceiver, Queries, StaticLoRAs, ValuePointer, shapes_by_kind
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import Modality
 from loracast.lora.algebra import LoRABatch

@@ -30,16 +30,14 @@ from torch.nn import functional
 from loracast.base.chat import encode_inside, encode_text
 from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, Say, embedded, pull, quiet_transformers
 from loracast.base.forward import capture_inputs, length_groups, pad_right, twin
+from loracast.base.load import Base
 from loracast.errors import EncoderError, HypernetworkError
 from loracast.files import file_sha256
-from loracast.lora.algebra import inject
+from loracast.lora.algebra import LoRABatch, inject
 from loracast.lora.inject import model_lock
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from loracast.base.load import Base
-    from loracast.lora.algebra import LoRABatch
 
 
 OF_THE_BASE = "base"
@@ -462,10 +460,7 @@ class ImageEncoder:
                 self._processor: Any = AutoImageProcessor.from_pretrained(where)
                 model: Any = AutoModel.from_pretrained(where)
         except ImportError as error:  # of timm or Pillow
-            missing = str(error).strip().splitlines()[0]
-            raise EncoderError(
-                f"the image encoder {name!r} needs pip install 'loracast[images]' ({missing})"
-            ) from error
+            raise EncoderError(f"the image encoder {name!r} needs pip install 'loracast[images]' ({error})") from error
         except (OSError, ValueError, KeyError) as error:
             raise EncoderError(
                 f"cannot load the image encoder {name!r}: give one of {', '.join(embedded('image encoder'))}, or a "

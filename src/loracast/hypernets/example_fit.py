@@ -44,21 +44,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from loracast.base.forward import capture_inputs
+from loracast.base.load import Base
 from loracast.documents.task_spec import Example, TaskSpec
 from loracast.hypernets.attention_delta_encoder import AttentionDeltaEncoder, TokenDeltas
 from loracast.lora.algebra import LoRA, LoRABatch, compress, inject, stack
 from loracast.lora.factors import Factors
-
-if TYPE_CHECKING:
-    from loracast.base.load import Base
-
 
 FEWEST_EXAMPLES = 2
 MLP_KIND = "down_proj"
@@ -117,9 +114,7 @@ def two_views(encoder: AttentionDeltaEncoder, spec: TaskSpec, example: Example) 
     text, turns = encoder.at_example(spec.text(), example), encoder.after_turns(spec, example)
     n = min(text.deltas.shape[1], turns.deltas.shape[1])  # the input's first token may change after a text
     return replace(
-        text,
-        deltas=(text.deltas[:, -n:] + turns.deltas[:, -n:]) / 2,
-        n_input=text.n_input - text.deltas.shape[1] + n,
+        text, deltas=(text.deltas[:, -n:] + turns.deltas[:, -n:]) / 2, n_input=text.n_input - text.deltas.shape[1] + n
     )
 
 

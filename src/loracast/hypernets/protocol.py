@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loracast.base.embedded import Say
 from loracast.base.fingerprint import Fingerprint, check
+from loracast.base.load import Base
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import HypernetworkError
 from loracast.hypernets.encoders import OF_THE_BASE, Features
@@ -28,9 +29,6 @@ from loracast.lora.algebra import LoRABatch
 from loracast.lora.factors import Factors, Rows
 from loracast.lora.merge import Merging
 from loracast.lora.target import Target
-
-if TYPE_CHECKING:
-    from loracast.base.load import Base
 
 
 class Cast(NamedTuple):
@@ -54,7 +52,7 @@ class Hypernetwork(Pretrained):
     @property
     def chunk_tokens(self) -> int:
         """Longest chunk of a document where nobody says otherwise."""
-        return DEFAULT_CHUNK_TOKENS
+        return getattr(self.config, "chunk_tokens", DEFAULT_CHUNK_TOKENS)
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
         """The encoder that it was trained with.

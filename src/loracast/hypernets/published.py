@@ -90,10 +90,6 @@ class PublishedDocToLoRA(DocToLoRA):
         self.decoder = Perceiver(c.n_decoder_blocks, *block)
         self.latent_mlps = nn.ModuleList(LatentMLP(len(c.layers), c.width) for _ in range(c.n_latent_mlps))
 
-    @property
-    def chunk_tokens(self) -> int:
-        return self.config.chunk_tokens
-
     def hidden_states_encoder(self, base: Base) -> HiddenStatesEncoder:
         c = self.config
         return HiddenStatesEncoder(
@@ -196,19 +192,15 @@ def read_pickled(path: Path) -> dict[str, Any]:
         raise HypernetworkError(f"{path} is not a checkpoint that torch.save of PyTorch 1.6 or newer has written")
     try:
         named = get_unsafe_globals_in_checkpoint(path)
-        if refused := sorted(name for name in named if name.rpartition(".")[0] not in _MODULES):
-            raise HypernetworkError(
-                f"{path} is refused: it names {', '.join(refused)}, which a checkpoint of a hypernetwork does not need "
-                "and which could run code"
-            )
+        refused = sorted(name for name in named if name.rpartition(".")[0] not in _MODULES)
         records: list[Any] = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in named]
         with safe_globals(records):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except HypernetworkError:
-        raise
+            content = None if refused else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # damage makes the unpickler raise nearly anything
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise HypernetworkError(f"{path} is damaged, or no checkpoint of a hypernetwork ({reason})") from error
+    if refused:
+        raise HypernetworkError(f"{path} is refused: it names {', '.join(refused)}, which could run code")
     if not isinstance(content, dict):
         raise HypernetworkError(f"{path} holds a {type(content).__name__}, not the dictionary of a checkpoint")
     for name, value in content.items():

@@ -89,9 +89,16 @@ class Pretrained(nn.Module):
             with torch.device("meta"):  # shapes only: memory is allocated once the file has shown that it holds them
                 hypernet = architecture(read_config(stored["config"], architecture.config_class))
             tensors = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise HypernetworkError(_not_whole(folder, error)) from error
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            ArithmeticError,
+        ) as error:
             raise HypernetworkError(_damaged(folder, error)) from error
         weights = _in_fp32(tensors_of_format_1(tensors), folder)
         hypernet.take_weights(weights, folder)
@@ -494,15 +501,13 @@ def _stored(folder: Path) -> dict[str, Any]:
         if not isinstance(stored, dict):
             raise ValueError("it is no object")
     except (OSError, ValueError, RecursionError) as error:
-        raise HypernetworkError(_not_whole(folder, error)) from error
+        raise HypernetworkError(_damaged(folder, error)) from error
     if stored.get("format") == 1 and isinstance(stored.get("config"), dict):
         stored |= config_of_format_1(stored)
     return stored
 
 
-def _not_whole(folder: Path, error: Exception) -> str:
-    return f"{folder} is not a hypernetwork: it needs a config.json and a whole model.safetensors ({error})"
-
-
 def _damaged(folder: Path, error: Exception) -> str:
-    return f"the config.json of {folder} is damaged ({type(error).__name__}: {error})"
+    """What is said of a folder whose files cannot be read."""
+    what = f"{type(error).__name__}: {error}"
+    return f"{folder} is damaged or no hypernetwork: it needs a config.json and a whole model.safetensors ({what})"

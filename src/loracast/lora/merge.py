@@ -28,11 +28,7 @@ class Merging:
     """How many rows of these kinds are merged at most, beside the inputs of a module (`strongest`)."""
 
     def join(
-        self,
-        kind: str,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
-        picked: Sequence[tuple[Tensor, Tensor]] | None = None,
+        self, kind: str, a: Sequence[Tensor], b: Sequence[Tensor], picked: Sequence[tuple[Tensor, Tensor]] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Join the chunks' A [..., r, in] and B rows [..., r, out] to [..., m, in and out].
 

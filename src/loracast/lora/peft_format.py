@@ -89,7 +89,7 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
     for module in modules:
         a, b = tensors[module + _A], tensors[module + _B]
         name = module.removeprefix(_PREFIX)
-        alpha = next((alpha for pattern, alpha in patterns if pattern.match(name)), config["lora_alpha"])
+        alpha = next((alpha for pattern, alpha in patterns if pattern and pattern.match(name)), config["lora_alpha"])
         scale = alpha / a.shape[0] ** (0.5 if config.get("use_rslora") else 1)  # as PEFT multiplies the delta
         factors[name] = Factors(a, b * scale)
     if faults := number_faults((f"B of {name}, scaled,", pair.b) for name, pair in factors.items()):
@@ -198,24 +198,20 @@ def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     for name, alpha in alphas.items():
         if type(alpha) not in (int, float) or not -_MAX_ALPHA <= alpha <= _MAX_ALPHA:
             faults.append(f"the alpha of {name!r} is {alpha!r}"[:200])
-        if not _is_pattern(name):
+        if _pattern(name) is None:
             faults.append(f"the pattern {name!r} names no modules"[:200])
     return config, faults
 
 
-def _pattern(text: str) -> re.Pattern[str]:
-    """PEFT's own rule: a pattern names a module by the end of its path, or as a regular expression that ends it."""
-    return re.compile(rf"(.*\.)?({text})$")
+def _pattern(text: str) -> re.Pattern[str] | None:
+    """PEFT's own rule: a pattern names a module by the end of its path, or as a regular expression that ends it.
 
-
-def _is_pattern(text: str) -> bool:
-    if _ENDLESS.search(text):
-        return False
+    None for what is no regular expression, or one that may take for ever.
+    """
     try:
-        _pattern(text)
+        return None if _ENDLESS.search(text) else re.compile(rf"(.*\.)?({text})$")
     except (re.error, OverflowError, RecursionError):
-        return False
-    return True
+        return None
 
 
 def _faults_of(
