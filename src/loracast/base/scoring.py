@@ -269,7 +269,27 @@ def score_answers(
     logits = model.get_output_embeddings()(hidden.contiguous()).float()  # [n, vocabulary]
     if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
         logits = cap * torch.tanh(logits / cap)
-    return score_logits(logits, batch, inputs)
+    losses = functional.cross_entropy(logits, batch.answer_ids, reduction="none")  # [n]
+    right = (logits.argmax(-1) == batch.answer_ids).float()
+    lengths = torch.bincount(batch.answer_question, minlength=batch.n_questions)
+
+    def by_question(values: Tensor) -> Tensor:
+        return torch.zeros(batch.n_questions, device=values.device).index_add(0, batch.answer_question, values)
+
+    apart = torch.zeros_like(losses)
+    if batch.is_soft.any():
+        soft = divergence(logits[batch.is_soft], batch.soft_ids, batch.soft_log_probs)
+        apart = apart.masked_scatter(batch.is_soft, soft)
+    related = ~batch.is_unrelated  # [questions]
+    return AnswerScores(
+        by_question=by_question(losses) / lengths,
+        divergence=by_question(apart) / lengths,
+        is_unrelated=batch.is_unrelated,
+        exact=(by_question(right) == lengths)[related].float().mean().item(),
+        token_accuracy=right[related[batch.answer_question]].mean().item(),
+        logits=logits,
+        module_inputs=inputs,
+    )
 
 
 def _grouped(
@@ -321,31 +341,6 @@ def _at_answers(
         ).last_hidden_state  # [d, t, hidden]
     at = batch.answer_rows, batch.answer_positions
     return hidden[at], {name: x[at] for name, x in inputs.items()}
-
-
-def score_logits(logits: Tensor, batch: Batch, module_inputs: Mapping[str, Tensor] | None = None) -> AnswerScores:
-    """Score the logits [n, vocabulary] at a batch's answer positions."""
-    losses = functional.cross_entropy(logits, batch.answer_ids, reduction="none")  # [n]
-    right = (logits.argmax(-1) == batch.answer_ids).float()
-    lengths = torch.bincount(batch.answer_question, minlength=batch.n_questions)
-
-    def by_question(values: Tensor) -> Tensor:
-        return torch.zeros(batch.n_questions, device=values.device).index_add(0, batch.answer_question, values)
-
-    apart = torch.zeros_like(losses)
-    if batch.is_soft.any():
-        soft = divergence(logits[batch.is_soft], batch.soft_ids, batch.soft_log_probs)
-        apart = apart.masked_scatter(batch.is_soft, soft)
-    related = ~batch.is_unrelated  # [questions]
-    return AnswerScores(
-        by_question=by_question(losses) / lengths,
-        divergence=by_question(apart) / lengths,
-        is_unrelated=batch.is_unrelated,
-        exact=(by_question(right) == lengths)[related].float().mean().item(),
-        token_accuracy=right[related[batch.answer_question]].mean().item(),
-        logits=logits,
-        module_inputs=module_inputs or {},
-    )
 
 
 def lr_factor(step: int, n_steps: int, n_warmup: int, schedule: Schedule) -> float:

@@ -76,10 +76,8 @@ class OpenTensors:
 
         info = self.header[name]
         size = math.prod(info.shape[1:])
-        runs = [(i, i + 1) for i in wanted]
-        if list(wanted) == list(range(wanted[0], wanted[-1] + 1)):
-            runs = [(wanted[0], wanted[-1] + 1)]
-        return torch.cat([self._read(info, i * size, end * size) for i, end in runs]).view(len(wanted), *info.shape[1:])
+        read = [self._read(info, i * size, (i + 1) * size) for i in wanted]
+        return torch.cat(read).view(len(wanted), *info.shape[1:])
 
     def _read(self, info: TensorInfo, first: int, end: int) -> Tensor:
         """The numbers from `first` up to `end` of a tensor."""
