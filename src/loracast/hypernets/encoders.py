@@ -59,11 +59,8 @@ class Features:
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Features:
         """The same on a device, their numbers in another type if one is given."""
-        moved: dict[str, Any] = {}
-        for key, value in vars(self).items():
-            to = dtype if value is not None and value.is_floating_point() else None
-            moved[key] = None if value is None else value.to(device, to)
-        return Features(**moved)
+        there = {key: value for key, value in vars(self).items() if value is not None}
+        return Features(**{k: v.to(device, dtype if v.is_floating_point() else None) for k, v in there.items()})
 
     @property
     def n_chunks(self) -> int:

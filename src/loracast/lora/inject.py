@@ -241,22 +241,24 @@ def deltas_added(model: nn.Module, batch: LoRABatch, n_rows: int | None, gates: 
     shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
     with ExitStack() as hooks:
         for name, module in check_fits(model, shapes).items():
-            chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
-            chains += [[batch.dense[name]]] if name in batch.dense else []
             # On the weight's device and in the type that the base computes in: once, not for every token.
             w = module.weight
-            dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
-            chains = [[matrix.to(w.device, dtype).mT for matrix in chain] for chain in chains]
-            hooks.enter_context(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
+            place = w.device, w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
+            pair = [side.to(*place).mT for side in batch.factors.get(name, ())]
+            dense = batch.dense[name].to(*place).mT if name in batch.dense else None
+            hooks.enter_context(module.register_forward_hook(_hook(n_rows, pair, dense, gates.get(name))))
         yield
 
 
 def _hook(
-    n_rows: int | None, chains: Sequence[Sequence[Tensor]], gate: Tensor | None
+    n_rows: int | None, pair: Sequence[Tensor], dense: Tensor | None, gate: Tensor | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds the input times each chain of matrices (A', B' or a dense delta'). `n_rows` None fits any batch.
+    """A hook that adds the deltas of the rows of a batch, of any number if `n_rows` is None.
 
-    A gate [rows, tokens, r] multiplies what A, the first matrix of the first chain, gives.
+    Args:
+        pair: A' [rows or 1, in, r] and B' [rows or 1, r, out], or nothing.
+        dense: dense deltas' [rows or 1, in, out].
+        gate: [rows, tokens, r], multiplies what A gives.
     """
 
     def add_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -265,20 +267,16 @@ def _hook(
             raise AdapterError(
                 f"{n_rows} LoRAs were given for a batch of {x.shape[0]} rows; give one for each row, or one for all"
             )
-        for n_chain, (*firsts, last) in enumerate(chains):
-            y = x
-            for first in firsts:  # [rows, tokens, in] -> [rows, tokens, r]
-                y = _product(y, first)
-                if gate is not None and n_chain == 0:
-                    y = y * gate.to(y.dtype)
-            output = _product(y, last, output)  # [rows, tokens, out]
-        return output
+        if pair:
+            a, b = pair
+            y = _product(x, a)  # [rows, tokens, r]
+            output = output + _product(y if gate is None else y * gate.to(y.dtype), b)
+        return output if dense is None else output + _product(x, dense)
 
     return add_delta
 
 
-def _product(x: Tensor, matrix: Tensor, plus: Tensor | None = None) -> Tensor:
-    """The rows [rows, tokens, in] times a matrix each, or one for all, [rows or 1, in, out]; added to `plus`."""
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """The rows [rows, tokens, in] times a matrix each, or one for all [rows or 1, in, out]."""
     matrix = matrix.to(x.dtype)
-    product = torch.bmm(x, matrix) if len(matrix) == len(x) else x @ matrix[0]
-    return product if plus is None else plus + product
+    return torch.bmm(x, matrix) if len(matrix) == len(x) else x @ matrix[0]
