@@ -27,7 +27,7 @@ from loracast.base.load import Base
 from loracast.documents.task_spec import TaskSpec
 from loracast.errors import ConfigError, EncoderError
 from loracast.hypernets.attention_delta_encoder import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
-from loracast.hypernets.config import ArchitectureConfig, ModuleRow
+from loracast.hypernets.config import ArchitectureConfig, ModuleRow, wrong
 from loracast.hypernets.descriptions import (
     EXAMPLES_AT_ONCE,
     DescriptionHypernetwork,
@@ -84,21 +84,17 @@ class AttentionDeltaToLoRAConfig(ArchitectureConfig):
     """Number of seen descriptions: those of the training, kept for the OOD threshold."""
 
     def _problems(self) -> list[str]:
-        problems = super()._problems()
         widths = {d_out for _, _, kind, _, d_out in self.modules if kind == self.kind}
-        if widths != {self.d_state}:
-            problems.append(f"attention deltas need modules of the kind {self.kind} with {self.d_state} outputs")
-        if self.rank < len(POSITIONS) or min(self.shared_rank, self.map_rank) < 1:
-            problems.append(f"rank must be at least {len(POSITIONS)}, shared_rank and map_rank at least 1")
-        if not (self.dummy_input and self.dummy_answer):
-            problems.append("dummy_input and dummy_answer must not be empty")
-        if self.examples_at_once < 1:
-            problems.append("examples_at_once must be at least 1")
-        if self.task_bank_rank < 0 or self.task_bank_width < 1 or (self.bank_sizes and not self.task_bank_rank):
-            problems.append("task_bank_width must be at least 1, and bank_sizes need a task_bank_rank above 0")
-        if not self.layers:
-            problems.append(f"no module of the kind {self.kind} lies within a depth of {self.depth}")
-        return problems
+        return super()._problems() + wrong(
+            (widths != {self.d_state}, f"there must be modules of the kind {self.kind}, with {self.d_state} outputs"),
+            (self.rank < len(POSITIONS), f"rank must be at least {len(POSITIONS)}"),
+            (min(self.shared_rank, self.map_rank) < 1, "shared_rank and map_rank must be at least 1"),
+            (not (self.dummy_input and self.dummy_answer), "dummy_input and dummy_answer must not be empty"),
+            (self.examples_at_once < 1, "examples_at_once must be at least 1"),
+            (self.task_bank_rank < 0 or self.task_bank_width < 1, "task_bank_rank or task_bank_width is too small"),
+            (self.bank_sizes and not self.task_bank_rank, "bank_sizes need a task_bank_rank"),
+            (not self.layers, f"no module of the kind {self.kind} lies within a depth of {self.depth}"),
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -17,6 +17,11 @@ NEWER = "newer"
 """In the metadata of a field that configs got after hypernetworks had ids: at its default, the id leaves it out."""
 
 
+def wrong(*checks: tuple[object, str]) -> list[str]:
+    """The messages of those checks (what must not be, what is said of it) that fail."""
+    return [message for is_wrong, message in checks if is_wrong]
+
+
 class ArchitectureConfig:
     """The base of a hypernetwork's config (a frozen dataclass): its target, and one error for all that is wrong."""
 
@@ -106,50 +111,45 @@ class DocToLoRAConfig(ArchitectureConfig):
     """Epsilon of every RMSNorm."""
 
     def _problems(self) -> list[str]:
-        problems = super()._problems() if self.modules or not self.memory_modules else []
-        if len(self.reader_layers) != 1:
-            problems.append("reader_layers must name one layer")
-        if min(self.n_decoder_blocks, self.rank, self.n_kv_heads) < 1 or self.n_heads % self.n_kv_heads:
-            problems.append("n_decoder_blocks, rank, n_kv_heads must be positive, n_heads a multiple of n_kv_heads")
-        if max(self.n_decoder_blocks, self.memory_blocks, self.memory_heads) > MOST_BLOCKS:
-            problems.append(f"more than {MOST_BLOCKS} blocks or heads")
-        if self.modules and self.d_values and self.d_values not in {d_out for _, _, _, _, d_out in self.modules}:
-            problems.append(f"no target module has outputs of {self.d_values} numbers, to which values are copied")
-        if self.memory_modules:
-            problems += self._memory_problems()
-        if self.static_modules:
-            problems += problems_of(self.static_modules)
-            if _kinds(self.static_modules) & _kinds((*self.modules, *self.memory_modules)):
-                problems.append("the static modules must be of kinds that `modules` and the memory leave alone")
-            if self.static_modules_rank < 1:
-                problems.append("static_modules_rank must be at least 1")
-        if self.encoder_modules:
-            problems += problems_of(self.encoder_modules)
-            if self.encoder_rank < 1 or self.encoder != OF_THE_BASE:
-                problems.append("encoder_modules need an encoder_rank of at least 1, and the base as the encoder")
-        if self.max_unscaled_chunks is not None and self.max_unscaled_chunks < 1:
-            problems.append("max_unscaled_chunks must be at least 1")
-        if self.key_decorrelation is not None and not (self.memory_modules and self.key_decorrelation > 0):
-            problems.append("key_decorrelation must be above 0, and needs a memory")
-        return problems
+        least = min(self.n_decoder_blocks, self.rank, self.n_kv_heads)
+        largest = max(self.n_decoder_blocks, self.memory_blocks, self.memory_heads)
+        widths, most = {d_out for _, _, _, _, d_out in self.modules}, self.max_unscaled_chunks
+        is_shared = _kinds(self.static_modules) & _kinds((*self.modules, *self.memory_modules))
+        has_ridge, reads = self.key_decorrelation is not None, bool(self.encoder_modules)
+        return [
+            *(super()._problems() if self.modules or not self.memory_modules else ()),
+            *(problems_of(self.static_modules) if self.static_modules else ()),
+            *(problems_of(self.encoder_modules) if self.encoder_modules else ()),
+            *(self._memory_problems() if self.memory_modules else ()),
+            *wrong(
+                (len(self.reader_layers) != 1, "reader_layers must name one layer"),
+                (least < 1, "n_decoder_blocks, rank and n_kv_heads must be at least 1"),
+                (least > 0 and self.n_heads % self.n_kv_heads, "n_heads must be a multiple of n_kv_heads"),
+                (largest > MOST_BLOCKS, f"more than {MOST_BLOCKS} blocks or heads"),
+                (widths and self.d_values not in {0, *widths}, "d_values must be the width of a module's outputs"),
+                (is_shared, "the static modules must be of kinds that `modules` and the memory leave alone"),
+                (self.static_modules and self.static_modules_rank < 1, "static_modules_rank must be at least 1"),
+                (reads and self.encoder_rank < 1, "encoder_modules need an encoder_rank of at least 1"),
+                (reads and self.encoder != OF_THE_BASE, "encoder_modules need the base as the encoder"),
+                (most is not None and most < 1, "max_unscaled_chunks must be at least 1"),
+                (has_ridge and not self.memory_modules, "key_decorrelation needs a memory"),
+                (has_ridge and not self.key_decorrelation > 0, "key_decorrelation must be above 0"),
+            ),
+        ]
 
     def _memory_problems(self) -> list[str]:
-        problems, kinds = [], _kinds(self.memory_modules)
-        if len({module[2:] for module in self.memory_modules}) != 1 or not kinds <= set(KINDS):
-            problems.append("the memory's modules must be of one kind and one shape")
-        if kinds & _kinds(self.modules):
-            problems.append("the memory's modules must be of a kind that `modules` leaves alone")
-        if self.d_values != self.memory_modules[0][4]:
-            problems.append("a memory needs values as wide as its modules' outputs")
-        if list(self.memory_modules) != sorted(self.memory_modules, key=lambda module: module[1]):
-            problems.append("the memory's modules are not in the order of their layers")
-        if min(self.memory_rank, self.memory_question_rank, self.memory_heads - 1) < 1:
-            problems.append("memory_rank and memory_question_rank must be at least 1, memory_heads at least 2")
-        if self.memory_near_tokens < 0:
-            problems.append("memory_near_tokens must be 0 or more")
-        if not 0 < self.memory_gate_power <= 1:
-            problems.append("memory_gate_power must be above 0, and at most 1")
-        return problems
+        memory, kinds = self.memory_modules, _kinds(self.memory_modules)
+        is_uniform = len({module[2:] for module in memory}) == 1 and kinds <= set(KINDS)
+        return wrong(
+            (not is_uniform, "the memory's modules must be of one kind and one shape"),
+            (kinds & _kinds(self.modules), "the memory's modules must be of a kind that `modules` leaves alone"),
+            (self.d_values != memory[0][4], "a memory needs values as wide as its modules' outputs"),
+            (list(memory) != sorted(memory, key=lambda m: m[1]), "memory modules are not in the order of their layers"),
+            (min(self.memory_rank, self.memory_question_rank) < 1, "memory_rank, memory_question_rank at least 1"),
+            (self.memory_heads < 2, "memory_heads at least 2"),
+            (self.memory_near_tokens < 0, "memory_near_tokens must be 0 or more"),
+            (not 0 < self.memory_gate_power <= 1, "memory_gate_power must be above 0, and at most 1"),
+        )
 
     @classmethod
     def for_target(cls, target: Target, d_features: int, **options):

@@ -29,7 +29,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.errors import HypernetworkError
-from loracast.hypernets.config import MOST_BLOCKS, DocToLoRAConfig
+from loracast.hypernets.config import MOST_BLOCKS, DocToLoRAConfig, wrong
 from loracast.hypernets.doc_to_lora import DocToLoRA, RankCodes
 from loracast.hypernets.encoders import Features, HiddenStatesEncoder
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries, per_layer
@@ -57,16 +57,14 @@ class PublishedDocToLoRAConfig(DocToLoRAConfig):
     """Longest chunk by default: as long as in the published training."""
 
     def _problems(self) -> list[str]:
-        problems = [problem for problem in super()._problems() if not problem.startswith("reader_layers")]
-        if len(self.reader_layers) not in (1, len(self.layers)):
-            problems.append(f"reader_layers must be one, or one for each of the {len(self.layers)} targeted layers")
-        if (self.n_encoder_blocks > 0) != (self.n_latents > 0):
-            problems.append("n_encoder_blocks and n_latents must both be zero or both be positive")
-        if max(self.n_encoder_blocks, self.n_latent_mlps) > MOST_BLOCKS:
-            problems.append(f"more than {MOST_BLOCKS} blocks or MLPs")
-        if self.d_values or self.memory_modules:
-            problems.append("published checkpoints copy no values and have no memory")
-        return problems
+        n_read, n_blocks = len(self.reader_layers), max(self.n_encoder_blocks, self.n_latent_mlps)
+        n_layers, is_half = len(self.layers), (self.n_encoder_blocks > 0) != (self.n_latents > 0)
+        return [problem for problem in super()._problems() if not problem.startswith("reader_layers")] + wrong(
+            (n_read not in (1, n_layers), f"reader_layers must be one, or one for each of the {n_layers} layers"),
+            (is_half, "n_encoder_blocks and n_latents must both be zero or both be positive"),
+            (n_blocks > MOST_BLOCKS, f"more than {MOST_BLOCKS} blocks or MLPs"),
+            (self.d_values or self.memory_modules, "published checkpoints copy no values and have no memory"),
+        )
 
     @property
     def reads_each_layer(self) -> bool:
@@ -145,7 +143,7 @@ class PublishedTextToLoRAConfig(TextToLoRAConfig):
     """The config of a published checkpoint of Text-to-LoRA in its variant S."""
 
     def _problems(self) -> list[str]:
-        return [*super()._problems(), *(["L and M are a TextToLoRA as they are"] if self.variant != "S" else [])]
+        return super()._problems() + wrong((self.variant != "S", "L and M are a TextToLoRA as they are"))
 
 
 class PublishedTextToLoRA(TextToLoRA):

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from loracast.base.embedded import Say
 from loracast.base.load import Base
-from loracast.hypernets.config import ArchitectureConfig, ModuleRow
+from loracast.hypernets.config import ArchitectureConfig, ModuleRow, wrong
 from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.hypernets.perceiver import shapes_by_kind
@@ -54,12 +54,12 @@ class TextToLoRAConfig(ArchitectureConfig):
     """Number of seen descriptions: those of the training, kept for the OOD threshold."""
 
     def _problems(self) -> list[str]:
-        problems = super()._problems()
-        if self.variant not in get_args(Variant):
-            problems.append(f"unknown variant {self.variant!r}; one of {', '.join(get_args(Variant))}")
-        if self.width % 4 or min(self.d_text, self.rank, self.width, self.head_width) < 1:
-            problems.append("d_text, rank, width and head_width must be positive, and width a multiple of 4")
-        return problems
+        sizes, variants = (self.d_text, self.rank, self.width, self.head_width), get_args(Variant)
+        return super()._problems() + wrong(
+            (self.variant not in variants, f"unknown variant {self.variant!r}; one of {', '.join(variants)}"),
+            (min(sizes) < 1, "d_text, rank, width and head_width must be positive"),
+            (self.width % 4, "width must be a multiple of 4"),
+        )
 
     @property
     def ranks(self) -> dict[str, int]:
