@@ -122,8 +122,8 @@ class DocToLoRA(Hypernetwork):
             read, pad_id, device = self.hidden_states_encoder(base), base.pad_id, base.device
             if read.d_features != self.config.d_features:
                 raise HypernetworkError(
-                    f"the base has {read.d_features} features a token, not {self.config.d_features}: give the "
-                    "hypernetwork's own base"
+                    f"the hypernetwork reads {self.config.d_features} features a token, and this base gives "
+                    f"{read.d_features}: give the base that it was made for"
                 )
 
             def encode(token_rows: Sequence[Sequence[int]]) -> Features:

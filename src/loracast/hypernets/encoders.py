@@ -176,6 +176,7 @@ class HiddenStatesEncoder:
         self._final_norm = decoder.norm if with_final_norm else nn.Identity()
         self._model, self._depth = model, depth
         self._own = threading.local()
+        self._modules()  # raises for a base of too few blocks
         if missing := [name for name in key_modules if name not in modules]:
             raise EncoderError(f"the base has no {missing[0]}, whose inputs are read: give the hypernetwork's own base")
 
