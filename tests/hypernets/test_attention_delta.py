@@ -276,7 +276,7 @@ def test_a_user_casts_a_description(base, tmp_path):
 
 
 def test_configs_that_cannot_be(base):
-    with pytest.raises(ConfigError, match="need o_proj among"):
+    with pytest.raises(ConfigError, match="modules of the kind o_proj, with 48 outputs"):
         make_attention_delta(base, kinds=("q_proj", "down_proj"))
     with pytest.raises(ConfigError, match="rank must be at least 4"):
         make_attention_delta(base, rank=3)

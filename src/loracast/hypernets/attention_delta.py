@@ -161,7 +161,9 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, lora, is_training)
 
     def kept_rows(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
-        rows = self._compressed(rows)
+        cast_lora = self.loras(rows).row(0)
+        if cast_lora.rank > KEPT_RANK:
+            rows = padded_rows(self.config.target, stack([compress(cast_lora, KEPT_RANK)[0]]))
         if not task.examples:
             return rows
         c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
@@ -175,13 +177,6 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         if last.kind != MLP_KIND or last.layer + 1 != base.model.config.get_text_config().num_hidden_layers:
             return rows  # nothing of the target is next to the logits
         return self._with(rows, label_bias(base, task.examples, last.name, self.loras(rows)))
-
-    def _compressed(self, rows: Rows) -> Rows:
-        """The rows of a LoRA at `KEPT_RANK`; unchanged where no module has more."""
-        lora = self.loras(rows).row(0)
-        if lora.rank <= KEPT_RANK:
-            return rows
-        return padded_rows(self.config.target, stack([compress(lora, KEPT_RANK)[0]]))
 
     def _with(self, rows: Rows, more: LoRA) -> Rows:
         """The rows of a LoRA with those of another one behind them."""

@@ -115,7 +115,7 @@ class DocToLoRAConfig(ArchitectureConfig):
         largest = max(self.n_decoder_blocks, self.memory_blocks, self.memory_heads)
         widths, most = {d_out for _, _, _, _, d_out in self.modules}, self.max_unscaled_chunks
         is_shared = _kinds(self.static_modules) & _kinds((*self.modules, *self.memory_modules))
-        has_ridge, reads = self.key_decorrelation is not None, bool(self.encoder_modules)
+        ridge, reads = self.key_decorrelation, bool(self.encoder_modules)
         return [
             *(super()._problems() if self.modules or not self.memory_modules else ()),
             *(problems_of(self.static_modules) if self.static_modules else ()),
@@ -132,8 +132,8 @@ class DocToLoRAConfig(ArchitectureConfig):
                 (reads and self.encoder_rank < 1, "encoder_modules need an encoder_rank of at least 1"),
                 (reads and self.encoder != OF_THE_BASE, "encoder_modules need the base as the encoder"),
                 (most is not None and most < 1, "max_unscaled_chunks must be at least 1"),
-                (has_ridge and not self.memory_modules, "key_decorrelation needs a memory"),
-                (has_ridge and not self.key_decorrelation > 0, "key_decorrelation must be above 0"),
+                (ridge is not None and not self.memory_modules, "key_decorrelation needs a memory"),
+                (ridge is not None and ridge <= 0, "key_decorrelation must be above 0"),
             ),
         ]
 

@@ -82,7 +82,7 @@ class DocToLoRA(Hypernetwork):
         copying = [kind for kind in c.kinds if c.d_values and shapes[kind][1] == c.d_values]
         self.pointers = nn.ModuleDict({k: ValuePointer(n_layers, c.d_features, c.width, c.rank) for k in copying})
         self.static = StaticLoRAs(c.modules, c.static_rank)
-        self.static.update(StaticLoRAs(c.static_modules, c.static_modules_rank))
+        self.static.update(dict(StaticLoRAs(c.static_modules, c.static_modules_rank).items()))
         self.encoder_lora = StaticLoRAs(c.encoder_modules, c.encoder_rank)
         self.memory = AssociativeMemory(c) if c.memory_modules else None
         self.register_buffer("feature_mean", torch.zeros(c.d_features))

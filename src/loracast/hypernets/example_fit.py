@@ -44,7 +44,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,18 +171,8 @@ _MOST_TOKENS = 512
 """Tokens of all examples that a map is fitted to: those at which outputs should change the most."""
 
 
-class _Read(NamedTuple):
-    """What t tokens of examples say of each module, by name."""
-
-    inputs: dict[str, Tensor]
-    """[t, in]"""
-    changes: dict[str, Tensor]
-    """How the output should change [t, out]."""
-
-    @property
-    def sizes(self) -> Tensor:
-        """How much all outputs should change at each token [t]."""
-        return torch.stack([y.square().sum(1) for y in self.changes.values()]).sum(0)
+_Read = dict[str, tuple[Tensor, Tensor]]
+"""By module, its inputs at t tokens of examples [t, in], and how its outputs should change there [t, out]."""
 
 
 def gradient_step(base: Base, examples: Sequence[Example], modules: Sequence[str], lora: LoRABatch) -> LoRA:
@@ -194,15 +184,14 @@ def gradient_step(base: Base, examples: Sequence[Example], modules: Sequence[str
     """
     examples = examples[:_MOST_STEPPED]
     lora = lora.to(base.device).to(base.model.dtype)
-    read = _Read({}, {})
+    read: _Read = {}
     with torch.inference_mode(False), torch.enable_grad():
         own = LoRABatch(lora.n, {name: Factors(a.clone(), b.clone()) for name, (a, b) in lora.factors.items()}, {})
         with inject(base.model, own):
             for example in examples:
                 read = _largest(read, _read(base, example, modules))
     step: dict[str, Factors] = {}
-    for name in modules:
-        x, y = read.inputs[name], read.changes[name]
+    for name, (x, y) in read.items():
         (a,), rows = ridge([x], y, torch.ones(len(x), device=x.device), _STEP_RIDGE * len(x))
         step |= compress(LoRA({name: Factors(a, rows.T)}), STEP_RANK)[0].factors
     found = LoRA(step)
@@ -228,23 +217,23 @@ def _read(base: Base, example: Example, modules: Sequence[str]) -> _Read:
             hooks.enter_context(base.model.get_submodule(name).register_forward_hook(add_zero(name)))
         logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=len(reply)).logits[0]
     loss = functional.cross_entropy(logits.float(), torch.tensor(reply, device=base.device))
-    found = torch.autograd.grad(loss, [added[name] for name in modules])
-    return _Read(
-        {name: inputs[name][0].detach().to(base.device).float() for name in modules},
-        {name: -g[0].to(base.device).float() for name, g in zip(modules, found, strict=True)},
-    )
+    gradients = torch.autograd.grad(loss, [added[name] for name in modules])
+    return {
+        name: (inputs[name][0].detach().to(base.device).float(), -g[0].to(base.device).float())
+        for name, g in zip(modules, gradients, strict=True)
+    }
 
 
 def _largest(before: _Read, read: _Read) -> _Read:
     """Of the tokens of two readings, those at which outputs should change the most."""
-    if before.inputs:
-        read = _Read(
-            *({name: torch.cat([old[name], new[name]]) for name in new} for old, new in zip(before, read, strict=True))
-        )
-    if len(sizes := read.sizes) <= _MOST_TOKENS:
+    if before:
+        both = ((name, before[name], read[name]) for name in read)
+        read = {name: (torch.cat([old_x, x]), torch.cat([old_y, y])) for name, (old_x, old_y), (x, y) in both}
+    sizes = torch.stack([y.square().sum(1) for _, y in read.values()]).sum(0)  # [t]
+    if len(sizes) <= _MOST_TOKENS:
         return read
     kept = sizes.topk(_MOST_TOKENS).indices
-    return _Read(*({name: some[kept] for name, some in side.items()} for side in read))
+    return {name: (x[kept], y[kept]) for name, (x, y) in read.items()}
 
 
 _BIAS_RIDGE = 0.3  # of the bias, chosen on training tasks and the tasks of benchmarks/unseen_tasks.py

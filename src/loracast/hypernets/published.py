@@ -372,7 +372,7 @@ def _doc_weights(c: PublishedDocToLoRAConfig, theirs: Mapping[str, Any], has_lay
 def _latent_mlp(i: int, theirs: Mapping[str, Any], n_layers: int, has_layer_mlps: bool) -> dict[str, Tensor]:
     """The tensors of the i-th `LatentMLP`; an MLP that all layers share is repeated for each."""
     part, places = ("layers", (0, 1, 3, 4)) if has_layer_mlps else ("mlp", (0, 2, 5, 6))
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for ours, place in zip(("norm_in", "1", "2", "norm_out"), places, strict=True):
         weight, bias = (theirs[f"layers.{i}.{part}.{place}.{end}"] for end in ("weight", "bias"))
         if ours.startswith("norm"):

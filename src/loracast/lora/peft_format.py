@@ -77,8 +77,8 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
     most = max(
         [MAX_RANK, *(min(a.shape[1], b.shape[0]) for a, b in whole.values() if len(a.shape) == len(b.shape) == 2)]
     )
-    for name, (a, b) in whole.items():
-        faults += _faults_of(name, a, b, shapes, most)
+    for name, pair in whole.items():
+        faults += _faults_of(name, *pair, shapes, most)
     faults += number_faults((name, value) for name, value in tensors.items() if value.is_floating_point())
     if not faults and not modules:
         faults = ["it is empty"]
@@ -92,7 +92,7 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
         alpha = next((alpha for pattern, alpha in patterns if pattern and pattern.match(name)), config["lora_alpha"])
         scale = alpha / a.shape[0] ** (0.5 if config.get("use_rslora") else 1)  # as PEFT multiplies the delta
         factors[name] = Factors(a, b * scale)
-    if faults := number_faults((f"B of {name}, scaled,", pair.b) for name, pair in factors.items()):
+    if faults := number_faults((f"B of {name}, scaled,", b) for name, (_, b) in factors.items()):
         raise AdapterError(f"the adapter in {folder} is not a LoRA that can be used: {'; '.join(faults)}")
     return factors
 
