@@ -494,7 +494,7 @@ def test_b_rows_copy_the_values_that_the_latents_point_to():
 
 
 def test_values_need_a_module_that_writes_them():
-    with pytest.raises(ConfigError, match="48 numbers"):
+    with pytest.raises(ConfigError, match="no module writes 48 numbers"):
         make(d_values=48, kinds=("up_proj",))
 
 

@@ -126,7 +126,7 @@ class DocToLoRAConfig(ArchitectureConfig):
                 (least < 1, "n_decoder_blocks, rank and n_kv_heads must be at least 1"),
                 (least > 0 and self.n_heads % self.n_kv_heads, "n_heads must be a multiple of n_kv_heads"),
                 (largest > MOST_BLOCKS, f"more than {MOST_BLOCKS} blocks or heads"),
-                (widths and self.d_values not in {0, *widths}, "d_values must be the width of a module's outputs"),
+                (widths and self.d_values not in {0, *widths}, f"no module writes {self.d_values} numbers (d_values)"),
                 (is_shared, "the static modules must be of kinds that `modules` and the memory leave alone"),
                 (self.static_modules and self.static_modules_rank < 1, "static_modules_rank must be at least 1"),
                 (reads and self.encoder_rank < 1, "encoder_modules need an encoder_rank of at least 1"),
