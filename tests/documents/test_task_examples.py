@@ -310,7 +310,7 @@ def test_a_group_that_does_not_fit_is_halved_and_an_example_that_never_fits_is_n
     assert sizes[:2] == [2, 2] and sum(sizes) == 7  # the short ones stay together
     assert tuple(e for group in reader.encoder.groups(mixed) for e in group.examples) == mixed.examples
     endless = (*EXAMPLES[:1], Example("the lamp on the desk " * 200, ("x",)))
-    with pytest.raises(EncoderError, match="example 2 is too long to be read"):
+    with pytest.raises(EncoderError, match="example 2 is too long behind the description"):
         reader.encode([TaskSpec(SENTENCE, endless)])
     with pytest.raises(EncoderError, match="the description is too long to be read with examples"):
         reader.encode([TaskSpec("the lamp on the desk " * 200, EXAMPLES[:2])])
