@@ -365,5 +365,5 @@ def inject(
             batch = stack([others[id(lora)] for lora in rows])
         # A list holds one for each row, also where all of them are the same and were stacked once.
         n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
-        applied.enter_context(deltas_added(model, batch, n_rows, gates))
+        applied.enter_context(deltas_added(model, batch.factors, batch.dense, n_rows, gates))
         yield model

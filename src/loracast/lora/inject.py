@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -26,9 +26,6 @@ from torch import Tensor, nn
 
 from loracast.errors import AdapterError
 from loracast.lora.factors import Factors
-
-if TYPE_CHECKING:
-    from loracast.lora.algebra import LoRA, LoRABatch
 
 
 class FairLock:
@@ -134,6 +131,15 @@ def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) 
     return modules
 
 
+class WithStatic(Protocol):
+    """What is needed of a LoRA to add its static part to copies of weights."""
+
+    @property
+    def factors(self) -> Mapping[str, Factors]: ...
+    @property
+    def static(self) -> frozenset[str]: ...
+
+
 class _Copy(NamedTuple):
     """A copy of a module's weight with the factors of a static LoRA added."""
 
@@ -157,7 +163,7 @@ _MERGED_NOW: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def static_added(model: nn.Module, loras: Sequence[LoRA | None]) -> Iterator[Collection[str]]:
+def static_added(model: nn.Module, loras: Sequence[WithStatic | None]) -> Iterator[Collection[str]]:
     """Have a model compute with the static LoRA that all rows of a batch have, while the context lasts.
 
     Yields the names of the modules that have it: none with quantized weights, and none at all where the rows have no
@@ -192,7 +198,7 @@ def static_added(model: nn.Module, loras: Sequence[LoRA | None]) -> Iterator[Col
         _MERGED_NOW.discard(model)
 
 
-def _has_static_of(other: LoRA, first: LoRA) -> bool:
+def _has_static_of(other: WithStatic, first: WithStatic) -> bool:
     return first.static <= other.static and all(_equal(first.factors[n], other.factors[n]) for n in first.static)
 
 
@@ -228,25 +234,33 @@ def model_lock(model: nn.Module) -> FairLock:
 
 
 @contextmanager
-def deltas_added(model: nn.Module, batch: LoRABatch, n_rows: int | None, gates: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have the linear modules of a model add the deltas of a batch's rows to their outputs while the context lasts.
+def deltas_added(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    dense: Mapping[str, Tensor],
+    n_rows: int | None,
+    gates: Mapping[str, Tensor],
+) -> Iterator[None]:
+    """Have the linear modules of a model add deltas to their outputs while the context lasts.
 
     Args:
+        factors: by module, A [n or 1, r, in] and B [n or 1, out, r] of the rows of a batch.
+        dense: by module, the deltas [n or 1, out, in] of the rows.
         n_rows: the number of the batch's rows; None for any.
         gates: as in `algebra.inject`.
 
     Raises AdapterError where the model lacks a module or a shape differs. Whoever calls this holds the model's lock.
     """
-    shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in batch.factors.items()]
-    shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
+    shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in factors.items()]
+    shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in dense.items()]
     with ExitStack() as hooks:
         for name, module in check_fits(model, shapes).items():
             # On the weight's device and in the type that the base computes in: once, not for every token.
             w = module.weight
             place = w.device, w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
-            pair = [side.to(*place).mT for side in batch.factors.get(name, ())]
-            dense = batch.dense[name].to(*place).mT if name in batch.dense else None
-            hooks.enter_context(module.register_forward_hook(_hook(n_rows, pair, dense, gates.get(name))))
+            pair = [side.to(*place).mT for side in factors.get(name, ())]
+            delta = dense[name].to(*place).mT if name in dense else None
+            hooks.enter_context(module.register_forward_hook(_hook(n_rows, pair, delta, gates.get(name))))
         yield
 
 
