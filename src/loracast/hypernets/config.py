@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loracast.errors import ConfigError
 from loracast.hypernets.encoders import OF_THE_BASE
 from loracast.lora.merge import Merging
-from loracast.lora.target import KINDS, Target, TargetModule, problems_of
+from loracast.lora.target import KINDS, Target, TargetModule
 
 MOST_BLOCKS = 1000
 """Most blocks, MLPs or heads of a kind: a config that claims millions would be built for minutes, and then refused."""
@@ -20,6 +21,20 @@ NEWER = "newer"
 def wrong(*checks: tuple[object, str]) -> list[str]:
     """The messages of those checks (what must not be, what is said of it) that fail."""
     return [message for is_wrong, message in checks if is_wrong]
+
+
+def problems_of(rows: Sequence[ModuleRow]) -> list[str]:
+    """Faults of a target (`Target.rows`), whose heads serve one kind over all layers."""
+    kinds, layers = {kind for _, _, kind, _, _ in rows}, {layer for _, layer, _, _, _ in rows}
+    unknown = sorted(kinds - set(KINDS))
+    is_ordered = unknown or list(rows) == sorted(rows, key=lambda row: (row[1], KINDS.index(row[2])))
+    return wrong(
+        (not rows, "no target modules"),
+        (len(kinds) * len(layers) != len(rows), "every targeted layer must target the same kinds"),
+        (unknown, f"unknown module kinds: {', '.join(unknown)}"),
+        (not is_ordered, "the modules are not in the target's order: by layer, then by kind"),
+        (len({row[2:] for row in rows}) != len(kinds), "modules of one kind must have the same shape in every layer"),
+    )
 
 
 class ArchitectureConfig:

@@ -84,23 +84,6 @@ class Target:
         return {kind: tuple(module for module in self.modules if module.kind == kind) for kind in present}
 
 
-def problems_of(rows: Sequence[tuple[str, int, str, int, int]]) -> list[str]:
-    """Faults of a target in a hypernetwork's config (`Target.rows`), whose heads serve one kind over all layers."""
-    kinds = {kind for _, _, kind, _, _ in rows}
-    problems = []
-    if not rows:
-        problems.append("no target modules")
-    if len(kinds) * len({layer for _, layer, _, _, _ in rows}) != len(rows):
-        problems.append("every targeted layer must target the same kinds")
-    if unknown := sorted(kinds - set(KINDS)):
-        problems.append(f"unknown module kinds: {', '.join(unknown)}")
-    elif list(rows) != sorted(rows, key=lambda row: (row[1], KINDS.index(row[2]))):
-        problems.append("the modules are not in the target's order: by layer, then by kind")
-    if len({row[2:] for row in rows}) != len(kinds):
-        problems.append("the modules of one kind must have the same shape in every layer")
-    return problems
-
-
 def text_config(config: Any) -> Any:
     """The language part of a config, which a multimodal config nests. Raises BaseModelError for unsupported types."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
