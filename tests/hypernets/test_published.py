@@ -30,7 +30,6 @@ from loracast.hypernets.published import (
     PublishedDocToLoRA,
     PublishedDocToLoRAConfig,
     PublishedTextToLoRA,
-    PublishedTextToLoRAConfig,
     doc_to_lora,
     read_pickled,
     text_to_lora,
@@ -106,9 +105,7 @@ def test_variant_s_asks_for_rows_by_their_position():
     """The formula of the published code, written out: block2(x + norm(side)) + block2(norm(position)), then the rest."""
     config = LlamaConfig(hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, head_dim=6)
     target = target_from_config(config, ("q_proj", "v_proj"))
-    hypernet = PublishedTextToLoRA(
-        PublishedTextToLoRAConfig(8, target.rows, variant="S", rank=3, width=8, head_width=5)
-    ).eval()
+    hypernet = PublishedTextToLoRA(TextToLoRAConfig(8, target.rows, variant="S", rank=3, width=8, head_width=5)).eval()
     texts = torch.randn(2, 8)
     x = hypernet.module_conditions(texts)[1, 1, 1]  # second text, second layer, v_proj
     second, last = hypernet.blocks[1], hypernet.last
@@ -287,7 +284,7 @@ def test_parameters_of_text_to_lora_for_mistral(variant, expected):
     rows = target_from_config(MISTRAL_7B, ("q_proj", "v_proj")).rows
     with torch.device("meta"):
         if variant == "S":
-            hypernet = PublishedTextToLoRA(PublishedTextToLoRAConfig(1024, rows, variant=variant))
+            hypernet = PublishedTextToLoRA(TextToLoRAConfig(1024, rows, variant=variant))
         else:
             hypernet = TextToLoRA(TextToLoRAConfig(1024, rows, variant=variant))
     own = sum(value.numel() for name, value in hypernet.named_parameters() if "shared_" in name or "scaler_b" in name)

@@ -17,12 +17,7 @@ from loracast.base.embedded import DEFAULT_BASE, embedded, embedded_folder
 from loracast.base.footprint import footprint
 from loracast.cast.load import DOC_FILE, OWN_FILES, SHIPPED, TEXT_FILES
 from loracast.files import cache_dir
-from loracast.hypernets.published import (
-    PublishedDocToLoRA,
-    PublishedDocToLoRAConfig,
-    PublishedTextToLoRA,
-    PublishedTextToLoRAConfig,
-)
+from loracast.hypernets.published import PublishedDocToLoRA, PublishedDocToLoRAConfig, PublishedTextToLoRA
 from loracast.hypernets.store import Modality
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.target import target_from_config
@@ -183,7 +178,7 @@ def _published() -> Iterator[tuple[str, str, Modality, list[int]]]:
         rows = target_from_config(base_config(one["base"]), ("q_proj", "v_proj")).rows
         with torch.device("meta"):
             variants: list[TextToLoRA] = [TextToLoRA(TextToLoRAConfig(_D_TEXT, rows, variant=v)) for v in ("L", "M")]
-            variants.append(PublishedTextToLoRA(PublishedTextToLoRAConfig(_D_TEXT, rows, variant="S")))
+            variants.append(PublishedTextToLoRA(TextToLoRAConfig(_D_TEXT, rows, variant="S")))
         yield one["place"], one["base"], "task", [_count(variant) for variant in variants]
 
 

@@ -27,7 +27,7 @@ from loracast.base.load import Base
 from loracast.documents.task_spec import TaskSpec
 from loracast.errors import ConfigError, EncoderError
 from loracast.hypernets.attention_delta_encoder import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
-from loracast.hypernets.config import ArchitectureConfig, ModuleRow, wrong
+from loracast.hypernets.config import ArchitectureConfig, ModuleRow, failed
 from loracast.hypernets.descriptions import (
     EXAMPLES_AT_ONCE,
     DescriptionHypernetwork,
@@ -85,7 +85,7 @@ class AttentionDeltaToLoRAConfig(ArchitectureConfig):
 
     def _problems(self) -> list[str]:
         widths = {d_out for _, _, kind, _, d_out in self.modules if kind == self.kind}
-        return super()._problems() + wrong(
+        return super()._problems() + failed(
             (widths != {self.d_state}, f"there must be modules of the kind {self.kind}, with {self.d_state} outputs"),
             (self.rank < len(POSITIONS), f"rank must be at least {len(POSITIONS)}"),
             (min(self.shared_rank, self.map_rank) < 1, "shared_rank and map_rank must be at least 1"),

@@ -18,7 +18,7 @@ NEWER = "newer"
 """In the metadata of a field that configs got after hypernetworks had ids: at its default, the id leaves it out."""
 
 
-def wrong(*checks: tuple[object, str]) -> list[str]:
+def failed(*checks: tuple[object, str]) -> list[str]:
     """The messages of those checks (what must not be, what is said of it) that fail."""
     return [message for is_wrong, message in checks if is_wrong]
 
@@ -28,7 +28,7 @@ def problems_of(rows: Sequence[ModuleRow]) -> list[str]:
     kinds, layers = {kind for _, _, kind, _, _ in rows}, {layer for _, layer, _, _, _ in rows}
     unknown = sorted(kinds - set(KINDS))
     is_ordered = unknown or list(rows) == sorted(rows, key=lambda row: (row[1], KINDS.index(row[2])))
-    return wrong(
+    return failed(
         (not rows, "no target modules"),
         (len(kinds) * len(layers) != len(rows), "every targeted layer must target the same kinds"),
         (unknown, f"unknown module kinds: {', '.join(unknown)}"),
@@ -136,7 +136,7 @@ class DocToLoRAConfig(ArchitectureConfig):
             *(problems_of(self.static_modules) if self.static_modules else ()),
             *(problems_of(self.encoder_modules) if self.encoder_modules else ()),
             *(self._memory_problems() if self.memory_modules else ()),
-            *wrong(
+            *failed(
                 (len(self.reader_layers) != 1, "reader_layers must name one layer"),
                 (least < 1, "n_decoder_blocks, rank and n_kv_heads must be at least 1"),
                 (least > 0 and self.n_heads % self.n_kv_heads, "n_heads must be a multiple of n_kv_heads"),
@@ -155,7 +155,7 @@ class DocToLoRAConfig(ArchitectureConfig):
     def _memory_problems(self) -> list[str]:
         memory, kinds = self.memory_modules, _kinds(self.memory_modules)
         is_uniform = len({module[2:] for module in memory}) == 1 and kinds <= set(KINDS)
-        return wrong(
+        return failed(
             (not is_uniform, "the memory's modules must be of one kind and one shape"),
             (kinds & _kinds(self.modules), "the memory's modules must be of a kind that `modules` leaves alone"),
             (self.d_values != memory[0][4], "a memory needs values as wide as its modules' outputs"),

@@ -29,7 +29,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.errors import HypernetworkError
-from loracast.hypernets.config import MOST_BLOCKS, DocToLoRAConfig, wrong
+from loracast.hypernets.config import MOST_BLOCKS, DocToLoRAConfig, failed
 from loracast.hypernets.doc_to_lora import DocToLoRA, RankCodes
 from loracast.hypernets.encoders import Features, HiddenStatesEncoder
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries, per_layer
@@ -59,7 +59,7 @@ class PublishedDocToLoRAConfig(DocToLoRAConfig):
     def _problems(self) -> list[str]:
         n_read, n_blocks = len(self.reader_layers), max(self.n_encoder_blocks, self.n_latent_mlps)
         n_layers, is_half = len(self.layers), (self.n_encoder_blocks > 0) != (self.n_latents > 0)
-        return [problem for problem in super()._problems() if not problem.startswith("reader_layers")] + wrong(
+        return [problem for problem in super()._problems() if not problem.startswith("reader_layers")] + failed(
             (n_read not in (1, n_layers), f"reader_layers must be one, or one for each of the {n_layers} layers"),
             (is_half, "n_encoder_blocks and n_latents must both be zero or both be positive"),
             (n_blocks > MOST_BLOCKS, f"more than {MOST_BLOCKS} blocks or MLPs"),
@@ -138,20 +138,12 @@ class LatentMLP(nn.Module):
         return latents + self.norm_out(per_layer(inner, self.w2) + self.b2)
 
 
-@dataclass(frozen=True)
-class PublishedTextToLoRAConfig(TextToLoRAConfig):
-    """The config of a published checkpoint of Text-to-LoRA in its variant S."""
-
-    def _problems(self) -> list[str]:
-        return super()._problems() + wrong((self.variant != "S", "L and M are a TextToLoRA as they are"))
-
-
 class PublishedTextToLoRA(TextToLoRA):
     """Text-to-LoRA S as published: the row of a factor is asked for after the second block, by its position."""
 
-    config_class: ClassVar[Any] = PublishedTextToLoRAConfig
+    config_class: ClassVar[Any] = TextToLoRAConfig
 
-    def __init__(self, config: PublishedTextToLoRAConfig):
+    def __init__(self, config: TextToLoRAConfig):
         super().__init__(config)
         self.asked = nn.Parameter(torch.randn(len(config.target.kinds), 2, 1, config.width))
         self.position = nn.Sequential(nn.Embedding(config.rank, config.width), nn.LayerNorm(config.width))

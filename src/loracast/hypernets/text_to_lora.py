@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from loracast.base.embedded import Say
 from loracast.base.load import Base
-from loracast.hypernets.config import ArchitectureConfig, ModuleRow, wrong
+from loracast.hypernets.config import ArchitectureConfig, ModuleRow, failed
 from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.hypernets.perceiver import shapes_by_kind
@@ -55,7 +55,7 @@ class TextToLoRAConfig(ArchitectureConfig):
 
     def _problems(self) -> list[str]:
         sizes, variants = (self.d_text, self.rank, self.width, self.head_width), get_args(Variant)
-        return super()._problems() + wrong(
+        return super()._problems() + failed(
             (self.variant not in variants, f"unknown variant {self.variant!r}; one of {', '.join(variants)}"),
             (min(sizes) < 1, "d_text, rank, width and head_width must be positive"),
             (self.width % 4, "width must be a multiple of 4"),
