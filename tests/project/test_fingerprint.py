@@ -28,6 +28,7 @@ sys.path.insert(0, {benchmarks!r})
 import fingerprint
 from loracast.base.load import load_base
 from loracast.answering.model import Model
+from loracast.hypernets.protocol import Hypernetwork
 fingerprint.EVERYDAY, fingerprint.SHEETS = 2, 1
 model = Model(load_base({base!r}), {library!r}, Hypernetwork.from_pretrained({hypernet!r}))
 asked = [(document, one) for document, some in fingerprint.questions(model) for one in some]
