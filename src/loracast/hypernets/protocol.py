@@ -64,11 +64,11 @@ class Hypernetwork(Pretrained):
         Raises:
             EncoderError, HypernetworkError: the encoder cannot be loaded, or is another one.
         """
-        raise self._undefined("encoder_for")
+        raise NotImplementedError
 
     def cast(self, features: Features) -> Cast:
         """Features of n chunks, descriptions or images -> their rows; differentiable. Padding gets rows of zero."""
-        raise self._undefined("cast")
+        raise NotImplementedError
 
     def static_rows(self) -> Rows:
         """Rows of the static LoRA by module kind: A [modules, r, in], B rows [modules, r, out]; empty without one."""

@@ -210,7 +210,7 @@ class Pretrained(nn.Module):
     @property
     def modality(self) -> Modality:
         """Which modality it casts."""
-        raise self._undefined("modality")
+        raise NotImplementedError
 
     @property
     def id(self) -> str:
@@ -224,9 +224,6 @@ class Pretrained(nn.Module):
     def weights_for(self, config: Any) -> dict[str, Tensor]:
         """The weights for another config of the same hypernetwork. Raises ConfigError where they cannot be derived."""
         return self.state_dict()
-
-    def _undefined(self, name: str) -> NotImplementedError:
-        return NotImplementedError(f"{type(self).__name__} must define {name} (CONTRIBUTING, a new hypernetwork)")
 
 
 H = TypeVar("H", bound=Pretrained)
