@@ -290,7 +290,8 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
                 f"{label} has {n_pages:,} pages, more than {limits.max_pages:,}: split it with "
                 "`qpdf --split-pages=100 in.pdf out.pdf`, or raise Limits.max_pages"
             )
-        title = sensible_title((reader.metadata or {}).get("/Title"))
+        metadata = reader.metadata
+        title = sensible_title(metadata.get("/Title") if metadata else None)
         for number in range(1, n_pages + 1):
             where = f" on page {number}"
             page = reader.pages[number - 1]
