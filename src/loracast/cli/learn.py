@@ -184,7 +184,7 @@ def learn(
         for warning in adapter.manifest.warnings:
             warn(warning)
     total_s = round(time.perf_counter() - started, 3)
-    print_result(as_json, {**report(adapter), "total_s": total_s}, learned(adapter, learning.library))
+    print_result(as_json, {**report(adapter), "total_s": total_s}, summary(adapter, learning.library))
 
 
 def _learn_image(file: str, naming: options.Naming, learning: options.Learning) -> Adapter:
@@ -267,19 +267,7 @@ def task(
             "cast_s": manifest.learn_s,
             "total_s": round(time.perf_counter() - started, 3),
         }
-    print_result(as_json, facts, _task_summary(adapter, library))
-
-
-def _task_summary(adapter: Adapter, library: Library) -> str:
-    """What is printed about a task that was cast."""
-    manifest = adapter.manifest
-    read = f", {plural(manifest.n_examples, 'example')}" if manifest.n_examples else ""
-    read += ", refined" * manifest.is_refined
-    return (
-        f"cast {adapter.name} ({manifest.title}{read})\n"
-        f"rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms\n"
-        f'use it: loracast ask "..." -a {named(adapter, library)}'
-    )
+    print_result(as_json, facts, summary(adapter, library))
 
 
 def report(adapter: Adapter) -> dict[str, Any]:
@@ -294,23 +282,26 @@ def _made(adapter: Adapter) -> dict[str, Any]:
     return {"name": adapter.name, "n_bytes": adapter.n_bytes, "warnings": warnings, "folder": str(adapter.folder)}
 
 
-def named(adapter: Adapter, library: Library) -> str:
-    """An adapter for the next command, with its library where that is not the user's own."""
-    is_own = library.folder.resolve() == library_dir().resolve()
-    return adapter.name if is_own else f"{adapter.name} --library {shlex.quote(str(library))}"
-
-
-def learned(adapter: Adapter, library: Library) -> str:
-    """What is printed about an adapter that was learned."""
+def summary(adapter: Adapter, library: Library) -> str:
+    """What is printed about a new adapter: its name, its size, and the command that uses it."""
     manifest = adapter.manifest
-    title = f" ({manifest.title})" if manifest.title else ""
-    if manifest.kind == "image":
-        what, took, question = "an image", f"{1000 * manifest.learn_s:.0f} ms", "What does the picture show?"
+    about = [manifest.title] if manifest.title else []
+    about += [plural(manifest.n_examples, "example")] if manifest.n_examples else []
+    about += ["refined"] if manifest.is_refined else []
+    facts = [f"rank {manifest.rank_text}", size(adapter.n_bytes), f"{1000 * manifest.learn_s:.0f} ms"]
+    made, use, question = "learned", "ask", "..."
+    if manifest.kind == "task":
+        made, use = "cast", "use"
+    elif manifest.kind == "image":
+        facts, question = ["an image", *facts], "What does the picture show?"
     else:
-        what = f"{manifest.n_tokens:,} tokens in {plural(manifest.n_chunks, 'chunk')}"
-        took, question = f"{manifest.learn_s:.1f} s", "..."
+        read = f"{manifest.n_tokens:,} tokens in {plural(manifest.n_chunks, 'chunk')}"
+        facts = [read, *facts[:2], f"{manifest.learn_s:.1f} s"]
+    # The next command needs the library where that is not the user's own.
+    is_own = library.folder.resolve() == library_dir().resolve()
+    where = "" if is_own else f" --library {shlex.quote(str(library))}"
+    title = f" ({', '.join(about)})" if about else ""
     return (
-        f"learned {adapter.name}{title}\n"
-        f"{what}, rank {manifest.rank_text}, {size(adapter.n_bytes)}, {took}\n"
-        f'ask it: loracast ask "{question}" -a {named(adapter, library)}'
+        f"{made} {adapter.name}{title}\n{', '.join(facts)}\n"
+        f'{use} it: loracast ask "{question}" -a {adapter.name}{where}'
     )

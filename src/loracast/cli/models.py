@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from loracast.cli import options
-from loracast.cli.learn import learned, report
+from loracast.cli.learn import report, summary
 from loracast.cli.options import open_model
 from loracast.cli.terminal import (
     print_json,
@@ -146,7 +146,7 @@ def demo(
     with progress_bar("chunks", f"learning {name}") as progress:
         adapter = model.learn(document, name, progress=progress, replace=True)
     if not as_json:
-        print(printable(learned(adapter, library)))
+        print(printable(summary(adapter, library)))
 
     sampling = Sampling(max_new_tokens=32)
     rows: list[dict[str, Any]] = []

@@ -18,20 +18,13 @@ from loracast.files import cache_dir
 def export(
     name: options.Adapter,
     *,
-    to: Annotated[
-        str, typer.Option("--to", help=", ".join(f"{name} ({label})" for name, label in FORMATS.items()) + ".")
-    ],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; NAME-FORMAT by default.")] = None,
+    to: Annotated[str, ", ".join(f"{name} ({label})" for name, label in FORMATS.items()) + "."],
+    out: Annotated[Path | None, "Folder to write; NAME-FORMAT by default."] = None,
     rank: options.Rank = None,
-    each_chunk: Annotated[
-        bool,
-        typer.Option("--each-chunk", help="Write a document's chunks one by one, with chunks.json and their index."),
-    ] = False,
+    each_chunk: Annotated[bool, "Write a document's chunks one by one, with chunks.json and their index."] = False,
     questions: Annotated[
         Path | None,
-        typer.Option(
-            "--questions", exists=True, dir_okay=False, help="File with one question per line: export a LoRA for them."
-        ),
+        typer.Option(exists=True, dir_okay=False, help="File with one question per line: export a LoRA for them."),
     ] = None,
     base: options.Base = None,
     library: options.Library,
@@ -42,11 +35,8 @@ def export(
     from loracast.errors import ConfigError
     from loracast.export.adapter import export_adapter
 
-    asked = (
-        []
-        if questions is None
-        else [line for line in questions.read_text(encoding="utf-8").splitlines() if line.strip()]
-    )
+    lines = [] if questions is None else questions.read_text(encoding="utf-8").splitlines()
+    asked = [line for line in lines if line.strip()]
     if questions is not None and not asked:
         raise ConfigError(f"{questions} holds no question; give one per line")
     folder = out or Path(f"{name}-{to}")

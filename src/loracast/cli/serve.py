@@ -18,7 +18,7 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.commands import config_from
-from loracast.cli.options import loading, what_loads
+from loracast.cli.options import open_model, what_loads
 from loracast.cli.terminal import print_json, say, stderr, warn
 from loracast.errors import ConfigError, HypernetworkError, LoracastError
 from loracast.files import servers_dir
@@ -62,8 +62,9 @@ def serve(
         _serve_in_background()
         return
 
-    from loracast.serving.app import bound, make_engine, run, share_heaps
+    from loracast.serving.app import bound, create_app, make_engine, run, share_heaps
     from loracast.serving.client import Running
+    from loracast.serving.resolve import served_name
     from loracast.serving.settings import VARIABLE, ApiKey, keys_in, keys_in_file
 
     share_heaps()
@@ -74,28 +75,15 @@ def serve(
         if not Path(folder).is_dir():
             warn(f"there is no folder {folder} yet: nothing is read from it until it is there")
     with bound(settings) as socket:  # a port that is taken is reported before a model is loaded
-        with loading(models.device) as tell:
-            from loracast.answering.model import load
-            from loracast.serving.app import create_app
-            from loracast.serving.resolve import served_name
-
-            model = load(
-                models.base, models.hypernetwork,
-                task_hypernetwork=task_hypernetwork, image_hypernetwork=image_hypernetwork,
-                library=library, **models.how, say=tell, eager=False,
-            )  # fmt: skip
-            engine = make_engine(model.base, settings)
+        more = {"task_hypernetwork": task_hypernetwork, "image_hypernetwork": image_hypernetwork}
+        model = open_model(models, library, eager=False, **more)
+        engine = make_engine(model.base, settings)
         if not settings.is_loopback:
             warn(f"{settings.host} can be reached from other machines; whoever has a key can ask, and learn or delete")
         about = Running(
-            settings.instance,
-            local_url(settings.host, socket.getsockname()[1]),
-            loaded,
-            served_name(model.base),
-            model.base.fingerprint.to_dict(),
-            own_key,
-            settings.drain_timeout_s,
-        )
+            settings.instance, local_url(settings.host, socket.getsockname()[1]), loaded, served_name(model.base),
+            model.base.fingerprint.to_dict(), own_key, settings.drain_timeout_s,
+        )  # fmt: skip
 
         def on_start(port: int) -> None:
             about.write()
