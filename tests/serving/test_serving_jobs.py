@@ -14,7 +14,6 @@ from adapters import write
 from loracast.errors import DocumentError, NameTakenError
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
-from loracast.serving import jobs as jobs_module
 from loracast.serving.errors import ApiError
 from loracast.serving.jobs import Jobs
 from loracast.serving.learning import Learning
@@ -133,7 +132,7 @@ def makers(tmp_path):
 
 @pytest.fixture
 def jobs(tmp_path, makers):
-    found = Jobs(State(Library(tmp_path)), {"document": makers}, lambda: None, 4)
+    found = Jobs(State(Library(tmp_path)), makers, lambda: None, 4)
     yield found
     makers.may_go.set()
     found.close()
@@ -207,14 +206,14 @@ def test_a_server_that_stops_puts_its_job_off(tmp_path, jobs, makers):
     makers.may_go.set()
     closing.join(30)
     assert jobs.find(job.id).status == "queued"
-    again = Jobs(State(Library(tmp_path)), {"document": makers}, lambda: None, 4)
+    again = Jobs(State(Library(tmp_path)), makers, lambda: None, 4)
     again.start()
     assert ended(again, job.id).status == "completed"
     again.close()
 
 
 def test_one_of_two_servers_on_a_library_works(tmp_path, jobs, makers):
-    other = Jobs(State(Library(tmp_path)), {"document": makers}, lambda: None, 4)
+    other = Jobs(State(Library(tmp_path)), makers, lambda: None, 4)
     jobs.start()
     first = jobs.add("document", "doc-1", {})
     assert makers.begun.wait(30)
@@ -240,16 +239,16 @@ def test_a_job_that_kills_the_server_is_given_up(tmp_path, jobs, makers):
 
 def test_a_disk_that_is_full_for_a_while_loses_no_job(jobs, makers, monkeypatch):
     makers.may_go.set()
-    note, n_failures = jobs_module._end_in, 0
+    note, n_failures = jobs._end, 0
 
-    def full(*args):
+    def full(*args, **figures):
         nonlocal n_failures
         n_failures += 1
         if n_failures <= 2:
             raise OSError("disk full")
-        note(*args)
+        note(*args, **figures)
 
-    monkeypatch.setattr(jobs_module, "_end_in", full)
+    monkeypatch.setattr(jobs, "_end", full)
     job = jobs.add("document", "doc", {})
     jobs.start()
     assert ended(jobs, job.id).status == "completed"

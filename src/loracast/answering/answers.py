@@ -58,36 +58,23 @@ class Prepared:
         """Whether no piece of the answer may be shown before its end, since it may yet be refused or needs no model."""
         return self.answer is not None or self.least_confidence > 0
 
-    def is_refused(self, confidence: float) -> bool:
-        """Whether an answer of this confidence is too unsure to be given."""
-        return confidence < self.least_confidence
-
-    @property
-    def answered_by(self) -> AnsweredBy:
-        """What answers, unless it turns out too unsure."""
-        if self.answer is not None:
-            return self.answer.answered_by
-        return "adapter" if self.has_lora or any(not route.is_empty for _, route in self.routed) else "base"
-
     def sourced(self, generated: Answer) -> SourcedAnswer:
         """What the base generated, with its sources; or, where it is too unsure, `NOT_SAID`."""
         routed = tuple(self.routed)
-        if self.is_refused(generated.confidence):
+        if generated.confidence < self.least_confidence:
             refused = {**vars(generated), "text": NOT_SAID, "finished": True}
             return SourcedAnswer(**refused, answered_by="refusal", routed=routed)
-        return SourcedAnswer(**vars(generated), answered_by=self.answered_by, sources=self.sources, routed=routed)
+        is_adapted = self.has_lora or any(not route.is_empty for _, route in routed)
+        by: AnsweredBy = "adapter" if is_adapted else "base"
+        return SourcedAnswer(**vars(generated), answered_by=by, sources=self.sources, routed=routed)
 
 
 def without_model(
     text: str, by: AnsweredBy, sources: tuple[Source, ...] = (), routed: Sequence[tuple[Adapter, Route]] = ()
-) -> SourcedAnswer:
-    """An answer that took no model."""
-    return SourcedAnswer(text, 0, 0, 0.0, 0.0, True, answered_by=by, sources=sources, routed=tuple(routed))
-
-
-def refusal(routed: Sequence[tuple[Adapter, Route]]) -> Prepared:
-    """The answer, without a model, that no document says it."""
-    return Prepared([], [*routed], (), without_model(NOT_SAID, "refusal", routed=routed))
+) -> Prepared:
+    """A question whose answer takes no model."""
+    answer = SourcedAnswer(text, 0, 0, 0.0, 0.0, True, answered_by=by, sources=sources, routed=tuple(routed))
+    return Prepared([], [*routed], sources, answer)
 
 
 def least_confidence(routes: Sequence[Route]) -> float:

@@ -19,15 +19,7 @@ from loracast.answering.question_answering import QuestionAnswering
 from loracast.base.embedded import Say
 from loracast.base.fingerprint import check
 from loracast.base.load import Base, load_base
-from loracast.cast.document import (
-    CachedRecast,
-    Keeping,
-    Progress,
-    cast_document,
-    cast_image,
-    learn_document,
-    learn_image,
-)
+from loracast.cast.document import CachedRecast, Keeping, cast_document, cast_image, learn_document, learn_image
 from loracast.cast.load import (
     Found,
     check_default_base,
@@ -48,7 +40,7 @@ from loracast.library.adapter import Adapter, factors_in_memory
 from loracast.library.library import Library
 from loracast.library.manifest import name_for
 from loracast.lora.algebra import LoRA
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
+from loracast.lora.quantize import DEFAULT_STORAGE, check_storage
 
 if TYPE_CHECKING:
     import torch
@@ -168,30 +160,12 @@ class Model(QuestionAnswering):
             raise AdapterError(f"{len(names)} names for {len(documents)} documents: give one for each, or none")
         return [self._learn(*pair, **options) for pair in zip(documents, names, strict=True)]
 
-    def _learn(
-        self,
-        read: Document | ImageFile,
-        name: str | None,
-        *,
-        max_chunk_tokens: int | None = None,
-        storage: Storage = DEFAULT_STORAGE,
-        replace: bool = False,
-        progress: Progress = lambda done, total: None,
-    ) -> Adapter:
+    def _learn(self, read: Document | ImageFile, name: str | None, **options: Unpack[Keeping]) -> Adapter:
         name = name or name_for(read)
         if isinstance(read, ImageFile):
-            return learn_image(self.images, read, self.library, name, replace=replace)
-        return learn_document(
-            self.documents,
-            self.base,
-            read,
-            self.library,
-            name,
-            max_chunk_tokens=max_chunk_tokens,
-            storage=check_storage(storage),
-            replace=replace,
-            progress=progress,
-        )
+            return learn_image(self.images, read, self.library, name, replace=options.get("replace", False))
+        check_storage(options.get("storage", DEFAULT_STORAGE))
+        return learn_document(self.documents, self.base, read, self.library, name, **options)
 
     @cached_property
     def images(self) -> Caster:

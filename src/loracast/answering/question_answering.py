@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack, overload
 
-from loracast.answering.answers import Prepared, SourcedAnswer, least_confidence, refusal, without_model
+from loracast.answering.answers import NOT_SAID, Prepared, SourcedAnswer, least_confidence, without_model
 from loracast.answering.options import Asking, Chosen, Question, is_batch, listed
 from loracast.base.chat import Message
 from loracast.base.copying import Copying, copying
@@ -164,8 +164,7 @@ class QuestionAnswering(ABC):
         if system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
         if outlines and (outlined := self.overview(turns[-1]["content"], adapter)) is not None:
-            given = without_model(outlined.text, "outline", outlined.sources)
-            return Prepared([], [], outlined.sources, given)
+            return without_model(outlined.text, "outline", outlined.sources)
         prompt = self.base.chat.conversation(turns)
         check(prompt)
         if strict and always:
@@ -178,7 +177,7 @@ class QuestionAnswering(ABC):
                 break
         routed = scaled(routed, scales)
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
-            return refusal(routed)
+            return without_model(NOT_SAID, "refusal", routed=routed)
         documents = routes_of_documents(routed)  # a task's adapter beside them wants a model that answers its way
         is_copied = outlines and len(documents) == len(routed)
         likely = candidates_together([route.candidates for route in documents]) if is_copied else ()

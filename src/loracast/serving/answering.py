@@ -3,7 +3,8 @@
 Routing and reading LoRAs happen in a worker thread, tokens arrive in the event loop. Whatever ends a request early (the
 client leaves, its time is over, another prompt of it fails) takes all of its answers out of the engine.
 
-`Asked` is what a request asks for, in one form for all routes of the API.
+`AnswerRequest` is what a request asks for, in one form for all routes of the API. As in `Model.answer`, `Prepared`
+decides which answers are refused, what gave the others, and from which chunks they come.
 """
 
 from __future__ import annotations
@@ -16,29 +17,30 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from loracast.answering.answers import NOT_SAID, AnsweredBy, Prepared, refusal
+from loracast.answering.answers import NOT_SAID, Prepared, SourcedAnswer, without_model
 from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.chat import Message, encode_text
-from loracast.base.generate import Sampling
+from loracast.base.generate import Answer, Sampling
 from loracast.cast.memory import Memory
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.reading.wide_route import Source, routing_key
 from loracast.serving.errors import ApiError
 from loracast.serving.generation import Finish, GenerationRequest, Ticket, Token, finished_ticket
-from loracast.serving.resolve import Resolved, Windowed, in_window
-from loracast.serving.schema import Extensions, FileSearch
+from loracast.serving.resolve import Windowed, in_window
+from loracast.serving.schema import FileSearch, Generating
 from loracast.serving.service import Service
-from loracast.serving.store_search import among
 from loracast.serving.vector_stores import StoreFile
+
+DEFAULT_MAX_TOKENS = 512
+"""Tokens of an answer where the request does not say, as far as the window has room."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request, whichever route it came by."""
+class AnswerRequest:
+    """What a request asks for, whichever route it came by."""
 
-    model: str
-    extensions: Extensions
+    body: Generating
     sampling: Sampling
     """`max_new_tokens` of 0 leaves it to the server."""
     turns: Sequence[Message] = ()
@@ -58,132 +60,146 @@ class Asked:
     n_logprobs: int | None = None
 
 
-DEFAULT_MAX_TOKENS = 512
-"""Tokens of an answer where the request does not say, as far as the window has room."""
-
-
 @dataclass
-class Answered:
-    """What has been generated of one answer."""
+class RunningAnswer:
+    """One answer, and what of it has been shown."""
 
+    prepared: Prepared
     ticket: Ticket
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    is_refused: bool = False
-    """Whether it was too unsure for a strict request, so that `NOT_SAID` stands in its place."""
+    whole: SourcedAnswer | None = None
+    """The answer once it has ended; or the refusal of one that is too unsure for a strict request."""
+
+    async def pieces(self) -> AsyncIterator[Token]:
+        """The tokens as they come; those of an answer that may yet be refused at its end."""
+        ticket, tokens = self.ticket, []
+        async for token in ticket:
+            tokens.append(token)
+            if not self.prepared.comes_whole:
+                yield token
+        figures = (ticket.n_prompt_tokens, ticket.n_tokens, ticket.first_token_s or 0.0, ticket.total_s or 0.0)
+        text = "".join(token.text for token in tokens)
+        generated = Answer(text, *figures, ticket.finish == "stop", ticket.confidence)
+        self.whole = whole = self.prepared.answer or self.prepared.sourced(generated)
+        if self.prepared.comes_whole:
+            for token in [Token(None, whole.text)] if self.is_refused else tokens:
+                yield token
 
     def add(self, token: Token) -> None:
+        """Count a token as shown."""
         self.text += token.text
         if token.id is not None:
             self.tokens.append(token)
 
     @property
+    def is_refused(self) -> bool:
+        return self.whole is not None and self.whole.answered_by == "refusal"
+
+    @property
     def finish(self) -> Finish:
-        return "stop" if self.is_refused else self.ticket.finish or "length"
+        return "stop" if self.whole is not None and self.whole.finished else "length"
 
 
 class Call:
     """A request that is being answered. Whoever makes one closes it."""
 
-    def __init__(self, service: Service, asked: Asked):
-        self.service, self.asked = service, asked
-        self.answers: list[Answered] = []
-        """`n` for each prompt."""
+    def __init__(self, service: Service, request: AnswerRequest):
+        self.service, self.request = service, request
         self.prepared: list[Prepared] = []
+        self.answers: list[RunningAnswer] = []
+        """`n` for each prompt."""
         self.files: dict[str, StoreFile] = {}
         """Files of vector stores that could be chosen, by their adapters' names."""
+        self.adapters: list[Adapter] = []
+        """The adapters that the request names, also those whose text it puts before the question."""
         self.created = int(time.time())
-        self._resolved = Resolved((), {})
-        self._named: list[Adapter] = []
-        self._shown: list[Adapter] = []
+        self._scales: dict[str, float] = {}
         self._windowed: Windowed | None = None
-        self._started = time.perf_counter()
         self._memory: Memory | None = None
+        self._started = time.perf_counter()
         self._is_late = False
         self._timer: asyncio.TimerHandle | None = None
 
     async def begin(self) -> None:
         """Route the question and queue the answers. Raises what the request is refused with."""
         limits = self.service.settings
-        if self.asked.n * max(1, len(self.asked.prompts)) > limits.max_answers:
+        if self.request.n * max(1, len(self.request.prompts)) > limits.max_answers:
             raise ApiError(400, f"a request gets {limits.max_answers} answers at most", param="n")
-        if self.asked.sampling.max_new_tokens > limits.max_tokens:
+        if self.request.sampling.max_new_tokens > limits.max_tokens:
             raise ApiError(400, f"an answer has {limits.max_tokens:,} tokens at most", param="max_tokens")
         self._timer = asyncio.get_running_loop().call_later(limits.answer_timeout_s, self._expire)
         await run_in_threadpool(self._begin)
 
     def _begin(self) -> None:
-        asked, given = self.asked, self.asked.extensions
-        names, model = self.service.names, self.service.model
-        parts = [(part.id, part.scale) for part in given.adapters]
-        if asked.style:
-            if (kind := names.adapter(asked.style).manifest.kind) != "task":
-                raise ApiError(400, f"a style is a task's adapter; {asked.style!r} is of kind {kind}", param="style")
-            parts.append((asked.style, 1.0))
-        if asked.memory:
-            self._memory = model.memory(asked.memory)
-            self._memory.wait_for_pending()
-            named = {*asked.model.rpartition(":")[2].split("+"), *(name for name, _ in parts)}
-            if asked.memory not in named and self._memory.messages():
-                parts.append((asked.memory, 1.0))
-        self._resolved = names.resolve(asked.model, parts, given.tag)
-        chosen = [*self._resolved.chosen, *self._searched()]
-        self._named = [one for one in chosen if isinstance(one, Adapter)]
-        routing: dict[str, Any] = {
-            "route": self._route(),
-            "tag": given.tag,
-            "always": given.always,
-            "strict": given.strict,
-            "scales": self._resolved.scales,
-        }
-        if given.strict and asked.searches and not chosen:
-            self.prepared.append(refusal([]))
-        elif asked.prompts:
-            for prompt in asked.prompts:
-                ids, text = self._raw(prompt)
-                self._room(ids)
-                prepared = model.prepare(text, chosen, **routing, outlines=False)
-                self.prepared.append(replace(prepared, prompt=ids))
-        else:
-            turns = list(asked.turns)
-            if asked.window:
-                turns = self._put_in_window(turns)
-            self.prepared.append(model.prepare(turns, chosen, **routing, check=self._room))
-        requests = [
-            finished_ticket(prepared.answer.text) if prepared.answer else self._request(prepared, i)
-            for prepared in self.prepared
-            for i in range(asked.n)
-        ]
-        for request in requests:
-            ticket = request if isinstance(request, Ticket) else self.service.engine.submit(request)
-            self.answers.append(Answered(ticket))
-            if self._is_late:  # until it is appended, `_expire` cannot cancel it
-                raise self._too_late()
+        self._prepare()
+        for prepared in self.prepared:
+            for i in range(self.request.n):
+                if prepared.answer is not None:
+                    ticket = finished_ticket(prepared.answer.text)
+                else:
+                    ticket = self.service.engine.submit(self._generation(prepared, i))
+                self.answers.append(RunningAnswer(prepared, ticket))
+                self._check_time()  # until it is appended, `_expire` cannot cancel it
 
-    def _searched(self) -> list[Adapter | str]:
-        """The document in the vector stores, or patterns of their names, among which the question chooses."""
-        for search in self.asked.searches:
+    def _prepare(self) -> None:
+        request, body, model = self.request, self.request.body, self.service.model
+        chosen, self._scales = self._chosen()
+        if body.strict and request.searches and not chosen:
+            self.prepared.append(without_model(NOT_SAID, "refusal"))
+            return
+        limits = [search.max_num_results for search in request.searches if search.max_num_results is not None]
+        routing: dict[str, Any] = {
+            "route": None if body.route is None else min([body.route, *limits]),
+            "tag": body.tag,
+            "always": body.always,
+            "strict": body.strict,
+            "scales": self._scales,
+        }
+        for prompt in request.prompts:
+            ids, text = self._raw(prompt)
+            self._room(ids)
+            self.prepared.append(replace(model.prepare(text, chosen, **routing, outlines=False), prompt=ids))
+        if not request.prompts:
+            turns = self._put_in_window(bool(chosen)) if request.window else [*request.turns]
+            self.prepared.append(model.prepare(turns, chosen, **routing, check=self._room))
+
+    def _chosen(self) -> tuple[list[Adapter | str], dict[str, float]]:
+        """The adapters, and the patterns of names, that may answer; and the factors on their LoRAs by version."""
+        request, names = self.request, self.service.names
+        parts = [(part.id, part.scale) for part in request.body.adapters]
+        if request.style:
+            if (kind := names.adapter(request.style).manifest.kind) != "task":
+                raise ApiError(400, f"a style is a task's adapter; {request.style!r} is of kind {kind}", param="style")
+            parts.append((request.style, 1.0))
+        if request.memory:
+            self._memory = self.service.model.memory(request.memory)
+            self._memory.wait_for_pending()
+            named = {*request.body.model.rpartition(":")[2].split("+"), *(name for name, _ in parts)}
+            if request.memory not in named and self._memory.messages():
+                parts.append((request.memory, 1.0))
+        chosen, scales = names.resolve(request.body.model, parts, request.body.tag)
+        for search in request.searches:
             found = self.service.learning.stores.documents(search.vector_store_ids)
             fitting = (file for file in found if search.filters is None or search.filters.fits(file.attributes))
             self.files |= {file.adapter: file for file in fitting}
-        if len(self.files) == 1:
-            return [self.service.names.adapter(name) for name in self.files]
-        return [*among([*self.files.values()])]
+        searched: list[Adapter | str] = [f"[{name[0]}]{name[1:]}" for name in self.files]  # patterns of one name each:
+        if len(searched) == 1:  # the question chooses among several files
+            searched = [names.adapter(name) for name in self.files]
+        chosen = [*chosen, *searched]
+        self.adapters = [one for one in chosen if isinstance(one, Adapter)]
+        return chosen, scales
 
-    def _route(self) -> int | None:
-        most = [search.max_num_results for search in self.asked.searches if search.max_num_results is not None]
-        route = self.asked.extensions.route
-        return route if route is None else min([route, *most])
-
-    def _put_in_window(self, turns: list[Message]) -> list[Message]:
-        if self._resolved.chosen:
+    def _put_in_window(self, has_adapters: bool) -> list[Message]:
+        if has_adapters:
             raise ApiError(400, "`window` puts texts before the question in place of adapters: name the base as model")
+        turns = [*self.request.turns]
         if turns[0]["role"] != "system":
             turns = [{"role": "system", "content": ASK_SYSTEM_TURN}, *turns]
-        self._shown = [self.service.names.adapter(reference) for reference in self.asked.window]
-        n_answer = self.asked.sampling.max_new_tokens or DEFAULT_MAX_TOKENS
+        self.adapters = [self.service.names.adapter(reference) for reference in self.request.window]
+        n_answer = self.request.sampling.max_new_tokens or DEFAULT_MAX_TOKENS
         most = self.service.settings.max_prompt_tokens
-        self._windowed = in_window(self.service.model.base, self._shown, turns, n_answer, most)
+        self._windowed = in_window(self.service.model.base, self.adapters, turns, n_answer, most)
         return self._windowed.messages
 
     def _raw(self, prompt: str | Sequence[int]) -> tuple[list[int], str]:
@@ -197,85 +213,61 @@ class Call:
 
     def _room(self, prompt: Sequence[int]) -> int:
         """Tokens that an answer may have after a prompt. Raises ApiError where they are too few."""
-        base, limits, wanted = self.service.model.base, self.service.settings, self.asked.sampling.max_new_tokens
+        base, limits, wanted = self.service.model.base, self.service.settings, self.request.sampling.max_new_tokens
         room = min(base.window, limits.max_prompt_tokens + limits.max_tokens) - len(prompt)
         if len(prompt) > limits.max_prompt_tokens or room < max(1, wanted):
             raise ApiError(
                 400,
                 f"the prompt has {len(prompt)} tokens and the answer may have {wanted or 'some'}: the base's window "
                 f"holds {base.window}, and a prompt here {limits.max_prompt_tokens} at most",
-                param="prompt" if self.asked.prompts else "messages",
+                param="prompt" if self.request.prompts else "messages",
                 code="context_length_exceeded",
             )
         return room
 
-    def _request(self, prepared: Prepared, i: int) -> GenerationRequest:
-        asked, limits, wanted = self.asked, self.service.settings, self.asked.sampling.max_new_tokens
-        room = self._room(prepared.prompt)
-        seed = None if asked.sampling.seed is None else (asked.sampling.seed + i) % 2**63
-        sampling = replace(
-            asked.sampling, max_new_tokens=wanted or min(DEFAULT_MAX_TOKENS, limits.max_tokens, room), seed=seed
-        )
-        model, engine, key = self.service.model, self.service.engine, routing_key(prepared.routed)
+    def _generation(self, prepared: Prepared, i: int) -> GenerationRequest:
+        """What the engine generates for the i-th answer to a prompt."""
+        request, service, sampling = self.request, self.service, self.request.sampling
+        longest = min(DEFAULT_MAX_TOKENS, service.settings.max_tokens, self._room(prepared.prompt))
+        seed = None if sampling.seed is None else (sampling.seed + i) % 2**63
+        key = routing_key(prepared.routed)
         return GenerationRequest(
             prepared.prompt,
-            None if key is None else lambda: model.lora_of(prepared.routed),
+            None if key is None else lambda: service.model.lora_of(prepared.routed),
             key,
-            sampling,
-            model.copying(prepared) if engine.takes_copying else None,
-            asked.stop,
-            0 if prepared.least_confidence and asked.n_logprobs is None else asked.n_logprobs,
-            strips=not asked.prompts,
+            replace(sampling, max_new_tokens=sampling.max_new_tokens or longest, seed=seed),
+            service.model.copying(prepared) if service.engine.takes_copying else None,
+            request.stop,
+            0 if prepared.least_confidence and request.n_logprobs is None else request.n_logprobs,
+            strips=not request.prompts,
         )
 
     # ---- the tokens
 
     async def pieces(self) -> AsyncIterator[tuple[int, Token]]:
         """The tokens of all answers as they come, each with the number of its answer; a strict answer's at its end."""
-        if len(self.answers) == 1:
-            async for token in self._tokens(0):
-                self.answers[0].add(token)
-                yield 0, token
-        else:
-            merged: asyncio.Queue[tuple[int, Token] | BaseException | None] = asyncio.Queue()
-            feeds = [asyncio.create_task(self._feed(i, merged)) for i in range(len(self.answers))]
+        merged: asyncio.Queue[tuple[int, Token] | Exception | None] = asyncio.Queue()
+
+        async def feed(i: int) -> None:
             try:
-                n_ended = 0
-                while n_ended < len(feeds):
-                    given = await merged.get()
-                    if given is None:
-                        n_ended += 1
-                    elif isinstance(given, BaseException):
-                        raise given
-                    else:
-                        self.answers[given[0]].add(given[1])
-                        yield given
-            finally:
-                for feed in feeds:
-                    feed.cancel()
-        if self._is_late:
-            raise self._too_late()
+                async for token in self.answers[i].pieces():
+                    merged.put_nowait((i, token))
+                merged.put_nowait(None)
+            except Exception as error:
+                merged.put_nowait(error)
 
-    async def _feed(self, i: int, merged: asyncio.Queue[tuple[int, Token] | BaseException | None]) -> None:
+        feeds = [asyncio.create_task(feed(i)) for i in range(len(self.answers))]
         try:
-            async for token in self._tokens(i):
-                merged.put_nowait((i, token))
-            merged.put_nowait(None)
-        except Exception as error:
-            merged.put_nowait(error)
-
-    async def _tokens(self, i: int) -> AsyncIterator[Token]:
-        answer, prepared = self.answers[i], self.prepared[i // self.asked.n]
-        if not prepared.comes_whole:
-            async for token in answer.ticket:
-                yield token
-            return
-        tokens = [token async for token in answer.ticket]
-        if prepared.is_refused(answer.ticket.confidence):
-            answer.is_refused = True
-            tokens = [Token(None, NOT_SAID)]
-        for token in tokens:
-            yield token
+            for _ in feeds:
+                while (piece := await merged.get()) is not None:
+                    if isinstance(piece, Exception):
+                        raise piece
+                    self.answers[piece[0]].add(piece[1])
+                    yield piece
+        finally:
+            for task in feeds:
+                task.cancel()
+        self._check_time()
 
     async def finish(self) -> None:
         """Wait for all answers."""
@@ -286,8 +278,10 @@ class Call:
         self._is_late = True
         self._cancel()
 
-    def _too_late(self) -> ApiError:
-        return ApiError(408, f"the answer took longer than {self.service.settings.answer_timeout_s:g} s")
+    def _check_time(self) -> None:
+        """Raise ApiError (408) where the time of the request is over."""
+        if self._is_late:
+            raise ApiError(408, f"the answer took longer than {self.service.settings.answer_timeout_s:g} s")
 
     def _cancel(self) -> None:
         for answer in self.answers:
@@ -300,38 +294,9 @@ class Call:
         self._cancel()
         self.service.metrics.count_answers([answer.ticket for answer in self.answers])
         if self._memory is not None and self.answers:
-            self._memory.remember_later(self.asked.turns[-1]["content"])
+            self._memory.remember_later(self.request.turns[-1]["content"])
 
     # ---- what came of it
-
-    @property
-    def asked_of(self) -> list[Adapter]:
-        """The adapters that the request names, also those whose text it puts before the question."""
-        return [*self._named, *self._shown]
-
-    @property
-    def sources(self) -> list[Source]:
-        """The chunks that the answers came from, or the documents whose outlines gave them."""
-        return [source for prepared in self._said for source in prepared.sources]
-
-    @property
-    def answered_by(self) -> list[AnsweredBy]:
-        """What gave each answer."""
-        n = self.asked.n
-        return [
-            "refusal" if answer.is_refused else self.prepared[i // n].answered_by
-            for i, answer in enumerate(self.answers)
-        ]
-
-    @property
-    def _said(self) -> list[Prepared]:
-        """The prompts with an answer that was not refused."""
-        n = self.asked.n
-        return [
-            prepared
-            for i, prepared in enumerate(self.prepared)
-            if not all(answer.is_refused for answer in self.answers[i * n : (i + 1) * n])
-        ]
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -344,7 +309,22 @@ class Call:
     @property
     def n_cached_tokens(self) -> int:
         """Of the prompts, each counted once."""
-        return sum(self.answers[i].ticket.n_cached_tokens for i in range(0, len(self.answers), self.asked.n))
+        return sum(answer.ticket.n_cached_tokens for answer in self.answers[:: self.request.n])
+
+    @property
+    def _given(self) -> list[Prepared]:
+        """The prompts with an answer that was not refused."""
+        n = self.request.n
+        return [
+            prepared
+            for i, prepared in enumerate(self.prepared)
+            if not all(answer.is_refused for answer in self.answers[i * n : (i + 1) * n])
+        ]
+
+    @property
+    def _sources(self) -> list[Source]:
+        """The chunks that the answers came from, or the documents whose outlines gave them."""
+        return [source for prepared in self._given for source in prepared.sources]
 
     def account(self) -> dict[str, Any]:
         """What an answer says of its adapters, sources and times: the field `loracast`.
@@ -355,23 +335,19 @@ class Call:
         used = [
             {
                 "id": adapter.version,
-                "scale": self._resolved.scales.get(adapter.manifest.version, 1.0),
+                "scale": self._scales.get(adapter.manifest.version, 1.0),
                 "is_used": not route.is_empty,
                 "n_chunks": adapter.manifest.n_chunks,
-                "chunks": None if route.chunks is None else list(route.chunks),
-                "scores": list(route.scores),
-                "weights": list(route.weights),
-                "reason": route.reason,
-                "about": route.about,
+                **{key: getattr(route, key) for key in ("chunks", "scores", "weights", "reason", "about")},
             }
             for prepared in self.prepared
             for adapter, route in prepared.routed
         ]
         firsts = [answer.ticket.first_token_s for answer in self.answers if answer.ticket.first_token_s is not None]
         account: dict[str, Any] = {
-            "answered_by": self.answered_by,
+            "answered_by": [answer.whole.answered_by for answer in self.answers if answer.whole is not None],
             "adapters": used,
-            "sources": [asdict(source) for source in self.sources],
+            "sources": [asdict(source) for source in self._sources],
             "lora_bytes": max((answer.ticket.n_lora_bytes for answer in self.answers), default=0),
             "first_token_ms": round(1000 * min(firsts), 1) if firsts else None,
             "total_ms": round(1000 * (time.perf_counter() - self._started), 1),
@@ -390,19 +366,14 @@ class Call:
             index: the character of the answer where they stand.
         """
         cited = []
-        for source in self.sources:
-            file, adapter = self.files.get(source.adapter), self._adapter(source)
-            cited.append(
-                {
-                    "type": "file_citation",
-                    "file_id": file.id if file else adapter.version,
-                    "filename": file.filename if file else adapter.manifest.source or source.title,
-                    "index": index,
-                    "chunk": source.chunk,
-                    "start": source.start,
-                    "end": source.end,
-                }
-            )
+        for source in self._sources:
+            if file := self.files.get(source.adapter):
+                id, name = file.id, file.filename
+            else:
+                adapter = self._adapter(source)
+                id, name = adapter.version, adapter.manifest.source or source.title
+            place = {key: getattr(source, key) for key in ("chunk", "start", "end")}
+            cited.append({"type": "file_citation", "file_id": id, "filename": name, "index": index, **place})
         return cited
 
     def results(self) -> list[dict[str, Any]]:
@@ -411,11 +382,11 @@ class Call:
             {
                 "file_id": file.id,
                 "filename": file.filename,
-                "attributes": dict(file.attributes),
+                "attributes": file.attributes,
                 "score": source.weight,
                 "text": self._text(prepared, source),
             }
-            for prepared in self._said
+            for prepared in self._given
             for source in prepared.sources
             if (file := self.files.get(source.adapter))
         ]
@@ -428,5 +399,5 @@ class Call:
 
     def _adapter(self, source: Source) -> Adapter:
         routed = [adapter for prepared in self.prepared for adapter, _ in prepared.routed]
-        asked = (adapter for adapter in [*routed, *self._named] if adapter.name == source.adapter)
+        asked = (adapter for adapter in [*routed, *self.adapters] if adapter.name == source.adapter)
         return next(adapter for adapter in asked if adapter.manifest.version == source.version)

@@ -23,7 +23,7 @@ from loracast.errors import ConfigError
 from loracast.serving.errors import add_handlers
 from loracast.serving.guard import Guard
 from loracast.serving.learning import Learning, Watcher
-from loracast.serving.routes import adapters, completions, files, responses, server, vector_stores
+from loracast.serving.routes import adapters, completions, files, server, vector_stores
 from loracast.serving.service import Service
 from loracast.serving.settings import ServerSettings
 
@@ -56,7 +56,7 @@ def share_heaps() -> None:
             mallopt(option, value)
 
 
-ROUTERS = tuple(part.router for part in (server, completions, responses, files, vector_stores, adapters))
+ROUTERS = tuple(part.router for part in (server, completions, files, vector_stores, adapters))
 
 
 def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSettings()) -> FastAPI:

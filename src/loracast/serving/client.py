@@ -11,8 +11,9 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partialmethod
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,24 +224,21 @@ class Client:
     def instance(self) -> str | None:
         """The id that a server draws when it starts; None where another program listens. The key is not sent."""
         try:
-            with self._exchange("GET", "/health", has_key=False, timeout_s=_CONNECT_S) as response:
+            with Client(self.url)._exchange("GET", "/health", timeout_s=_CONNECT_S) as response:
                 body = response.read()
             parsed = json.loads(body)
         except (Refused, ValueError):
             return None
         return parsed.get("instance") if isinstance(parsed, dict) else None
 
-    def get(self, path: str) -> Any:
-        with self._exchange("GET", path) as response:
+    def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that answers a request."""
+        with self._exchange(method, path, body) as response:
             return json.loads(response.read())
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        with self._post(path, body) as response:
-            return json.loads(response.read())
-
-    def delete(self, path: str) -> Any:
-        with self._exchange("DELETE", path) as response:
-            return json.loads(response.read())
+    get = partialmethod(_json, "GET")
+    post = partialmethod(_json, "POST")
+    delete = partialmethod(_json, "DELETE")
 
     def stream(self, path: str, body: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """The server-sent events of a response, each an object; leaving the loop closes the connection.
@@ -248,7 +246,7 @@ class Client:
         Args:
             body: is posted; None for a GET request.
         """
-        with self._exchange("GET", path) if body is None else self._post(path, body) as response:
+        with self._exchange("GET" if body is None else "POST", path, body) as response:
             for line in response:
                 if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                     continue
@@ -273,30 +271,24 @@ class Client:
         with self._exchange("POST", path, body, f"multipart/form-data; boundary={boundary}") as response:
             return json.loads(response.read())
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> AbstractContextManager[HTTPResponse]:
-        return self._exchange("POST", path, json.dumps(body).encode(), "application/json")
-
     @contextmanager
     def _exchange(
-        self, method: str, path: str, body: bytes | None = None, kind: str = "", *, has_key: bool = True,
+        self, method: str, path: str, body: bytes | Mapping[str, Any] | None = None, kind: str = "application/json",
         timeout_s: float = _TALK_S,
     ) -> Iterator[HTTPResponse]:  # fmt: skip
         """A request and its response, whose connection is closed at the end. Raises NoServer, or Refused from 400 on.
 
         Args:
+            body: a form, or what becomes JSON.
             kind: type of the body.
-            has_key: whether the key is sent.
         """
         address = urlsplit(self.url)
-        headers = {
-            "Connection": "close",
-            **({"Content-Type": kind} if kind else {}),
-            **(self._key if has_key else {}),
-        }
+        headers = {"Connection": "close", **self._key} | ({} if body is None else {"Content-Type": kind})
+        sent = json.dumps(body).encode() if isinstance(body, Mapping) else body
         connection = HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
         try:
             with closing(connection):
-                connection.request(method, path, body, headers)
+                connection.request(method, path, sent, headers)
                 response = connection.getresponse()
                 if response.status >= 400:
                     raise Refused(response.status, _error_in(response.read()))

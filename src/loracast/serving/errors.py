@@ -27,15 +27,11 @@ from loracast.errors import (
 from loracast.serving.generation import EngineBusy, EngineFailed, EngineStopped
 
 log = logging.getLogger("loracast.serving")
-_STATUS: tuple[tuple[type[LoracastError], int], ...] = (
-    (EngineStopped, 503),
-    (EngineFailed, 503),
-    (NameTakenError, 409),
-    (DocumentError, 422),
-    (AdapterError, 400),
-    (ConfigError, 400),
-    (BaseModelError, 400),
-    (HypernetworkError, 400),
+_STATUS: tuple[tuple[int, tuple[type[LoracastError], ...]], ...] = (
+    (503, (EngineStopped, EngineFailed)),
+    (409, (NameTakenError,)),
+    (422, (DocumentError,)),
+    (400, (AdapterError, ConfigError, BaseModelError, HypernetworkError)),
 )
 """The first that an error is an instance of says its status; any other is 500."""
 _TYPES = {403: "permission_error", 429: "rate_limit_error"}
@@ -71,8 +67,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="rate_limit_exceeded", headers=after)
     if isinstance(error, NoSuchAdapterError):
         return ApiError(404, str(error), param="model", code="model_not_found")
-    for kind, status in _STATUS:
-        if isinstance(error, kind):
+    if isinstance(error, RequestValidationError):
+        return _invalid(error.errors(), error.body)
+    for status, kinds in _STATUS:
+        if isinstance(error, kinds):
             return ApiError(status, str(error))
     log_failure(error)
     return ApiError(500, "the server failed to answer this; its log says where")
@@ -95,22 +93,14 @@ def add_handlers(app: FastAPI) -> None:
     """Answer every error with OpenAI's body."""
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, HTTPException):
+            is_plain = error.detail == HTTPStatus(error.status_code).phrase
+            where = f": {request.method} {request.url.path[:200]}" if is_plain else ""
+            error = ApiError(error.status_code, error.detail + where, headers=error.headers or {})
         return error_response(error)
 
-    async def refuse_http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        message = error.detail
-        if error.detail == HTTPStatus(error.status_code).phrase:
-            message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-        return error_response(ApiError(error.status_code, message, headers=error.headers or {}))
-
-    async def refuse_invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error.errors(), error.body))
-
-    app.add_exception_handler(LoracastError, refuse)
-    app.add_exception_handler(HTTPException, refuse_http)
-    app.add_exception_handler(RequestValidationError, refuse_invalid)
+    for kind in (LoracastError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, refuse)
 
 
 def _invalid(faults: Sequence[Mapping[str, Any]], body: Any) -> ApiError:

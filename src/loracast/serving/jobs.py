@@ -75,16 +75,14 @@ class Job:
 class Jobs:
     """The queue of a server, and the thread that works on it."""
 
-    def __init__(
-        self, state: State, makers: Mapping[JobKind, Maker], tidy: Callable[[], None], max_active: int
-    ) -> None:
+    def __init__(self, state: State, make: Maker, tidy: Callable[[], None], max_active: int):
         """
         Args:
-            makers: how each kind of job is done.
+            make: does a job.
             tidy: called when the worker begins, when it has done its jobs, and every minute.
             max_active: most jobs that wait or run.
         """
-        self._state, self._makers, self._tidy, self._max_active = state, makers, tidy, max_active
+        self._state, self._maker, self._tidy, self._max_active = state, make, tidy, max_active
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -104,20 +102,14 @@ class Jobs:
             same = "SELECT 1 FROM jobs WHERE adapter = ? AND ended_at IS NULL"
             if not work.get("replace") and one_row(db, same, adapter) is not None:
                 raise NameTakenError(f"an adapter called {adapter!r} is being made already; choose another name")
-            id = self.insert(db, kind, adapter, work, file=file)
+            id = self.insert(db, kind, adapter, work, file)
         self.wake()
         return self.find(id)
 
     def insert(
-        self,
-        db: sqlite3.Connection,
-        kind: JobKind,
-        adapter: str,
-        work: Mapping[str, Any],
-        *,
-        file: str | None = None,
+        self, db: sqlite3.Connection, kind: JobKind, adapter: str, work: Mapping[str, Any], file: str | None,
         for_stores: bool = False,
-    ) -> str:
+    ) -> str:  # fmt: skip
         """Take a job in within a transaction; `wake` the worker after it. Raises ApiError for a full queue (429).
 
         Args:
@@ -126,11 +118,9 @@ class Jobs:
         if (n := count(db, "SELECT count(*) FROM jobs WHERE ended_at IS NULL")) >= self._max_active:
             after = {"Retry-After": str(_RETRY_AFTER_S)}
             raise ApiError(429, f"{n:,} documents are waiting to be learned; try again later", headers=after)
-        id = new_id("job-")
-        db.execute(
-            "INSERT INTO jobs (id, kind, adapter, file, work, for_stores, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (id, kind, adapter, file, encode(work), for_stores, now()),
-        )
+        values = (id := new_id("job-"), kind, adapter, file, encode(work), for_stores, now())
+        columns = "id, kind, adapter, file, work, for_stores, created_at"
+        db.execute(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
         return id
 
     def wake(self) -> None:
@@ -199,58 +189,55 @@ class Jobs:
     def _requeue(self) -> None:
         """Put back what was running when a server was killed, or could not note a job's end."""
         with self._state.writing() as db:
-            db.execute("UPDATE jobs SET status = 'queued', revision = revision + 1 WHERE status = 'running'")
+            update_jobs(db, "status = 'queued'", "status = 'running'")
 
     def _claim(self) -> Job | None:
-        query = (
-            "UPDATE jobs SET status = 'running', n_starts = n_starts + 1, done = 0, total = 0, revision = revision + 1 "
-            "WHERE number = (SELECT number FROM jobs WHERE status = 'queued' ORDER BY number LIMIT 1) RETURNING *"
-        )
+        first = "number = (SELECT number FROM jobs WHERE status = 'queued' ORDER BY number LIMIT 1)"
         with self._state.writing() as db:
-            row = one_row(db, query)
-        if row is None:
+            rows = update_jobs(db, "status = 'running', n_starts = n_starts + 1, done = 0, total = 0", first)
+        if not rows:
             return None
-        if row["n_starts"] <= _MAX_STARTS:
-            return _job(row)
+        if rows[0]["n_starts"] <= _MAX_STARTS:
+            return _job(rows[0])
         message = f"the server died {_MAX_STARTS} times while it was learning this: it is given up"
-        self._end(row["id"], "failed", {"code": "server_error", "message": message})
+        self._fail(rows[0]["id"], "server_error", message)
         return self._claim()
 
     def _make(self, job: Job) -> None:
         """Do a job. Whatever goes wrong in it is its error and nobody else's."""
         try:
-            made = self._makers[job.kind](job, lambda done, total: self._progress(job.id, done, total))
+            made = self._maker(job, lambda done, total: self._progress(job.id, done, total))
         except _Cancelled:
             self._end(job.id, "cancelled")
         except _Stopped:
-            again = "UPDATE jobs SET status = 'queued', n_starts = n_starts - 1, revision = revision + 1 WHERE id = ?"
             with self._state.writing() as db:
-                db.execute(again, (job.id,))
+                update_jobs(db, "status = 'queued', n_starts = n_starts - 1", "id = ?", job.id)
         except LoracastError as error:
-            self._end(job.id, "failed", {"code": _code(error), "message": str(error)})
+            self._fail(job.id, _code(error), str(error))
         except Exception as error:
             log_failure(error)
             message = f"the server failed to learn this ({type(error).__name__}); its log says where"
-            self._end(job.id, "failed", {"code": "server_error", "message": message})
+            self._fail(job.id, "server_error", message)
         else:
-            with self._state.writing() as db:
-                n_chunks = made.manifest.n_chunks
-                values = (made.n_bytes, made.manifest.version, n_chunks, n_chunks, job.id)
-                db.execute("UPDATE jobs SET n_bytes = ?, version = ?, done = ?, total = ? WHERE id = ?", values)
-                _end_in(db, job.id, "completed")
+            n_chunks, version = made.manifest.n_chunks, made.manifest.version
+            self._end(job.id, "completed", n_bytes=made.n_bytes, version=version, done=n_chunks, total=n_chunks)
 
     def _progress(self, id: str, done: int, total: int) -> None:
         with self._state.writing() as db:
-            query = "UPDATE jobs SET done = ?, total = ?, revision = revision + 1 WHERE id = ? RETURNING wants_cancel"
-            row = one_row(db, query, done, total, id)
-        if row is None or row["wants_cancel"]:
+            rows = update_jobs(db, "done = ?, total = ?", "id = ?", done, total, id)
+        if not rows or rows[0]["wants_cancel"]:
             raise _Cancelled
         if self._stopping.is_set():
             raise _Stopped
 
-    def _end(self, id: str, status: JobStatus, error: Mapping[str, str] | None = None) -> None:
+    def _fail(self, id: str, code: str, message: str) -> None:
+        self._end(id, "failed", error=encode({"code": code, "message": message}))
+
+    def _end(self, id: str, status: JobStatus, **others: Any) -> None:
+        """Note that a job has ended, with other columns of its row."""
         with self._state.writing() as db:
-            _end_in(db, id, status, error)
+            values = {"status": status, "error": None, "ended_at": now(), **others}
+            update_jobs(db, ", ".join(f"{column} = ?" for column in values), "id = ?", *values.values(), id)
 
     @staticmethod
     def drop_old(db: sqlite3.Connection) -> None:
@@ -270,22 +257,16 @@ class _Stopped(Exception):
     """The server stops."""
 
 
+def update_jobs(db: sqlite3.Connection, changes: str, where: str, *values: Any) -> list[Row]:
+    """Change the jobs that a condition selects, within a transaction; their rows afterwards."""
+    query = f"UPDATE jobs SET {changes}, revision = revision + 1 WHERE {where} RETURNING *"
+    return db.execute(query, values).fetchall()
+
+
 def cancel_in(db: sqlite3.Connection, where: str, *values: Any) -> None:
     """Cancel the jobs that a condition selects, within a transaction; as `Jobs.cancel`."""
-    db.execute(
-        f"UPDATE jobs SET status = 'cancelled', ended_at = ?, revision = revision + 1 "
-        f"WHERE status = 'queued' AND {where}",
-        (now(), *values),
-    )
+    update_jobs(db, "status = 'cancelled', ended_at = ?", f"status = 'queued' AND {where}", now(), *values)
     db.execute(f"UPDATE jobs SET wants_cancel = 1 WHERE status = 'running' AND {where}", values)
-
-
-def _end_in(db: sqlite3.Connection, id: str, status: JobStatus, error: Mapping[str, str] | None = None) -> None:
-    encoded = None if error is None else encode(error)
-    db.execute(
-        "UPDATE jobs SET status = ?, error = ?, ended_at = ?, revision = revision + 1 WHERE id = ?",
-        (status, encoded, now(), id),
-    )
 
 
 def _code(error: LoracastError) -> str:

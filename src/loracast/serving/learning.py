@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loracast.documents import read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.file_types import Limits
-from loracast.documents.images import ImageFile, is_image_file, read_image_file
-from loracast.documents.read import Document
+from loracast.documents.images import is_image_file, read_image_file
 from loracast.errors import LoracastError
 from loracast.files import cache_dir
 from loracast.library.adapter import Adapter
@@ -107,18 +106,18 @@ class Watcher:
     def _look(self) -> None:
         """Learn what is new in each folder. What goes wrong becomes the folder's state and ends no thread."""
         for folder in self._folders:
-            self._states[folder] = replace(self._states[folder], is_learning=True)
+            self._states[folder] = state = replace(self._states[folder], is_learning=True)
             try:
                 report = self._learn(folder)
                 faults = {file.path: file.error or "" for file in report.files if file.outcome == "failed"}
                 failed = tuple((path, _shortened(error, folder)) for path, error in faults.items())
                 n_documents = report.count("learned") + report.count("unchanged")
-                state = replace(self._states[folder], n_documents=n_documents, failed=failed, error=self._fault)
+                state = replace(state, n_documents=n_documents, failed=failed, error=self._fault)
             except LoracastError as error:
-                state = replace(self._states[folder], error=_shortened(str(error), folder))
+                state = replace(state, error=_shortened(str(error), folder))
             except Exception as error:
                 log_failure(error)
-                state = replace(self._states[folder], error="the folder could not be read; the server's log says why")
+                state = replace(state, error="the folder could not be read; the server's log says why")
             self._states[folder] = replace(state, is_learning=False)
 
     def _learn(self, folder: Path) -> BulkReport:
@@ -146,12 +145,7 @@ class Learning:
         self.library = model.library
         self._state = State(self.library)
         self.uploads = Uploads(self._state, settings.max_stored_bytes)
-        self.jobs = Jobs(
-            self._state,
-            {"document": self._learn, "task": self._cast_task, "combination": self._combine},
-            self.tidy,
-            settings.max_queued_jobs,
-        )
+        self.jobs = Jobs(self._state, self._make, self.tidy, settings.max_queued_jobs)
         self.stores = VectorStores(self._state, self.uploads, self.jobs, self.library)
 
     def start(self) -> None:
@@ -164,21 +158,12 @@ class Learning:
 
     # ---- what is asked for
 
-    def learn(
-        self,
-        source: BinaryIO,
-        filename: str | None,
-        name: str | None,
-        *,
-        tags: Sequence[str],
-        replace: bool,
-        options: Mapping[str, Any] = {},
-    ) -> Job:
+    def learn(self, source: BinaryIO, filename: str | None, name: str | None, **work: Any) -> Job:
         """Take in a document or an image.
 
         Args:
             name: of the adapter; made from the file's name if None.
-            options: `max_chunk_tokens` and `storage` of a document, where they are not the usual ones.
+            work: `tags` and `replace`; and `max_chunk_tokens` and `storage` of a document, if not the usual ones.
 
         Raises:
             NameTakenError, AdapterError: the name is taken, or a name or tag is not allowed.
@@ -187,8 +172,8 @@ class Learning:
         upload = self.uploads.add(source, filename, INTERNAL)
         try:
             name = name or name_from(Path(upload.filename).stem)
-            self._check(name, tags, upload.sha256, replace)
-            return self.jobs.add("document", name, {"tags": [*tags], "replace": replace, **options}, file=upload.id)
+            self._check(name, work["tags"], upload.sha256, work["replace"])
+            return self.jobs.add("document", name, work, file=upload.id)
         except BaseException:
             self.uploads.discard(upload.id)
             raise
@@ -221,51 +206,43 @@ class Learning:
             self.uploads.delete_in(db, id)
             self.stores.tidy(db)
         self.uploads.unlink([id])
-        self.stores.adapters.remove_undone()
+        self.stores.remove_undone()
 
     def tidy(self) -> None:
         """Delete what has expired and what nobody needs any more, and note which files have lost their adapters."""
-        self.stores.adapters.note_lost()
+        self.stores.note_lost()
         with self._state.writing() as db:
             gone = self.uploads.drop_expired(db)
             self.stores.tidy(db)
             self.jobs.drop_old(db)
         self.uploads.unlink(gone)
         self.uploads.tidy()
-        self.stores.adapters.remove_undone()
+        self.stores.remove_undone()
 
     # ---- how it is done, in the worker's thread
 
-    def _learn(self, job: Job, progress: Progress) -> Adapter:
-        assert job.file is not None
-        source = self._read(job.file)
-        options: dict[str, Any] = {}
-        if isinstance(source, Document):
-            options = {key: job.work[key] for key in ("max_chunk_tokens", "storage") if key in job.work}
-        made = self._model.learn(source, job.adapter, replace=job.work["replace"], progress=progress, **options)
-        return self._tagged(made, job)
-
-    def _read(self, file: str) -> Document | ImageFile:
-        """An upload as a document, which is parsed in a child process with limits, or as an image."""
-        path, name = self.uploads.path(file), self.uploads.name_of(file)
-        limits = Limits(max_bytes=self._settings.max_upload_bytes)
-        if is_image_file(path):
-            return read_image_file(path, file_name=name, limits=limits)
-        return read_document(path, file_name=name, limits=limits)
-
-    def _cast_task(self, job: Job, progress: Progress) -> Adapter:
-        progress(0, 1)
-        examples = job.work.get("examples", ())  # jobs of before have none
-        made = self._model.task(job.work["description"], job.adapter, examples=examples, replace=job.work["replace"])
-        return self._tagged(made, job)
-
-    def _combine(self, job: Job, progress: Progress) -> Adapter:
-        progress(0, 1)
-        parts = [Part(self._model.adapter(name), weight) for name, weight in job.work["parts"]]
-        made, _ = save_combined(parts, self.library, job.adapter, replace=job.work["replace"])
-        return self._tagged(made, job)
-
-    def _tagged(self, made: Adapter, job: Job) -> Adapter:
-        if job.work["tags"]:
-            self.library.describe(made.name, tags=job.work["tags"])
+    def _make(self, job: Job, progress: Progress) -> Adapter:
+        work = job.work
+        if job.kind == "document":
+            made = self._learn(job, progress)
+        else:
+            progress(0, 1)
+            if job.kind == "task":
+                examples = work.get("examples", ())  # jobs of before have none
+                made = self._model.task(work["description"], job.adapter, examples=examples, replace=work["replace"])
+            else:
+                parts = [Part(self._model.adapter(name), weight) for name, weight in work["parts"]]
+                made, _ = save_combined(parts, self.library, job.adapter, replace=work["replace"])
+        if work["tags"]:
+            self.library.describe(made.name, tags=work["tags"])
         return made
+
+    def _learn(self, job: Job, progress: Progress) -> Adapter:
+        """Learn an upload as an image, or as a document, which is parsed in a child process with limits."""
+        assert job.file is not None
+        path, name = self.uploads.path(job.file), self.uploads.name_of(job.file)
+        limits = Limits(max_bytes=self._settings.max_upload_bytes)
+        read = read_image_file if is_image_file(path) else read_document
+        options = {key: one for key, one in job.work.items() if key in ("max_chunk_tokens", "storage", "replace")}
+        source = read(path, file_name=name, limits=limits)
+        return self._model.learn(source, job.adapter, progress=progress, **options)

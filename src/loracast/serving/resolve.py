@@ -96,21 +96,6 @@ _MAX_OPEN = 256
 _MAX_KNOWN = 65_536
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """What a request is answered with."""
-
-    chosen: tuple[Adapter | str, ...]
-    """Adapters, and patterns of names."""
-    scales: dict[str, float]
-    """Factors on their LoRAs, by their versions' hashes."""
-
-    @property
-    def adapters(self) -> list[Adapter]:
-        """Those that are named."""
-        return [one for one in self.chosen if isinstance(one, Adapter)]
-
-
 class Names:
     """The models that a server has: its base, and the adapters of its library."""
 
@@ -120,7 +105,7 @@ class Names:
         self._fits = lru_cache(_MAX_KNOWN)(self._is_for_base)
         # By name and version, so that a manifest is not read for every request.
         self._open = lru_cache(_MAX_OPEN)(lambda name, version: model.adapter(f"{name}@{version}"))
-        self._found: tuple[tuple[int, bytes] | None, dict[str, Entry]] = (None, {})
+        self._find_at = lru_cache(_MAX_KNOWN)(lambda reference, changes: model.library.find(reference))
 
     def adapters(self) -> list[Entry]:
         """The newest version of each name, of adapters that were made for this base. Unreadable ones are left out."""
@@ -151,20 +136,18 @@ class Names:
             raise unknown_model(reference) from error
 
     def _find(self, reference: str) -> Entry:
-        """As `find`, but from memory as long as the library has not changed."""
+        """As `Library.find`, but from memory as long as the library has not changed."""
         library = self._model.library
         library.refresh()
-        changes, found = library.change_counter(), self._found
-        if found[0] != changes:
-            found = self._found = (changes, {})
-        if (entry := found[1].get(reference)) is None:
-            entry = library.find(reference)
-            if changes is not None and library.change_counter() == changes:  # nothing changed while it was looked up
-                found[1][reference] = entry
-        return entry
+        changes = library.change_counter()
+        return library.find(reference) if changes is None else self._find_at(reference, changes)
 
-    def resolve(self, model: str, parts: Sequence[tuple[str, float]] = (), tag: str = "") -> Resolved:
-        """What a request's `model` and `adapters` (references and scales) name.
+    def resolve(
+        self, model: str, parts: Sequence[tuple[str, float]] = (), tag: str = ""
+    ) -> tuple[list[Adapter | str], dict[str, float]]:
+        """What a request's `model` and `adapters` (references and scales) name: adapters, and patterns of names.
+
+        Also the factors on the adapters' LoRAs, by their versions' hashes.
 
         Raises ApiError: 404 where one is unknown, 400 where one is named twice or there are too many.
         """
@@ -186,7 +169,7 @@ class Names:
             scales[adapter.manifest.version] = scale
         if tag and not named:
             self._check_pattern("*", 1.0, tag)
-        return Resolved(tuple(chosen), scales)
+        return chosen, scales
 
     def _split(self, model: str) -> list[str]:
         """The references in a model's name; none for the plain base. Raises ApiError (404) for another base."""

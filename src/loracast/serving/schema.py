@@ -6,6 +6,8 @@ that say nothing of the answer (`user`, `metadata`, ...) are taken and left alon
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
@@ -14,7 +16,6 @@ from pydantic_core import core_schema
 from loracast.base.chat import Message
 from loracast.base.generate import Sampling
 from loracast.reading.routing import DEFAULT_ROUTE
-from loracast.serving.store_search import Filter
 from loracast.text import is_unicode
 
 _MAX_ITEMS = 4096
@@ -237,6 +238,51 @@ class CompletionRequest(Sampled):
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+
+Value = bool | int | float | Annotated[str, Field(max_length=512)]
+_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "gt": operator.gt,
+    "gte": operator.ge,
+    "lt": operator.lt,
+    "lte": operator.le,
+    "in": lambda value, wanted: value in wanted,
+    "nin": lambda value, wanted: value not in wanted,
+}
+
+
+class Comparison(KnownFields):
+    """Compares an attribute of a file with a value. A file without the attribute differs from every value."""
+
+    type: Literal["eq", "ne", "gt", "gte", "lt", "lte", "in", "nin"]
+    key: str = Field(max_length=64)
+    value: Value | Annotated[list[Value], Field(max_length=100)]
+
+    def fits(self, attributes: Mapping[str, Value]) -> bool:
+        if self.key not in attributes:
+            return self.type in ("ne", "nin")
+        value = attributes[self.key]
+        if self.type in ("in", "nin"):
+            wanted = self.value if isinstance(self.value, list) else [self.value]
+            return _COMPARE[self.type](value, wanted)
+        are_alike = isinstance(value, str) == isinstance(self.value, str) and not isinstance(self.value, list)
+        return _COMPARE[self.type](value, self.value) if are_alike else self.type == "ne"
+
+
+class Compound(KnownFields):
+    """All or any of several filters."""
+
+    type: Literal["and", "or"]
+    filters: list[Comparison | Compound] = Field(min_length=1, max_length=32)
+
+    def fits(self, attributes: Mapping[str, Value]) -> bool:
+        fit = (one.fits(attributes) for one in self.filters)
+        return all(fit) if self.type == "and" else any(fit)
+
+
+Filter = Comparison | Compound
 
 
 class FileSearch(Body):

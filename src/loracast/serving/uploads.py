@@ -14,7 +14,7 @@ from typing import BinaryIO
 from loracast.documents.clean import bare_name
 from loracast.files import write_with
 from loracast.serving.errors import ApiError
-from loracast.serving.state import Paging, Row, State, count, known_row, new_id, now, one_row, page_of
+from loracast.serving.state import Paging, State, count, known_row, new_id, now, one_row, page_of
 
 INTERNAL = ""
 """Purpose of an upload that only a job needs: no list shows it, and it goes when the job has ended."""
@@ -28,7 +28,7 @@ _LISTED = """
 
 @dataclass(frozen=True)
 class Upload:
-    """One uploaded file."""
+    """One uploaded file, as a row of `_LISTED` after its number."""
 
     id: str
     filename: str
@@ -62,49 +62,37 @@ class Uploads:
         Raises:
             ApiError: the uploads would take more than `max_stored_bytes` (413).
         """
-        with self._state.reading() as db:
-            room = self._room(db)
-        digest, n_bytes, id = hashlib.sha256(), 0, new_id("file-")
+        digest, id = hashlib.sha256(), new_id("file-")
 
         def copy(temporary: Path) -> None:
-            nonlocal n_bytes
             with open(temporary, "wb") as out:
                 while piece := source.read(_PIECE):
-                    n_bytes += len(piece)
-                    if n_bytes > room:
-                        raise self._is_full(room)
+                    with self._state.reading() as db:
+                        self._check_room(db, out.tell() + len(piece))
                     digest.update(piece)
                     out.write(piece)
 
         write_with(self.path(id), copy)
-        created_at = now()
+        n_bytes, created_at = self.path(id).stat().st_size, now()
         expires_at = None if expires_s is None else created_at + expires_s
-        name, sha256 = bare_name(filename) or "file", digest.hexdigest()
-        upload = Upload(id, name, purpose, n_bytes, sha256, created_at, expires_at)
+        name = bare_name(filename) or "file"
+        upload = Upload(id, name, purpose, n_bytes, digest.hexdigest(), created_at, expires_at)
         try:
             with self._state.writing() as db:
-                if n_bytes > (room := self._room(db)):  # others may have come meanwhile
-                    raise self._is_full(room)
-                db.execute(
-                    "INSERT INTO files (id, filename, purpose, n_bytes, sha256, created_at, expires_at) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    tuple(vars(upload).values()),
-                )
+                self._check_room(db, n_bytes)  # others may have come meanwhile
+                columns = "id, filename, purpose, n_bytes, sha256, created_at, expires_at"
+                db.execute(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", tuple(vars(upload).values()))
         except BaseException:
             self.path(id).unlink(missing_ok=True)
             raise
         return upload
 
-    def _room(self, db: sqlite3.Connection) -> int:
-        """Bytes that uploads may still take."""
-        return self._max_stored_bytes - count(db, "SELECT coalesce(sum(n_bytes), 0) FROM files")
-
-    def _is_full(self, room: int) -> ApiError:
-        return ApiError(
-            413,
-            f"the uploads of this server may take {self._max_stored_bytes:,} bytes together, and "
-            f"{max(0, room):,} are left: delete some",
-        )
+    def _check_room(self, db: sqlite3.Connection, n_bytes: int) -> None:
+        """Raise ApiError (413) where there is no room for so many bytes more."""
+        room = self._max_stored_bytes - count(db, "SELECT coalesce(sum(n_bytes), 0) FROM files")
+        if n_bytes > room:
+            most = f"{self._max_stored_bytes:,} bytes together, and {max(0, room):,} are left"
+            raise ApiError(413, f"the uploads of this server may take {most}: delete some")
 
     def path(self, id: str) -> Path:
         """Where the bytes of an upload lie. Call it only with ids of this class."""
@@ -118,18 +106,14 @@ class Uploads:
     @staticmethod
     def find_in(db: sqlite3.Connection, id: str) -> Upload:
         """As `find`, within a transaction."""
-        return _upload(known_row(db, "file", id, f"{_LISTED} AND id = ?", INTERNAL, now(), id))
+        return Upload(*known_row(db, "file", id, f"{_LISTED} AND id = ?", INTERNAL, now(), id)[1:])
 
     def page(self, paging: Paging, purpose: str | None = None) -> tuple[list[Upload], bool]:
         """A page of the uploads, and whether more follow."""
-        query = _LISTED
-        values: list[str | int] = [INTERNAL, now()]
-        if purpose is not None:
-            query += " AND purpose = ?"
-            values.append(purpose)
+        query = f"{_LISTED} AND coalesce(purpose = ?, TRUE)"
         with self._state.reading() as db:
-            rows, has_more = page_of(db, query, values, paging, "file")
-        return [_upload(row) for row in rows], has_more
+            rows, has_more = page_of(db, query, (INTERNAL, now(), purpose), paging, "file")
+        return [Upload(*row[1:]) for row in rows], has_more
 
     def name_of(self, id: str) -> str | None:
         """The file name of an upload, also of an internal one; None where it is gone."""
@@ -174,7 +158,3 @@ class Uploads:
             # Another server may be about to write the row of a new one.
             if entry.name not in known and time.time() - entry.stat().st_mtime > _GRACE_S:
                 Path(entry.path).unlink(missing_ok=True)
-
-
-def _upload(row: Row) -> Upload:
-    return Upload(**{key: row[key] for key in row.keys() if key != "number"})  # noqa: SIM118  (not a dict)

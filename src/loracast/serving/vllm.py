@@ -97,7 +97,7 @@ class VllmClient(Client):
 
     def _tell(self, path: str, body: Mapping[str, Any]) -> None:
         """Post what is answered with text."""
-        with self._reached(), self._post(path, body) as response:
+        with self._reached(), self._exchange("POST", path, body) as response:
             response.read()
 
     @contextmanager

@@ -13,13 +13,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 from starlette.datastructures import UploadFile
@@ -135,8 +135,8 @@ async def make_adapter(service: Shared, request: Request) -> JSONResponse:
         how = _checked(_NewDocument, given)
         options = {"max_chunk_tokens": how.chunk_tokens, "storage": how.storage}
         job = await run_in_threadpool(
-            partial(service.learning.learn, file.file, file.filename, how.name),
-            tags=how.tags, replace=how.replace, options={key: one for key, one in options.items() if one},
+            service.learning.learn, file.file, file.filename, how.name, tags=how.tags, replace=how.replace,
+            **{key: one for key, one in options.items() if one},
         )  # fmt: skip
     return _accepted(job)
 
@@ -180,7 +180,7 @@ def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]
         check_name(tag)  # before anything changes
     renamed = entry.name if body.name is None else body.name
     if renamed != entry.name:
-        service.learning.stores.adapters.rename(entry.name, renamed)
+        service.learning.stores.rename(entry.name, renamed)
     if body.tags is not None or body.note is not None:
         gone = [] if body.tags is None else [tag for tag in entry.tags if tag not in body.tags]
         library.describe(renamed, note=body.note, tags=body.tags or (), untag=gone)
@@ -239,10 +239,7 @@ def export(
     finally:
         _exports.release()
     n_bytes = archive.seek(0, os.SEEK_END)
-    headers = {
-        "Content-Length": str(n_bytes),
-        "Content-Disposition": f'attachment; filename="{adapter.name}-{to}.zip"',
-    }
+    headers = {"Content-Length": str(n_bytes), "Content-Disposition": f'attachment; filename="{adapter.name}-{to}.zip"'}
     return StreamingResponse(_blocks(archive), media_type="application/zip", headers=headers)
 
 
@@ -255,13 +252,11 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _checked(model: type[Checked], given: bytes | dict[str, Any]) -> Checked:
-    """A body that FastAPI does not check, since there are two kinds of it. Raises ApiError (400)."""
+    """A body that FastAPI does not check, since there are two kinds of it."""
     try:
         return model.model_validate_json(given) if isinstance(given, bytes) else model.model_validate(given)
     except ValidationError as error:
-        fault = error.errors(include_input=False)[0]
-        param = ".".join(map(str, fault["loc"])) or None
-        raise ApiError(400, f"{param}: {fault['msg']}" if param else fault["msg"], param=param) from None
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
 
 
 def _accepted(job: Job) -> JSONResponse:
@@ -294,16 +289,8 @@ def _routed(adapter: Adapter, route: Route) -> dict[str, Any]:
                 if end > 0
             ]
         chunks.append(described)
-    return {
-        "adapter": adapter.name,
-        "version": adapter.manifest.version,
-        "kind": adapter.manifest.kind,
-        "title": adapter.manifest.title,
-        "is_used": not route.is_empty,
-        "reason": route.reason,
-        "about": route.about,
-        "chunks": chunks,
-    }
+    head = {"adapter": adapter.name, **{key: getattr(adapter.manifest, key) for key in ("version", "kind", "title")}}
+    return {**head, "is_used": not route.is_empty, "reason": route.reason, "about": route.about, "chunks": chunks}
 
 
 # ---- the memories of chats: what users said in those that name one

@@ -93,14 +93,6 @@ def delete_file(service: Shared, file_id: str) -> dict[str, Any]:
 
 
 def _object(upload: Upload) -> dict[str, Any]:
-    return {
-        "id": upload.id,
-        "object": "file",
-        "bytes": upload.n_bytes,
-        "created_at": upload.created_at,
-        "expires_at": upload.expires_at,
-        "filename": upload.filename,
-        "purpose": upload.purpose,
-        "status": "processed",
-        "status_details": None,
-    }
+    head = {"id": upload.id, "object": "file", "bytes": upload.n_bytes}
+    shown = {key: getattr(upload, key) for key in ("created_at", "expires_at", "filename", "purpose")}
+    return {**head, **shown, "status": "processed", "status_details": None}

@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from loracast import __version__
 from loracast.export import FORMATS, MERGED
+from loracast.library.adapter import Adapter
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.serving.batch import token_bytes
 from loracast.serving.errors import ApiError
@@ -85,7 +86,7 @@ def list_models(service: Shared) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}", dependencies=[needs("read")])
 def find_model(model: str, service: Shared) -> dict[str, Any]:
     """One model, by any name that requests may give. Errors: 404."""
-    adapters = service.names.resolve(model).adapters
+    adapters = [one for one in service.names.resolve(model)[0] if isinstance(one, Adapter)]
     created = max((_seconds(adapter.manifest.created) for adapter in adapters), default=0)
     return _card(service, model, "+".join(adapter.version for adapter in adapters) or None, created)
 

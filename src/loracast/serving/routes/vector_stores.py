@@ -7,21 +7,16 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import Field, StringConstraints
 
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import needs
 from loracast.serving.routes.files import Page, listing
-from loracast.serving.schema import KnownFields
+from loracast.serving.schema import Filter, KnownFields
 from loracast.serving.service import Shared
-from loracast.serving.store_search import Filter, search
-from loracast.serving.vector_stores import Attachment, FileStatus
+from loracast.serving.state import encode
+from loracast.serving.vector_stores import Attributes, Chunking, FileStatus, Id, Key, NewFile, Text
 
 router = APIRouter(prefix="/v1/vector_stores")
 _MAX_FILES = 2000
-Id = Annotated[str, StringConstraints(max_length=80)]
-Key = Annotated[str, StringConstraints(max_length=64)]
-Text = Annotated[str, StringConstraints(max_length=512)]
-Attributes = Annotated[dict[Key, bool | int | float | Text], Field(max_length=16)]
 Metadata = Annotated[dict[Key, Text], Field(max_length=16)]
 
 
@@ -30,40 +25,11 @@ class _ExpiresAfter(KnownFields):
     days: int = Field(ge=1, le=365)
 
 
-class _StaticSizes(KnownFields):
-    max_chunk_size_tokens: int = Field(ge=100, le=4096)
-    chunk_overlap_tokens: int = Field(ge=0, le=2048)
-
-
-class _Chunking(KnownFields):
-    """How a file is cut. Chunks are cast without an overlap, and none is longer than the hypernetwork is good for."""
-
-    type: Literal["auto", "static"]
-    static: _StaticSizes | None = None
-
-    @property
-    def max_chunk_tokens(self) -> int:
-        if self.static is None:
-            return DEFAULT_CHUNK_TOKENS
-        return min(self.static.max_chunk_size_tokens, DEFAULT_CHUNK_TOKENS)
-
-
-class _File(KnownFields):
-    file_id: Id
-    attributes: Attributes | None = None
-    chunking_strategy: _Chunking | None = None
-
-    @property
-    def attachment(self) -> Attachment:
-        tokens = (self.chunking_strategy or _Chunking(type="auto")).max_chunk_tokens
-        return Attachment(self.file_id, self.attributes or {}, tokens)
-
-
 class _Files(KnownFields):
     file_ids: Annotated[list[Id], Field(max_length=_MAX_FILES)] | None = None
-    files: Annotated[list[_File], Field(max_length=_MAX_FILES)] | None = None
+    files: Annotated[list[NewFile], Field(max_length=_MAX_FILES)] | None = None
     attributes: Attributes | None = None
-    chunking_strategy: _Chunking | None = None
+    chunking_strategy: Chunking | None = None
 
 
 class _NewStore(KnownFields):
@@ -72,7 +38,7 @@ class _NewStore(KnownFields):
     file_ids: list[Id] = Field(default=[], max_length=_MAX_FILES)
     metadata: Metadata | None = None
     expires_after: _ExpiresAfter | None = None
-    chunking_strategy: _Chunking | None = None
+    chunking_strategy: Chunking | None = None
 
 
 class _StoreChanges(KnownFields):
@@ -110,15 +76,14 @@ class _Search(KnownFields):
 def create_store(service: Shared, body: _NewStore) -> dict[str, Any]:
     """Make a vector store and attach files to it."""
     days = None if body.expires_after is None else body.expires_after.days
-    files = [_File(file_id=id, chunking_strategy=body.chunking_strategy).attachment for id in body.file_ids]
+    files = [NewFile(file_id=id, chunking_strategy=body.chunking_strategy) for id in body.file_ids]
     return service.learning.stores.create(body.name, files, body.metadata or {}, days)
 
 
 @router.get("", dependencies=[needs("read")])
 def list_stores(service: Shared, paging: Page) -> dict[str, Any]:
     """The vector stores, newest first."""
-    found, has_more = service.learning.stores.page(paging)
-    return listing(found, has_more)
+    return listing(*service.learning.stores.page(paging))
 
 
 @router.get("/{store_id}", dependencies=[needs("read")])
@@ -134,7 +99,7 @@ def update_store(service: Shared, store_id: str, body: _StoreChanges) -> dict[st
     if body.name is not None:
         changes["name"] = body.name
     if "metadata" in body.model_fields_set:
-        changes["metadata"] = body.metadata or {}
+        changes["metadata"] = encode(body.metadata or {})
     if "expires_after" in body.model_fields_set:
         changes["expires_days"] = None if body.expires_after is None else body.expires_after.days
     return service.learning.stores.update(store_id, changes)
@@ -151,20 +116,9 @@ def delete_store(service: Shared, store_id: str) -> dict[str, Any]:
 def search_store(service: Shared, store_id: str, body: _Search) -> dict[str, Any]:
     """The chunks of a vector store that match a query best."""
     queries = [body.query] if isinstance(body.query, str) else body.query
-    files = service.learning.stores.documents([store_id])
-    found = search(
-        service.model.library, files, queries, body.max_num_results, body.filters, body.ranking_options.score_threshold
+    data = service.learning.stores.search(
+        store_id, queries, body.max_num_results, body.filters, body.ranking_options.score_threshold
     )
-    data = [
-        {
-            "file_id": one.file.id,
-            "filename": one.file.filename,
-            "score": round(one.score, 4),
-            "attributes": dict(one.file.attributes),
-            "content": [{"type": "text", "text": one.text}],
-        }
-        for one in found
-    ]
     page = {"object": "vector_store.search_results.page", "search_query": queries, "data": data}
     return {**page, "has_more": False, "next_page": None}
 
@@ -173,9 +127,9 @@ def search_store(service: Shared, store_id: str, body: _Search) -> dict[str, Any
 
 
 @router.post("/{store_id}/files", dependencies=[needs("write")])
-def attach_file(service: Shared, store_id: str, body: _File) -> dict[str, Any]:
+def attach_file(service: Shared, store_id: str, body: NewFile) -> dict[str, Any]:
     """Attach a file, which is cast into an adapter from now on."""
-    service.learning.stores.attach(store_id, [body.attachment])
+    service.learning.stores.attach(store_id, [body])
     return service.learning.stores.file(store_id, body.file_id)
 
 
@@ -184,8 +138,7 @@ def list_store_files(
     service: Shared, store_id: str, paging: Page, filter: FileStatus | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """The files of a vector store, newest first."""
-    found, has_more = service.learning.stores.files(store_id, paging, filter)
-    return listing(found, has_more)
+    return listing(*service.learning.stores.files(store_id, paging, filter))
 
 
 @router.get("/{store_id}/files/{file_id}", dependencies=[needs("read")])
@@ -223,12 +176,12 @@ def create_batch(service: Shared, store_id: str, body: _Files) -> dict[str, Any]
     if (body.file_ids is None) == (body.files is None):
         raise ApiError(400, "give either file_ids or files", param="file_ids")
     files = body.files or [
-        _File(file_id=id, attributes=body.attributes, chunking_strategy=body.chunking_strategy)
+        NewFile(file_id=id, attributes=body.attributes, chunking_strategy=body.chunking_strategy)
         for id in body.file_ids or ()
     ]
     if not files:
         raise ApiError(400, "a batch needs at least one file", param="file_ids")
-    return service.learning.stores.attach(store_id, [file.attachment for file in files])
+    return service.learning.stores.attach(store_id, files)
 
 
 @router.get("/{store_id}/file_batches/{batch_id}", dependencies=[needs("read")])
@@ -249,5 +202,4 @@ def list_batch_files(
 ) -> dict[str, Any]:
     """The files of a batch, newest first."""
     service.learning.stores.batch(store_id, batch_id)
-    found, has_more = service.learning.stores.files(store_id, paging, filter, batch_id)
-    return listing(found, has_more)
+    return listing(*service.learning.stores.files(store_id, paging, filter, batch_id))
