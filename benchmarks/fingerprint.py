@@ -28,12 +28,12 @@ from loracast.base.footprint import fastest_dtype
 from loracast.base.generate import Sampling, answers
 from loracast.lab.data.everyday import load_genres, make_document
 from loracast.lab.data.facts import make_sheet
-from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup
+from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, LearnedDocument
 from loracast.lab.evaluation.qa import BASELINES
 from loracast.lab.evaluation.report import cpu_model
-from loracast.lab.evaluation.runner import InMemoryAdapter, ask
+from loracast.lab.evaluation.runner import ask
 from loracast.reading.relevance import THRESHOLD_STRICT, about
-from loracast.reading.routing import Route
+from loracast.reading.routing import Route, route_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "fingerprint.json"
@@ -63,7 +63,7 @@ _INPUTS = (
 )
 
 
-def questions(model: Model) -> Iterator[tuple[InMemoryAdapter, list[str]]]:
+def questions(setup: DocumentSetup) -> Iterator[tuple[LearnedDocument, list[str]]]:
     """Documents with questions about each."""
     genres = list(load_genres("dev"))
     for i in range(EVERYDAY + SHEETS):
@@ -71,7 +71,7 @@ def questions(model: Model) -> Iterator[tuple[InMemoryAdapter, list[str]]]:
         rng = random.Random(f"fingerprint/sheet/{i - EVERYDAY}" if is_sheet else f"fingerprint/{i}")
         genre = genres[i % len(genres)]
         drawn: Any = make_sheet(rng, 20, split="dev") if is_sheet else make_document(rng, split="dev", genre=genre)
-        yield InMemoryAdapter(model, drawn.text, drawn.title), [f.question for f in rng.sample(drawn.facts, QUESTIONS)]
+        yield setup.keep(drawn.text, drawn.title), [f.question for f in rng.sample(drawn.facts, QUESTIONS)]
 
 
 def digest(value: Any) -> str:
@@ -93,18 +93,18 @@ def of_route(route: Route) -> list[Any]:
 
 def behaviour(model: Model) -> dict[str, dict[str, str]]:
     """By kind of measurement, hashes of what the code does."""
-    asked = [(document, one) for document, some in questions(model) for one in some]
     setup = DocumentSetup(model, max_new_tokens=_SAMPLING.max_new_tokens)
-    cases = [DocumentCase(document, document, question) for document, question in asked]
-    routes = [of_route(document.route(question, setup.route)) for document, question in asked]
-    strict = [document.route(question, setup.route, THRESHOLD_STRICT) for document, question in asked]
+    asked = [(document, one) for document, some in questions(setup) for one in some]
+    cases = [DocumentCase(document, question) for document, question in asked]
+    routes = [of_route(route_adapter(document.adapter, question)) for document, question in asked]
+    strict = [route_adapter(document.adapter, question, threshold=THRESHOLD_STRICT) for document, question in asked]
     sure = [round(least_confidence([route]), 3) for route in strict]
     others = {name: cases[:: max(1, len(cases) // 20)] for name in ("none", "window", "bm25")}
     given = ask(setup, BASELINES, {"adapter": cases, **others}, _SAMPLING)
     said = {name: [a.text for a in given if a.baseline == name] for name in ("adapter", *others)}
     others_first = [*asked[QUESTIONS:], *asked[:QUESTIONS]]  # each question is asked of another document too
     both = [(one, question) for of in (asked, others_first) for (_, question), (one, _) in zip(asked, of, strict=True)]
-    gate = [round(about(document._index, question), 3) for document, question in both]
+    gate = [round(about(document.adapter.open_index, question), 3) for document, question in both]
     return {
         "document": {"routes": digest(routes), "answers": digest(said.pop("adapter")), "strict": digest(sure)},
         "none": {"answers": digest(said)},

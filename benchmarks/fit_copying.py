@@ -17,33 +17,32 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import loracast
-from loracast.answering.model import Model
 from loracast.base.copying import Copying, signs
 from loracast.lab.data.everyday import load_genres, make_document
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, adapter
-from loracast.lab.evaluation.runner import InMemoryAdapter, made
+from loracast.lab.evaluation.runner import made
 from loracast.lora.algebra import inject
 
 SEED = 5  # of the documents; evaluations draw others
 EVERYDAY, PEOPLE, QUESTIONS = 168, 84, 6  # documents of each kind, and most questions about one
 
 
-def questions(model: Model, path: str) -> Iterator[tuple[str, DocumentCase]]:
+def questions(setup: DocumentSetup, path: str) -> Iterator[tuple[str, DocumentCase]]:
     """Each question with its kind; those of one document have the same `doc_id`."""
     genres = list(load_genres("dev"))
     for i in range(EVERYDAY):
         rng = random.Random(f"{SEED}/copying/{i}")
         drawn = make_document(rng, split="dev", genre=genres[i % len(genres)])
-        document = InMemoryAdapter(model, drawn.text, drawn.title)
+        document = setup.keep(drawn.text, drawn.title)
         facts = [fact for fact in drawn.facts if fact.kind != "not said"]
         for fact in rng.sample(facts, min(QUESTIONS, len(facts))):
-            yield fact.kind, DocumentCase(document, document, fact.question, (fact.answer,), doc_id=f"everyday {i}")
+            yield fact.kind, DocumentCase(document, fact.question, (fact.answer,), doc_id=f"everyday {i}")
     documents = read_questioned((path,))
     for one in random.Random(SEED).sample(documents, min(PEOPLE, len(documents))):
-        document = InMemoryAdapter(model, one.text, one.title)
+        document = setup.keep(one.text, one.title)
         for asked in one.spans[:QUESTIONS]:
-            yield "people", DocumentCase(document, document, asked.question, asked.answers, doc_id=one.doc_id)
+            yield "people", DocumentCase(document, asked.question, asked.answers, doc_id=one.doc_id)
 
 
 def main(path: str) -> None:
@@ -51,20 +50,20 @@ def main(path: str) -> None:
     model = loracast.load()
     setup, request = DocumentSetup(model), adapter("document")
     rows, labels, kinds, ids = list[list[float]](), list[bool](), list[str](), list[str]()
-    for kind, case in questions(model, path):
+    for kind, case in questions(setup, path):
         asked = request(setup, case)
-        shares = Copying(model.base.tokenizer, asked.likely, model.base.end_ids).shares(())
+        shares = Copying(model.base.tokenizer, asked.prepared.likely, model.base.end_ids).shares(())
         if not shares:
             continue
-        setup.prepare([asked])
+        setup.cast_ahead([asked])
         with torch.no_grad(), inject(model.base.model, made(model.base, [asked])):
-            logits = model.base.model(torch.tensor([asked.prompt])).logits[0, -1]
+            logits = model.base.model(torch.tensor([asked.prepared.prompt])).logits[0, -1]
         found = signs(shares, logits)
         names = [name for name in found if name != "bias"]
         rows.append([found[name] for name in names])
         # A yes or no, or a count, is no copy, whatever word of the text is spelled like it.
         answers = [answer.lower() for answer in case.answers]
-        is_text = any(text.lower().startswith(tuple(answers)) for text, _ in asked.likely)
+        is_text = any(text.lower().startswith(tuple(answers)) for text, _ in asked.prepared.likely)
         labels.append(kind in ("span", "comparison", "people") and is_text)
         kinds.append(kind)
         ids.append(case.doc_id)

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracast.lab.evaluation.cost import QueryFlops
-from loracast.lab.evaluation.plots import pyplot
 from loracast.lab.evaluation.report import markdown
+from loracast.lab.training.progress import pyplot
 
 sys.path.insert(0, str(Path(__file__).parent))
 from picture import draw_bars

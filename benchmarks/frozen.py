@@ -24,13 +24,12 @@ import loracast
 from loracast.base.generate import Sampling
 from loracast.documents import read_document
 from loracast.lab.data.answer_metrics import best, has_value, token_f1
-from loracast.lab.evaluation.documents import DocumentCase, WindowedConfig, strictly
+from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, WindowedConfig, strictly
 from loracast.lab.evaluation.qa import BASELINES as QA_BASELINES
-from loracast.lab.evaluation.report import ReportWriter, columns, mean, mean_with_interval
+from loracast.lab.evaluation.report import Report, columns, mean, mean_with_interval
 from loracast.lab.evaluation.runner import (
     Answered,
     Baseline,
-    InMemoryAdapter,
     ask,
     choose_baselines,
     figures,
@@ -100,14 +99,16 @@ def note_look(name: str, baselines: Sequence[str]) -> None:
             file.write(f"| {day} | {loracast.__version__} | {name} | {', '.join(baselines)} |\n")
 
 
-def cases_of(model: loracast.Model, rows: list[dict[str, Any]]) -> Iterator[list[FrozenCase]]:
+def cases_of(setup: DocumentSetup, rows: list[dict[str, Any]]) -> Iterator[list[FrozenCase]]:
     """The questions of each document, which is read from a file's bytes as a user's is."""
     files = [(io.BytesIO(row["document"].encode()), f"{row['doc_id']}.{row['format']}") for row in rows]
-    adapters = [InMemoryAdapter(model, read_document(data, file_name=name)) for data, name in files]
+    adapters = [setup.keep(read_document(data, file_name=name)) for data, name in files]
     for i, row in enumerate(rows):
         other = adapters[(i + 1) % len(adapters)]
         yield [
-            FrozenCase(adapters[i], other, q["question"], tuple(q["answers"]), doc_id=row["doc_id"], kind=q["kind"])
+            FrozenCase(
+                adapters[i], q["question"], tuple(q["answers"]), doc_id=row["doc_id"], kind=q["kind"], other=other
+            )
             for q in row["questions"]
         ]
 
@@ -151,12 +152,12 @@ def main() -> None:
     model = loracast.load()
     setup = config.setup(model, _MAX_NEW_TOKENS)
     check_looks(config.sets)
-    writer = ReportWriter(given.out, "frozen", COLUMNS, config, model.base, model.documents.id)
+    writer = Report(given.out, "frozen", COLUMNS, config, model.base, model.documents.id)
     warm_up(model.base)
     table: list[dict[str, Any]] = []
     for name, rows in documents.items():
         answered: list[Answered[FrozenCase]] = []
-        of_documents = list(cases_of(model, rows))
+        of_documents = list(cases_of(setup, rows))
         for first in range(0, len(of_documents), _PER_GROUP):
             some = [case for cases in of_documents[first : first + _PER_GROUP] for case in cases]
             answered += ask(setup, baselines, dict.fromkeys(baselines, some), Sampling(max_new_tokens=_MAX_NEW_TOKENS))

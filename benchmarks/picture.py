@@ -55,7 +55,7 @@ def bars(folder: Path = FIGURES) -> dict[str, list[tuple[str, float]]]:
 
 def draw(panels: Mapping[str, list[tuple[str, float]]], path: Path = PICTURE) -> None:
     """Draw the panels beside each other."""
-    from loracast.lab.evaluation.plots import pyplot
+    from loracast.lab.training.progress import pyplot
 
     plt = pyplot()
     plt.rcParams.update({"font.size": 9, "svg.hashsalt": "loracast"})
@@ -79,6 +79,29 @@ def draw_bars(axis: Any, title: str, places: Sequence[Any], values: Sequence[flo
     axis.xaxis.set_visible(False)
     axis.tick_params(left=False)
     axis.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def draw_tasks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the right answers of every way to answer tasks over the operations of a query."""
+    from loracast.lab.training.progress import pyplot
+
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    for i, row in enumerate(rows):  # another marker once the ten colours come again
+        axis.plot(row["gflops"], 100 * row["exact"], "os^D"[i // 10 % 4], markersize=9, label=row["label"])
+    axis.set_xscale("log")
+    ends = axis.get_xlim()
+    ticks = [n * 10**power for power in range(-1, 5) for n in (1, 2, 3, 5, 7)]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlim(ends)
+    axis.set_ylim(bottom=0)
+    labels = {"xlabel": "operations of a query, GFLOP", "ylabel": "exact match, %"}
+    axis.set(title="Tasks, by what a query costs", **labels)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

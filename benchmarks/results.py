@@ -311,12 +311,10 @@ def picture_line(plan: Plan, folder: Path = FIGURES) -> str:
 
 def write_pages(plan: Plan) -> None:
     """Write docs/results.md, and the table and the picture of README.md where it has the marks for them."""
-    from loracast.lab.evaluation.plots import exact_by_operations
-
     PAGE.write_text(page(plan), encoding="utf-8")
     (tasks,) = [one for one in plan.measurements if one.id == "tasks"]
     if (kept := figures_of(tasks)) is not None:
-        exact_by_operations(TASKS_PICTURE, kept["rows"])  # what answers tasks over the operations of a query
+        picture.draw_tasks(TASKS_PICTURE, kept["rows"])  # what answers tasks over the operations of a query
     readme = README.read_text(encoding="utf-8")
     if BEGIN not in readme:
         print(f"README.md has no line {BEGIN!r}: its table is not written", flush=True)

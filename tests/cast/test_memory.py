@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.base.generate import Sampling
 from loracast.cast import memory as module
-from loracast.cast.document import recast
+from loracast.cast.document import CachedRecast, cast_chunks
 from loracast.cast.memory import Memory
 from loracast.cli import app
 from loracast.documents import Document
@@ -207,10 +207,14 @@ def test_a_memory_has_no_outline_to_answer_with(memory, model):
 def test_factors_that_are_kept_in_memory_are_those_that_are_cast(memory, model, monkeypatch):
     prompts = [SAID[1], SAID[0], SAID[1]]
     cast = []
-    monkeypatch.setattr("loracast.cast.document.recast", lambda *args: cast.append(args[2]) or recast(*args))
+    monkeypatch.setattr(
+        "loracast.cast.document.cast_chunks",
+        lambda *args: (args[2] and cast.append(args[2])) or cast_chunks(*args),
+    )
     found = model._recast(prompts)
     assert cast == []  # they were cast when they were said
-    expected = recast(model.documents, model.base, prompts)
+    expected = CachedRecast(model.documents, model.base)(prompts)
+    cast.clear()
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name].float(), expected[name].float(), atol=1e-2) for name in expected)
     model._recast.most = 1

@@ -192,7 +192,7 @@ def test_the_evaluation_compares_starts_at_the_same_time(base, caster, suite, tm
     rows = {(row["start"], row["at"]): row for row in report.rows}
     assert list(rows) == [(start, at) for start in STARTS for at in ("0 s", "60 s", "2 steps")]
     saved = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(saved) == len(rows) * 3 * 2 * 2 and (tmp_path / "refining.png").stat().st_size > 5000
+    assert len(saved) == len(rows) * 3 * 2 * 2
     sampling = Sampling(max_new_tokens=32)
     for line in saved:
         if line["at"] == "0 s" and line["start"] != "adapter":

@@ -13,15 +13,14 @@ from loracast.answering.model import Model
 from loracast.base.chat import encode_with_offsets
 from loracast.base.scoring import Episode, Question, pack, score_answers
 from loracast.cast.compact import compact
-from loracast.cast.document import recast, split_document
+from loracast.cast.document import CachedRecast, split_document
 from loracast.documents import Chunk, Document, read_document, split_text
 from loracast.documents.pdf import Line, join_lines
 from loracast.documents.tables import ROW, rows_to_lines, take_marks
 from loracast.documents.units import find_headings, sentence_spans, token_sentences
 from loracast.errors import AdapterError
 from loracast.export.adapter import export_adapter
-from loracast.lab.evaluation.runner import InMemoryAdapter
-from loracast.lab.evaluation.runner import cast as cast_in_memory
+from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig
 from loracast.lab.training.doc import answer_questions
 from loracast.lab.training.losses import sentence_gates, weights_of
 from loracast.library.adapter import SENTENCE
@@ -30,7 +29,7 @@ from loracast.lora.algebra import LoRA
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.target import target_from_config
-from loracast.reading.routing import pick, route_set, sentence_weights
+from loracast.reading.routing import pick, route_adapter, route_set, sentence_weights
 from loracast.reading.search import sentence_scores
 from tiny import make_hypernet
 
@@ -171,11 +170,11 @@ def test_a_row_of_a_table_is_one_unit_whatever_stands_in_it(name, tmp_path, mode
     adapter = model.learn(document, "staff")
     places = read_sentences(adapter.index)
     assert [chunks[place.chunk].prompt[place.start : place.end] for place in places] == units
-    rows, in_memory = adapter.rows([0]), InMemoryAdapter(model, document, max_chunk_tokens=256)
-    cast_in_memory(model, [(in_memory, (0,))])
-    (owners,) = rows[f"o_proj{SENTENCE}"]
-    torch.testing.assert_close(in_memory._factors[f"o_proj{SENTENCE}"][0], owners)
-    (expected,) = recast(model.documents, model.base, [chunks[0].prompt], [chunks[0].units])[f"o_proj{SENTENCE}"]
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=256))
+    in_evaluation = setup.keep(document).adapter
+    (owners,) = adapter.rows([0])[f"o_proj{SENTENCE}"]
+    torch.testing.assert_close(in_evaluation.rows([0])[f"o_proj{SENTENCE}"][0], owners)
+    (expected,) = CachedRecast(model.documents, model.base)([chunks[0].prompt], [chunks[0].units])[f"o_proj{SENTENCE}"]
     torch.testing.assert_close(owners, expected)
     assert len(set(owners.tolist())) > 1
     smaller = compact(model.library, "staff", "text")
@@ -255,15 +254,15 @@ def test_a_semicolon_in_parentheses_ends_no_sentence():
 
 
 def test_a_question_gets_the_weights_of_the_sentences_in_its_chunks(model):
-    document = InMemoryAdapter(model, MANUAL * 3, max_chunk_tokens=64)
-    n = len(document.chunks)
-    assert n > 3
-    route = document.route("How heavy is the kettle of Dr. Smith?", 2)
-    spans = [sentence_spans(document.chunks[i].prompt) for i in route.chunks]
+    adapter = model.learn(Document.from_text(MANUAL * 3), "manual", max_chunk_tokens=64)
+    chunks = read_chunks(adapter.index)
+    assert len(chunks) > 3
+    route = route_adapter(adapter, "How heavy is the kettle of Dr. Smith?", 2)
+    spans = [sentence_spans(chunks[i].prompt) for i in route.chunks]
     assert [len(weights) for weights in route.sentences] == [len(of_chunk) for of_chunk in spans]
     assert max(max(weights) for weights in route.sentences) == 1
     for chunk, of_chunk, weights, of_whole in zip(route.chunks, spans, route.sentences, route.weights, strict=True):
-        texts = [document.chunks[chunk].prompt[start:end].lower() for start, end in of_chunk]
+        texts = [chunks[chunk].prompt[start:end].lower() for start, end in of_chunk]
         matches = [any(word in text for word in ("kettle", "smith", "dr.")) for text in texts]
         inner = zip(matches[:-2], matches[1:-1], matches[2:], weights[1:-1], strict=True)
         for before, match, after, weight in inner:  # the first and last have neighbours in other chunks
@@ -273,11 +272,11 @@ def test_a_question_gets_the_weights_of_the_sentences_in_its_chunks(model):
                 assert weight > 0.05 + 0.95 * 0.3**2
             else:
                 assert 0.05 * of_whole < weight < 0.05 + 0.95 * 0.5 + 1e-6
-    assert document.route("How heavy is the kettle?", None).sentences is None
+    assert route_adapter(adapter, "How heavy is the kettle?", None).sentences is None
 
 
 def test_an_index_without_sentences_is_routed_by_chunk(model):
-    adapter = model.learn(InMemoryAdapter(model, MANUAL).document, "manual")
+    adapter = model.learn(Document.from_text(MANUAL), "manual")
     with sqlite3.connect(adapter.index) as database:
         for table in ("sentences", "sentence_places"):
             database.execute(f"DROP TABLE {table}")
@@ -290,8 +289,8 @@ def test_an_index_without_sentences_is_routed_by_chunk(model):
 @pytest.mark.parametrize("storage", ["bf16", "int8", "text"])
 def test_a_lora_holds_the_rows_that_count(model, storage):
     """By the formula: the sum over the rows of a memory, each times the weight of the sentence its token stands in."""
-    document = InMemoryAdapter(model, MANUAL, max_chunk_tokens=64, storage=storage)
-    adapter = model.adapter(model.learn(document.document, "manual", max_chunk_tokens=64, storage=storage).name)
+    document = Document.from_text(MANUAL)
+    adapter = model.adapter(model.learn(document, "manual", max_chunk_tokens=64, storage=storage).name)
     prompts = [chunk.prompt for chunk in read_chunks(adapter.index)]
     chunks = range(len(prompts))
     weights = {i: [0.25 * (s % 3) for s in range(len(sentence_spans(prompts[i])))] for i in chunks}
@@ -307,10 +306,10 @@ def test_a_lora_holds_the_rows_that_count(model, storage):
         expected = torch.einsum("cro,cri->oi", weighed.float(), keys.float())
         torch.testing.assert_close(found.delta(name).float(), expected, atol=2e-2 * expected.abs().max().item(), rtol=0)
         assert found.factors[name].rank == min(64, row_weights.numel())
-    cast_in_memory(model, [(document, chunks)])
-    in_memory = document.lora(None, weights)
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=64), storage=storage)
+    in_evaluation = setup.keep(document).adapter.lora(None, weights)
     for name in found.names:
-        torch.testing.assert_close(in_memory.delta(name), found.delta(name), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(in_evaluation.delta(name), found.delta(name), rtol=2e-2, atol=2e-2)
 
 
 def test_rows_that_are_cast_anew_belong_to_the_sentences_of_the_index(model, monkeypatch):
@@ -320,12 +319,12 @@ def test_rows_that_are_cast_anew_belong_to_the_sentences_of_the_index(model, mon
         return [(0, len(text) // 2), (len(text) // 2, len(text))]
 
     monkeypatch.setattr("loracast.documents.chunks.sentence_spans", halves)
-    document = InMemoryAdapter(model, MANUAL, max_chunk_tokens=64).document
+    document = Document.from_text(MANUAL)
     adapter = model.adapter(model.learn(document, "manual", max_chunk_tokens=64, storage="text").name)
     prompts = [chunk.prompt for chunk in read_chunks(adapter.index)]
     owners = adapter.rows(list(range(len(prompts))))[f"o_proj{SENTENCE}"]
     assert len(prompts) > 1 and set(owners[owners >= 0].tolist()) == {0, 1}
-    expected = recast(model.documents, model.base, prompts, [halves(prompt) for prompt in prompts])
+    expected = CachedRecast(model.documents, model.base)(prompts, [halves(prompt) for prompt in prompts])
     assert torch.equal(owners, expected[f"o_proj{SENTENCE}"])
 
 
@@ -333,8 +332,7 @@ def test_rows_belong_to_the_sentence_of_their_token(model):
     """Each row of B is the value of a token of its sentence."""
     gate = model.documents.hypernetwork.memory.gate
     gate.weight.data[1:], gate.bias.data[1:] = 0, -60  # a row is its token's value alone
-    document = InMemoryAdapter(model, MANUAL, max_chunk_tokens=64, storage="bf16")
-    adapter = model.learn(document.document, "manual", max_chunk_tokens=64, storage="bf16")
+    adapter = model.learn(Document.from_text(MANUAL), "manual", max_chunk_tokens=64, storage="bf16")
     base = model.base
     weight = base.model.lm_head.weight.float()
     values = torch.nn.functional.normalize((weight - weight.mean(0)) * base.model.model.norm.weight, dim=-1)
@@ -390,7 +388,7 @@ def test_training_weighs_rows_as_asking_does(model):
 
 def test_one_lora_serves_a_fixed_set_of_questions(model, tmp_path):
     """Of one question it is what asking uses; of several, every row has its highest weight. Exported, it is the same."""
-    adapter = model.learn(InMemoryAdapter(model, MANUAL * 3).document, "manual", max_chunk_tokens=64, storage="bf16")
+    adapter = model.learn(Document.from_text(MANUAL * 3), "manual", max_chunk_tokens=64, storage="bf16")
     index, n = adapter.index, adapter.manifest.n_chunks
     asked = ["How heavy is the kettle?", "When is the green bin emptied?"]
     routes = [pick(index, n, question) for question in asked]

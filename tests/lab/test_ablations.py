@@ -95,8 +95,8 @@ def test_what_is_wrong_is_told_before_anything_is_trained(base, config, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("variants = 3", "table"),
-        ('[variants]\na = "hypernetwork.rank=16"', "must be a list"),
+        ("variants = 3", "one table"),
+        ('[variants]\na = "hypernetwork.rank=16"', "valid list"),
         ('[variants]\n"rank 16" = []\n"Rank-16" = []', "share a folder"),
         ("[variants", "cannot read"),
     ],

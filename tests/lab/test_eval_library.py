@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from loracast.cli import app
+from loracast.documents import Document
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import read_questioned
-from loracast.lab.evaluation.documents import DocumentSetup
+from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig
 from loracast.lab.evaluation.runner import made
 from loracast.lab.evaluation.whole_library import (
     ALL,
     BASELINES,
     NAMING,
     LibraryConfig,
-    TemporaryLibrary,
     evaluate_library,
+    rank_all,
 )
 from questions import ROWS
 
@@ -40,29 +40,25 @@ def documents(tmp_path_factory):
     return str(path)
 
 
-def test_ranks_and_the_rule(model, documents, tmp_path):
-    library = TemporaryLibrary(model, read_questioned([documents]), 192, tmp_path / "library")
-    asked = library.rank_all(lambda done, total: None)
+def test_ranks_and_the_rule(model, documents):
+    asked = rank_all(DocumentSetup(model), read_questioned([documents]))
     assert [one.names_something for one in asked] == [False, True] * len(ROWS)
-    assert [one.place for one in asked] == [i for i in range(len(ROWS)) for _ in "ab"]
+    assert [one.name for one in asked] == [f"d{i}" for i in range(len(ROWS)) for _ in "ab"]
     assert [one.rank for one in asked if one.names_something] == [1] * len(ROWS)
     assert sum(one.rank == 1 for one in asked if not one.names_something) == 1  # a tie, which the first one wins
 
 
-def test_what_a_question_gets_is_what_asking_the_library_gives(model, documents, tmp_path):
+def test_what_a_question_gets_is_what_asking_the_library_gives(model, documents):
     drawn = read_questioned([documents])
-    library = TemporaryLibrary(model, drawn, 64, tmp_path / "library")
-    for i in range(len(drawn)):
-        model.learn(library.document(i).document, library.name(i), max_chunk_tokens=64)
-    about = library.rank_all(lambda done, total: None)[3]
-    case = library.case(about, 2, cache(library.document))
-    setup = DocumentSetup(model)
-    requests = [BASELINES[name].request(setup, case) for name in ("library", "named")]
-    setup.prepare(requests)
-    for chosen, found in zip(("*", library.name(about.place)), made(model.base, requests), strict=True):
+    for i, one in enumerate(drawn):
+        model.learn(Document.from_text(one.text, one.title), f"d{i}", max_chunk_tokens=64)
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=64))
+    about = rank_all(setup, drawn)[3]
+    requests = [BASELINES[name].request(setup, about) for name in ("library", "named")]
+    setup.cast_ahead(requests)
+    for chosen, request, found in zip(("*", about.name), requests, made(model.base, requests), strict=True):
         wanted, routed = model.lora_for(about.asked.question, chosen)
-        if chosen == "*":
-            assert [route for _, route in routed] == [route for _, route in case.picked]
+        assert [route for _, route in routed] == [route for _, route in request.prepared.routed]
         for name in wanted.names:
             torch.testing.assert_close(found.delta(name), wanted.delta(name), rtol=0.02, atol=0.02)
 

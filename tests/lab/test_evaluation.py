@@ -7,7 +7,6 @@ import json
 import random
 import subprocess
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -122,7 +121,7 @@ def test_bootstrap_counts_clusters_not_questions():
 def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystack, n_tokens, depth):
     from loracast.base.chat import encode_text
     from loracast.lab.data.needles import make_needles
-    from loracast.lab.evaluation.runner import InMemoryAdapter
+    from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig
 
     rng = random.Random(n_tokens)
     needle = make_needles(rng, 1, split="test", kind="number4")[0]
@@ -134,23 +133,23 @@ def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystac
     assert sample.text[place:].startswith(needle.statement)
     prose_only = len(sample.text) - len(needle.statement)
     assert place / prose_only == pytest.approx(depth, abs=45 / prose_only)  # to the nearest sentence's end
-    document = InMemoryAdapter(model, sample.text, max_chunk_tokens=128)
+    document = DocumentSetup(model, RoutedConfig(chunk_tokens=128)).keep(sample.text)
     needle = sample.needles[0]
     chunk = document.chunks[document.chunk_of(needle.statement, needle.statement.index(needle.answer))]
     assert document.chunk_of("This stands nowhere.", 0) is None
     assert needle.answer in chunk.text
     assert all(needle.answer not in other.text for other in document.chunks if other is not chunk)
-    document.close()
 
 
 def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
     from loracast.lab.data.needles import make_needles
-    from loracast.lab.evaluation.runner import InMemoryAdapter
+    from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig
 
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=256))
     for seed in range(20):
         rng = random.Random(seed)
         sample = haystack.sample(rng, 256, make_needles(rng, 1, split="test", kind="number4"), [rng.random()])
-        assert len(InMemoryAdapter(model, sample.text, max_chunk_tokens=256).chunks) == 1
+        assert len(setup.keep(sample.text).chunks) == 1
 
 
 def test_haystack_refuses_what_cannot_be(haystack):
@@ -165,60 +164,70 @@ def test_haystack_refuses_what_cannot_be(haystack):
         haystack.sample(random.Random(0), 20, make_needles(random.Random(0), 3, split="test"), [0.1, 0.2, 0.3])
 
 
-# ---- documents in memory ----
+# ---- documents in a temporary library ----
 
 
 @pytest.mark.parametrize("options", [{}, {"static_rank": 2, "kinds": ("q_proj", "down_proj")}])
-def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path, options):
+@pytest.mark.parametrize("storage", ["bf16", "int4"])
+def test_a_document_of_an_evaluation_gives_the_lora_of_its_adapter(base, tmp_path, options, storage):
     import torch
 
     from loracast.answering.model import Model
-    from loracast.lab.evaluation.runner import InMemoryAdapter, cast
+    from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig
+    from loracast.lab.evaluation.runner import made
     from tiny import make_hypernet
 
     model = Model(base, tmp_path, make_hypernet(base, **options))
     text = prose(40, seed=9)
-    document = InMemoryAdapter(model, text, "The valley", max_chunk_tokens=128)
-    other = InMemoryAdapter(model, prose(5, seed=10), max_chunk_tokens=128)
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=128), storage=storage)
+    document, other = setup.keep(text, "The valley"), setup.keep(prose(5, seed=10))
     n = len(document.chunks)
     assert n > 4
-    cast(model, [(other, (0,)), (document, range(n)), (document, (1,))])
-    adapter = model.learn(document.document, max_chunk_tokens=128)
+    question = "Which chapel was old?"
+    requests = [setup.request(question, one.adapter, always=True) for one in (other, document)]
+    setup.cast_ahead(requests)
+    adapter = model.learn(document.document, max_chunk_tokens=128, storage=storage)
     assert adapter.manifest.n_chunks == n
     for chunks in (None, (1, 3), {3: 1.0, 1: 0.5}, {i: 1 / (i + 1) for i in range(n)}):
-        ours, theirs = document.lora(chunks), adapter.lora(chunks)
+        ours, theirs = document.adapter.lora(chunks), adapter.lora(chunks)
         assert ours.names == theirs.names
         for name in ours.names:
             torch.testing.assert_close(ours.delta(name), theirs.delta(name), rtol=2e-2, atol=2e-2)
-    assert document.route("Which chapel was old?", 2) == route_adapter(adapter, "Which chapel was old?", 2)
+    asked, (_, lora) = model.prepare(question, adapter, always=True), made(base, requests)
+    assert [route for _, route in requests[1].prepared.routed] == [route_adapter(adapter, question, 2, 0)]
+    wanted = model.lora_of(asked.routed)
+    for name in wanted.names:
+        torch.testing.assert_close(lora.delta(name), wanted.delta(name), rtol=2e-2, atol=2e-2)
 
 
 def test_only_what_is_wanted_is_cast(model):
-    from loracast.lab.evaluation.runner import InMemoryAdapter, cast
+    from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig
 
-    document = InMemoryAdapter(model, prose(40, seed=9), max_chunk_tokens=128)
-    cast(model, [(document, (2, 0))])
-    assert [document.needs(i) for i in range(4)] == [False, True, False, True]
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=128))
+    document = setup.keep(prose(40, seed=9))
+    document.adapter.rows([2, 0])
+    assert [place in setup._recast._rows for place in document.places[:4]] == [True, False, True, False]
+    setup.free([document])
+    assert not setup._recast._rows
 
 
 def test_the_window_gets_the_document_and_loses_its_middle(model):
-    from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup
-    from loracast.lab.evaluation.runner import InMemoryAdapter
+    from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, RoutedConfig
     from loracast.lab.evaluation.synthetic import BASELINES
 
-    setup = DocumentSetup(model)
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=128))
     in_window, passage = BASELINES["window"].request, BASELINES["bm25"].request
-    short = InMemoryAdapter(model, "First sentence here. The code is 4711. Last one.", "A title")
-    whole = model.base.tokenizer.decode(in_window(setup, DocumentCase(short, short, "What is it?")).prompt)
+    short = setup.keep("First sentence here. The code is 4711. Last one.", "A title")
+    whole = model.base.tokenizer.decode(in_window(setup, DocumentCase(short, "What is it?")).prepared.prompt)
     assert "A title" in whole and short.document.text in whole and "What is it?" in whole
-    long = InMemoryAdapter(model, f"Beginning of all. {prose(80, seed=1)} Ending of all.", max_chunk_tokens=128)
-    case = DocumentCase(long, long, "What is the ending?", chunk=len(long.chunks) - 1)
-    prompt = in_window(setup, case).prompt
+    long = setup.keep(f"Beginning of all. {prose(80, seed=1)} Ending of all.")
+    case = DocumentCase(long, "What is the ending?", chunk=len(long.chunks) - 1)
+    prompt = in_window(setup, case).prepared.prompt
     assert model.base.window - 40 < len(prompt) + setup.max_new_tokens <= model.base.window
     cut = model.base.tokenizer.decode(prompt)
     assert "Beginning of all." in cut and "Ending of all." in cut
     picked = passage(setup, case)
-    assert picked.found is True and "Ending of all." in model.base.tokenizer.decode(picked.prompt)
+    assert picked.found is True and "Ending of all." in model.base.tokenizer.decode(picked.prepared.prompt)
 
 
 # ---- whole runs ----
@@ -231,7 +240,7 @@ def short(monkeypatch) -> None:
     from loracast.lab.evaluation import synthetic
 
     monkeypatch.setattr(synthetic, "N_TIMED", 1)
-    monkeypatch.setattr(synthetic, "DocumentSetup", partial(synthetic.DocumentSetup, max_new_tokens=6))
+    monkeypatch.setattr(synthetic, "MAX_NEW_TOKENS", 6)
 
 
 def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
@@ -261,8 +270,6 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     table = (tmp_path / "table.md").read_text()
     assert "adapter, routed 2" in table and "another document's adapter" in table
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 3 * len(config.baselines)
-    for name in ("heatmap.png", "exact-match.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_short_run_is_the_beginning_of_a_long_one(model, texts, tmp_path, monkeypatch):
@@ -313,7 +320,7 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
     from loracast.lab.evaluation import synthetic as everyday
 
     short(monkeypatch)
-    monkeypatch.setattr("loracast.lab.evaluation.runner.copying", lambda base, request: None)
+    monkeypatch.setattr("loracast.answering.question_answering.copying", lambda base, likely: None)
     config = everyday.EverydayConfig(documents=4, questions=4, chunk_tokens=128, split="dev")
     everyday.evaluate_everyday(model, config, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

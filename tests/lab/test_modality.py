@@ -7,11 +7,11 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from loracast.answering.model import load
@@ -25,7 +25,6 @@ from loracast.hypernets.encoders import Encoder, Features, ImageEncoder, load_im
 from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.evaluation.modality import ALL, HELD_OUT, TRAINED, ModalityEvalConfig, evaluate_modality
-from loracast.lab.evaluation.plots import confusion, sheet
 from loracast.lab.training.modality import (
     ModalityDataConfig,
     ModalitySource,
@@ -220,7 +219,7 @@ def test_a_probe_without_enough_images_is_refused_before_anything_is_scored(base
     caster, test = Caster(Hypernetwork.from_pretrained(trained[0]), WaveEncoder()), make_waves(4, 6, seed=9)
     with pytest.raises(ConfigError, match="two images of each class"):
         evaluate_modality(base, caster, make_waves(4, 1), test, ModalityEvalConfig(), tmp_path)
-    report, _ = evaluate_modality(base, caster, make_waves(4, 3), test, ModalityEvalConfig(), tmp_path)
+    report = evaluate_modality(base, caster, make_waves(4, 3), test, ModalityEvalConfig(), tmp_path)
     assert any(row["baseline"] == "probe" for row in report.rows)
 
 
@@ -228,7 +227,9 @@ def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     """The likeliest name from the loss of the base with the LoRA added to its weights, one example at a time."""
     caster = Caster(Hypernetwork.from_pretrained(trained[0]), WaveEncoder())
     known, test = make_waves(4, 24, n_held_out=1), make_waves(4, 6, seed=9, n_held_out=1)
-    report, answered = evaluate_modality(base, caster, known, test, ModalityEvalConfig(), tmp_path)
+    report = evaluate_modality(base, caster, known, test, ModalityEvalConfig(), tmp_path)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    answered = [SimpleNamespace(**json.loads(line)) for line in lines]
     seen_names = test.names[:3]
     prompt = base.chat.prompt(wordings("image").test, "")
     for one in answered[:8]:
@@ -248,16 +249,9 @@ def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     right = [one.chosen == one.name for one in answered if not one.is_held_out]
     assert by[TRAINED, "adapter"]["accuracy"] == pytest.approx(np.mean(right)) and by[TRAINED, "adapter"]["n"] == 18
     assert by[TRAINED, "adapter"]["accuracy"] > 0.6 > by[TRAINED, "shuffled"]["accuracy"]
-    assert by[TRAINED, "probe"]["accuracy"] > 0.6 and by[TRAINED, "adapter"]["of_probe"] == pytest.approx(
-        by[TRAINED, "adapter"]["accuracy"] / by[TRAINED, "probe"]["accuracy"]
-    )
+    assert by[TRAINED, "probe"]["accuracy"] > 0.6
     assert by[HELD_OUT, "adapter"]["chance"] == 1 and by[ALL, "adapter"]["chance"] == 0.25
-    assert report.settings["to_lora_s"] > 0
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == len(test) and answers[0]["name"] == answered[0].name
-    confusion(tmp_path / "c.png", answered, "waves")
-    sheet(tmp_path / "s.png", answered, dataclasses.replace(test, load=lambda i: gradient()), seed=0)
-    assert Image.open(tmp_path / "c.png").width > 200 and Image.open(tmp_path / "s.png").width > 200
+    assert len(answered) == len(test)
 
 
 def test_a_run_goes_on_where_it_stopped(base, tmp_path):

@@ -14,7 +14,7 @@ from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import each_row
 from loracast.lab.data.tasks import read_tasks
-from loracast.lab.evaluation.overlap import OverlapConfig, WordIndex, evaluate_overlap
+from loracast.lab.evaluation.overlap import Index, OverlapConfig, evaluate_overlap, words_of
 from suites import DATA, write_rows, write_suite
 
 
@@ -24,7 +24,7 @@ def test_similarities_are_jaccard_indices():
     for asked in ("Red LAMP!", "a red lamp", "", "new"):
         own = {word.strip("!").lower() for word in asked.split()}
         expected = [len(own & other) / max(1, len(own | other)) for other in words]
-        np.testing.assert_allclose(WordIndex(texts).similarities(asked), expected)
+        np.testing.assert_allclose(Index(map(words_of, texts)).similarities(words_of(asked)), expected)
 
 
 def test_what_is_the_same_and_what_is_nearly_so(tmp_path):

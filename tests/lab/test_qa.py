@@ -10,16 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.base.chat import without_middle
-from loracast.base.generate import Answer
 from loracast.base.load import Base
 from loracast.cli import app
 from loracast.errors import AdapterError, ConfigError
 from loracast.lab.data.answer_metrics import best, exact_match, rouge_l, squad_normalise, token_f1
 from loracast.lab.data.rows import read_questioned
-from loracast.lab.evaluation.documents import DocumentSetup, static_lora
+from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig, static_lora
 from loracast.lab.evaluation.gate import InterferenceConfig, evaluate_interference
-from loracast.lab.evaluation.qa import BASELINES, QaConfig, cases_of, choose, draw, evaluate_qa, passages
-from loracast.lab.evaluation.runner import InMemoryAdapter
+from loracast.lab.evaluation.qa import BASELINES, QaConfig, cases_of, choose, evaluate_qa, passages
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.oracle import PeftConfig
 from loracast.lab.training.window import WindowDataConfig, WindowRecipe, WindowSource, read_window_lora, train_window
@@ -114,19 +112,24 @@ def test_a_window_lora_reads_everyday_documents_and_sheets_too(base, documents):
         WindowDataConfig(everyday_share=0.6, facts_share=0.5)
 
 
+def cases(setup, first, second):
+    """The questions about the first document, beside the second."""
+    other = setup.keep(second.text, second.title)
+    return [dataclasses.replace(case, other=other) for case in cases_of(setup, first)]
+
+
 def test_what_is_left_without_parts_of_the_adapter(model, documents):
-    setup, (first, second) = DocumentSetup(model), read_questioned([documents])[:2]
-    asked = cases_of(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))[0]
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=64))
+    first, second = read_questioned([documents])[:2]
+    asked = cases(setup, first, second)[0]
     whole = BASELINES["adapter"].request(setup, asked)
     parts = {name: BASELINES[name].request(setup, asked) for name in ("place", "copying", "static", "lora", "merged")}
-    assert (
-        parts["place"].answer == whole.likely[0].text
-        and parts["place"].answered_by(Answer("", 0, 0, 0, 0, True)) == "text"
-    )
-    assert parts["copying"] == dataclasses.replace(whole, lora=None, found=None)
-    assert parts["static"].likely == whole.likely and parts["static"].lora == setup.static
-    assert parts["lora"].lora == whole.lora and parts["lora"].likely == () and parts["lora"].answer is None
-    assert parts["merged"].lora.key[0][1] is None and parts["merged"].likely == ()
+    likely, place = whole.prepared.likely, parts["place"].prepared.answer
+    assert (place.text, place.answered_by) == (likely[0].text, "text")
+    assert parts["copying"].key == dataclasses.replace(whole, lora=None).key
+    assert parts["static"].prepared.likely == likely and parts["static"].lora == setup.static
+    assert parts["lora"].lora == whole.lora and parts["lora"].prepared.likely == ()
+    assert parts["merged"].prepared.routed[0][1].chunks is None and parts["merged"].prepared.likely == ()
 
 
 def test_a_window_lora_is_told_from_other_loras(base, window_folder, tmp_path):
@@ -149,7 +152,6 @@ def test_every_baseline_answers_every_question(model, documents, window_folder, 
         window_lora=str(window_folder),
     )  # fmt: skip
     report = evaluate_qa(model, config, tmp_path / "out")
-    draw(report, tmp_path / "out")
     assert report.is_complete
     by_source = [row for row in report.rows if row["kind"] == "source"]
     assert {row["part"] for row in by_source} == {"letters", "tales", "all"}
@@ -173,9 +175,7 @@ def test_every_baseline_answers_every_question(model, documents, window_folder, 
         < at["window"]["prompt_tokens"]
     )
     assert at["adapter"]["update_s"] > at["none"]["update_s"] and at["adapter"]["answer_s"] > 0
-    assert all(row["answer_mib"] >= 0 and row["update_mib"] >= 0 for row in at.values())
     assert at["window_lora"]["f1"] > at["none"]["f1"]  # trained on these very questions
-    assert (tmp_path / "out" / "by_cost.png").stat().st_size > 1000
     assert "| all | adapter |" in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -208,11 +208,11 @@ def test_baselines_that_lack_something_are_refused_or_left_out(model, documents,
 
 
 def test_what_baselines_show_the_base(model, documents):
-    setup = DocumentSetup(model)
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=64))
     first, second = read_questioned([documents])[:2]
-    asked = cases_of(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))[1]
+    asked = cases(setup, first, second)[1]
     shown = {
-        name: model.base.tokenizer.decode(baseline.request(setup, asked).prompt)
+        name: model.base.tokenizer.decode(baseline.request(setup, asked).prepared.prompt)
         for name, baseline in BASELINES.items()
         if name not in ("adapter", "other", "beside", "place", "window_lora", "bm25_lora", "distilled")
     }
@@ -229,8 +229,8 @@ def test_what_baselines_show_the_base(model, documents):
 def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, documents, tmp_path):
     """Against adapters of the library, which add up what they share once."""
     first, second = read_questioned([documents])[:2]
-    setup = DocumentSetup(model, route=2)
-    case = cases_of(first, *(InMemoryAdapter(model, d.text, d.title, 64, "bf16") for d in (first, second)))[0]
+    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=64), storage="bf16")
+    case = cases(setup, first, second)[0]
     BASELINES["beside"].learn(setup, case)
     found = BASELINES["beside"].request(setup, case).lora.make()
     kept = []
@@ -246,9 +246,9 @@ def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, do
 def test_nothing_is_distilled_of_a_document_without_a_sentence_to_ask_about(model, documents):
     from loracast.lab.evaluation import qa as distilled
 
-    setup, (document, *_) = DocumentSetup(model), read_questioned([documents])
+    setup, (document, *_) = DocumentSetup(model, RoutedConfig(chunk_tokens=64)), read_questioned([documents])
     short = dataclasses.replace(document, text="Yes.")
-    case = cases_of(short, *[InMemoryAdapter(model, short.text, short.title, 64)] * 2)[0]
+    case = cases_of(setup, short)[0]
     assert not distilled._questions(setup, case) and not distilled.distil(setup, case).names
 
 
@@ -259,8 +259,8 @@ def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch)
 
     monkeypatch.setattr(distilled, "_N_STEPS", 15)
     monkeypatch.setattr(distilled, "_LR", 1e-2)
-    setup, (document, *_) = DocumentSetup(model), read_questioned([documents])
-    case = cases_of(document, *[InMemoryAdapter(model, document.text, document.title, 64)] * 2)[0]
+    setup, (document, *_) = DocumentSetup(model, RoutedConfig(chunk_tokens=64)), read_questioned([documents])
+    case = cases_of(setup, document)[0]
     questions = distilled._questions(setup, case)
     assert 2 <= len(questions) <= distilled.N_QUESTIONS
     lora = distilled.distil(setup, case)

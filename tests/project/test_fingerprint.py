@@ -31,8 +31,9 @@ from loracast.answering.model import Model
 from loracast.hypernets.protocol import Hypernetwork
 fingerprint.EVERYDAY, fingerprint.SHEETS = 2, 1
 model = Model(load_base({base!r}), {library!r}, Hypernetwork.from_pretrained({hypernet!r}))
-asked = [(document, one) for document, some in fingerprint.questions(model) for one in some]
-print(fingerprint.digest([fingerprint.of_route(document.route(one, 2)) for document, one in asked]))
+setup = fingerprint.DocumentSetup(model)
+asked = [(document, one) for document, some in fingerprint.questions(setup) for one in some]
+print(fingerprint.digest([fingerprint.of_route(fingerprint.route_adapter(d.adapter, one)) for d, one in asked]))
 """
 
 

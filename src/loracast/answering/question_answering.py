@@ -88,7 +88,7 @@ class QuestionAnswering(ABC):
         sampling = options.pop("sampling", Sampling())
         if not is_batch(question):
             prepared, lora = self._request(question, adapter, **options)
-            (given,) = self._generate([prepared], [lora], sampling, None if prepared.comes_whole else on_text)
+            (given,) = self.generate([prepared], [lora], sampling, None if prepared.comes_whole else on_text)
             if prepared.comes_whole:
                 on_text(given.text)
             return given
@@ -98,7 +98,7 @@ class QuestionAnswering(ABC):
                 f"{len(chosen)} adapters for {len(question)} questions: give one for each, () for none, or one for all"
             )
         requests = [self._request(*pair, **options) for pair in zip(question, chosen, strict=True)]
-        return self._generate([prepared for prepared, _ in requests], [lora for _, lora in requests], sampling)
+        return self.generate([prepared for prepared, _ in requests], [lora for _, lora in requests], sampling)
 
     def stream(
         self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
@@ -113,7 +113,7 @@ class QuestionAnswering(ABC):
         """
         return pieces(self.base, lambda on_text: self.answer(question, adapter, on_text, **options))
 
-    def _generate(
+    def generate(
         self,
         prepared: Sequence[Prepared],
         loras: Sequence[LoRA | None],

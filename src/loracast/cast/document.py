@@ -22,12 +22,12 @@ from loracast.documents.images import ImageFile
 from loracast.documents.units import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork
-from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
+from loracast.library.adapter import SENTENCE, Adapter, join_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest
 from loracast.library.save import ChunkBatch, Progress, check_finite, save_rows, save_single, static_tensors
 from loracast.lora.algebra import LoRA
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, static_storage, storage_of
 from loracast.reading.outline import write_document_index
 
 TOKENS_PER_BATCH = 1024
@@ -37,7 +37,8 @@ devices take four times as many.
 
 Spans = Sequence[tuple[int, int]]
 """The (start, end) characters of a chunk's sentences in its prompt."""
-_Place = tuple[str, tuple[tuple[int, int], ...]]
+Place = tuple[str, tuple[tuple[int, int], ...]]
+"""A chunk's prompt, and the places of its sentences."""
 
 
 class Keeping(TypedDict, total=False):
@@ -122,31 +123,19 @@ def static_of(hypernetwork: Hypernetwork) -> dict[str, Tensor]:
     return static_tensors(hypernetwork.static_rows())
 
 
-def recast(
-    caster: Caster, base: Base, prompts: Sequence[str], sentences: Sequence[Spans] | None = None
-) -> dict[str, Tensor]:
-    """The tensors that an adapter of these chunks would hold in bf16, the static LoRA's included.
-
-    Args:
-        sentences: as in `cast_chunks`; those of an adapter's index, which another version may have split otherwise.
-    """
-    batches = list(cast_chunks(caster, base, prompts, sentences))
-    static = static_of(caster.hypernetwork)
-    rows = {name: value.bfloat16().cpu() for name, value in static.items()}
-    for kind in batches[0][0]:
-        for i, side in enumerate("ab"):
-            rows[f"{kind}.{side}"] = torch.cat([batch[kind][i] for batch, _ in batches]).bfloat16().cpu()
-    for kind in batches[0][1]:
-        rows[f"{kind}{SENTENCE}"] = torch.cat([owners[kind] for _, owners in batches])
-    return rows
-
-
 class CachedRecast:
-    """`recast` that keeps the factors of the last chunks in memory, about 2 MB each for the shipped hypernetwork."""
+    """Casts the factors of chunks, and keeps the last ones in memory: about 2 MB each for the shipped hypernetwork."""
 
-    def __init__(self, caster: Caster, base: Base, most: int = 32):
-        self.caster, self.base, self.most = caster, base, most
-        self._rows: dict[_Place, dict[str, Tensor]] = {}  # by prompt and sentences, the one used last at the end
+    def __init__(self, caster: Caster, base: Base, most: int = 32, storage: Storage = "bf16"):
+        """
+        Args:
+            most: chunks whose factors are kept.
+            storage: factors are rounded as they come back from an adapter of this storage.
+        """
+        self.caster, self.base, self.most, self.storage = caster, base, most, storage
+        static, of_static = static_of(caster.hypernetwork), static_storage(storage)
+        self._static = {name: as_stored(value, of_static).cpu() for name, value in static.items()}
+        self._rows: dict[Place, dict[str, Tensor]] = {}  # the one used last at the end
         self._changing = Lock()
 
     def attach(self, adapter: Adapter) -> None:
@@ -162,24 +151,43 @@ class CachedRecast:
             )
         adapter.recast = self
 
-    def __call__(self, prompts: Sequence[str], sentences: Sequence[Spans] | None = None) -> dict[str, Tensor]:
-        """As `recast`; prompts that are not in memory are cast in one go."""
-        spans = map(sentence_spans, prompts) if sentences is None else sentences
-        places: list[_Place] = [(prompt, tuple(some)) for prompt, some in zip(prompts, spans, strict=True)]
+    def cast(self, places: Sequence[Place]) -> dict[Place, dict[str, Tensor]]:
+        """The rows of each chunk; those of chunks that are not in memory are cast in one go."""
         with self._changing:
             found = {place: self._rows[place] for place in places if place in self._rows}
-        if new := [place for place in dict.fromkeys(places) if place not in found]:
-            cast = recast(self.caster, self.base, [prompt for prompt, _ in new], [some for _, some in new])
-            for i, place in enumerate(new):
-                found[place] = {name: v if STATIC in name else v[i : i + 1].clone() for name, v in cast.items()}
+        new = [place for place in dict.fromkeys(places) if place not in found]
+        ahead, prompts, spans = iter(new), [prompt for prompt, _ in new], [some for _, some in new]
+        for rows, owners in cast_chunks(self.caster, self.base, prompts, spans):
+            stored: dict[str, Tensor] = {f"{kind}{SENTENCE}": numbers for kind, numbers in owners.items()}
+            for kind, sides in rows.items():
+                storage = storage_of(self.storage, kind in owners)
+                stored |= {f"{kind}.{side}": as_stored(of, storage).cpu() for side, of in zip("ab", sides, strict=True)}
+            for i in range(len(next(iter(stored.values())))):
+                found[next(ahead)] = {name: value[i : i + 1].clone() for name, value in stored.items()}
         with self._changing:
-            for place, rows in found.items():
+            for place, of_chunk in found.items():
                 self._rows.pop(place, None)
-                self._rows[place] = rows
+                self._rows[place] = of_chunk
             for place in list(self._rows)[: -self.most]:
                 del self._rows[place]
+        return found
+
+    def forget(self, places: Sequence[Place]) -> None:
+        """Free the rows of these chunks."""
+        for place in places:
+            self._rows.pop(place, None)
+
+    def __call__(self, prompts: Sequence[str], sentences: Sequence[Spans] | None = None) -> dict[str, Tensor]:
+        """The tensors that an adapter of these chunks would hold, the static LoRA's included.
+
+        Args:
+            sentences: as in `cast_chunks`; those of an adapter's index, which another version may have split otherwise.
+        """
+        spans = map(sentence_spans, prompts) if sentences is None else sentences
+        places: list[Place] = [(prompt, tuple(some)) for prompt, some in zip(prompts, spans, strict=True)]
+        found = self.cast(places)
         each = [found[place] for place in places]
-        return {name: v if STATIC in name else torch.cat([rows[name] for rows in each]) for name, v in each[0].items()}
+        return {name: torch.cat([rows[name] for rows in each]) for name in each[0]} | self._static
 
 
 def cast_document(caster: Caster, base: Base, document: Document, max_chunk_tokens: int | None) -> LoRA:
@@ -191,7 +199,7 @@ def cast_document(caster: Caster, base: Base, document: Document, max_chunk_toke
 def merge_chunks(caster: Caster, base: Base, chunks: Sequence[Chunk], *, dense: bool = True) -> LoRA:
     """The LoRA of a document's chunks, all of them merged; `dense` as in `Adapter.lora`."""
     hypernetwork = caster.hypernetwork
-    rows = recast(caster, base, [chunk.prompt for chunk in chunks])
+    rows = CachedRecast(caster, base)([chunk.prompt for chunk in chunks])
     return join_chunks(hypernetwork.config.target, rows, rows, hypernetwork.merging, dense=dense)
 
 

@@ -70,10 +70,6 @@ class TaskCaster:
         given = _stripped(tasks)
         return self._loras(given, self._encode(given), strength)
 
-    def constant_lora(self) -> LoRA:
-        """The LoRA of a constant condition that describes nothing: a baseline."""
-        return self._loras([TaskSpec("")], Features(self.hypernetwork.constant()[:, None]), 1.0)[0]
-
     def start_of_descent(self, task: TaskSpec, strength: float = 1.0) -> Rows:
         """The rows that descent on a task's examples starts from: as cast from the description alone, if there is one.
 

@@ -43,13 +43,6 @@ class OpenIndex:
             yield self._database
 
 
-class IndexInMemory(sqlite3.Connection):
-    """An index in memory, for evaluations that keep nothing: `sqlite3.connect(":memory:", factory=IndexInMemory)`.
-
-    What routing keeps beside an index needs a connection that can be referred to weakly.
-    """
-
-
 Index = Path | sqlite3.Connection | OpenIndex
 """An index: a file (an adapter's), or an open database."""
 

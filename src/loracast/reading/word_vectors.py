@@ -27,7 +27,6 @@ from weakref import WeakKeyDictionary
 
 from loracast.library.index import (
     Index,
-    IndexInMemory,
     OpenIndex,
     SentencePlace,
     open_index,
@@ -262,13 +261,13 @@ class ReadIndex:
         return [self.prompts[chunk][start:end] for _, start, end in self.places[slice(*self.chunks[chunk])]]
 
 
-_READ: WeakKeyDictionary[OpenIndex | IndexInMemory, ReadIndex] = WeakKeyDictionary()
+_READ: WeakKeyDictionary[OpenIndex, ReadIndex] = WeakKeyDictionary()
 _READING = threading.Lock()
 
 
 def read_index(index: Index) -> ReadIndex | None:
     """Read an index and look up its words, kept as long as it is open; None where it has no sentences."""
-    if isinstance(index, OpenIndex | IndexInMemory) and (kept := _READ.get(index)) is not None:
+    if isinstance(index, OpenIndex) and (kept := _READ.get(index)) is not None:
         return kept
     with open_index(index) as database:
         places = read_sentences(database)
@@ -281,7 +280,7 @@ def read_index(index: Index) -> ReadIndex | None:
             chunks[place.chunk] = (chunks.get(place.chunk, (i, i))[0], i + 1)
         text = shipped_vectors().read([prompts[chunk][start:end] for chunk, start, end in places])
     read = ReadIndex(text, prompts, [chunk.heading for chunk in of_chunks], places, chunks)
-    if isinstance(index, OpenIndex | IndexInMemory):
+    if isinstance(index, OpenIndex):
         with _READING:
             _READ[index] = read
     return read

@@ -16,7 +16,8 @@ from loracast.cli.terminal import print_json, progress_bar, say, stdout
 
 if TYPE_CHECKING:
     from loracast.base.load import Base
-    from loracast.cast.task import TaskCaster
+    from loracast.hypernets.protocol import Caster
+    from loracast.hypernets.store import Modality
     from loracast.lab.evaluation.ablations import AblationConfig
     from loracast.lab.evaluation.cost import LatencyConfig, MemoryConfig
     from loracast.lab.evaluation.gate import GateConfig, InterferenceConfig
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from loracast.lab.evaluation.refining import RefiningConfig
     from loracast.lab.evaluation.report import Report
     from loracast.lab.evaluation.synthetic import EverydayConfig, FactsConfig, NeedleConfig
-    from loracast.lab.evaluation.tasks import TasksConfig
+    from loracast.lab.evaluation.tasks import TasksConfig, TaskSetup
     from loracast.lab.evaluation.whole_library import LibraryConfig
 
 
@@ -63,11 +64,9 @@ Documents = Annotated[list[str] | None, "Documents with questions: JSONL(.gz) ro
 @config_from("loracast.lab.evaluation.qa")
 def qa(config: QaConfig, models: Models, results: Results) -> None:
     """Questions that people asked about real documents: an adapter against (parts of) the document in the prompt."""
-    from loracast.lab.evaluation.plots import require_matplotlib
-    from loracast.lab.evaluation.qa import draw, evaluate_qa
+    from loracast.lab.evaluation.qa import evaluate_qa
 
-    require_matplotlib()
-    draw(results.of("documents", evaluate_qa, open_model(models), config), results.out)
+    results.of("documents", evaluate_qa, open_model(models), config)
 
 
 @config_from("loracast.lab.evaluation.synthetic")
@@ -193,29 +192,17 @@ def memory(config: MemoryConfig, models: Models, results: Results) -> None:
 def tasks(
     config: TasksConfig,
     *,
-    oracles: Annotated[Path | None, "Library of `loracast train oracle`, for the baselines oracle and average."] = None,
+    oracles: Annotated[Path | None, "Library of `loracast train oracle`, for the baseline oracle."] = None,
     multitask: Annotated[Path | None, "LoRA of `loracast train multitask`, a baseline."] = None,
     multitask_described: Annotated[Path | None, "LoRA of `loracast train multitask --described`, a baseline."] = None,
     models: Models,
     results: Results,
 ) -> None:
     """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
-    from loracast.base.embedded import DEFAULT_BASE
-    from loracast.lab.evaluation.tasks import TaskSetup, evaluate_tasks
-    from loracast.lab.training.oracle import average_of_oracles, read_multitask
+    from loracast.lab.evaluation.tasks import evaluate_tasks
 
-    base = open_base(models)
-    made_for = base.fingerprint
-    described = read_multitask(multitask_described, made_for, True) if multitask_described else None
-    setup = TaskSetup(
-        base,
-        caster=_caster(models, base) if models.hypernetwork or base.name == DEFAULT_BASE else None,
-        oracles=oracles,
-        multitask=read_multitask(multitask, made_for, False) if multitask else None,
-        multitask_described=described,
-        average=average_of_oracles(oracles, made_for) if oracles else None,
-    )
-    results.of("rows", evaluate_tasks, setup, config)
+    loras = {"oracles": oracles, "multitask": multitask, "multitask_described": multitask_described}
+    results.of("rows", evaluate_tasks, _task_setup(models, **loras, needs_caster=False), config)
 
 
 @config_from("loracast.lab.evaluation.refining")
@@ -228,13 +215,8 @@ def refining(
 ) -> None:
     """Gradient descent on a task's examples, measured second by second: from the cast adapter and from scratch."""
     from loracast.lab.evaluation.refining import evaluate_refining
-    from loracast.lab.evaluation.tasks import TaskSetup
-    from loracast.lab.training.oracle import read_multitask
 
-    base = open_base(models)
-    start = read_multitask(multitask, base.fingerprint, False) if multitask else None
-    setup = TaskSetup(base, caster=_caster(models, base), multitask=start)
-    results.of("rows", evaluate_refining, setup, config)
+    results.of("rows", evaluate_refining, _task_setup(models, multitask=multitask), config)
 
 
 @config_from("loracast.lab.evaluation.query_cost")
@@ -244,20 +226,42 @@ def cost(config: CostConfig, models: Models, results: Results) -> None:
     Cost is counted in tokens, operations and seconds.
     """
     from loracast.lab.evaluation.query_cost import evaluate_cost
-    from loracast.lab.evaluation.tasks import TaskSetup
 
-    base = open_base(models)
-    results.of("tasks", evaluate_cost, TaskSetup(base, caster=_caster(models, base)), config)
+    results.of("tasks", evaluate_cost, _task_setup(models), config)
 
 
-def _caster(models: Models, base: Base | None = None) -> TaskCaster:
-    """Load what casts descriptions; the base is loaded only for a hypernetwork that needs it."""
+def _caster(models: Models, modality: Modality, base: Base | None = None, encoder: str | None = None) -> Caster:
+    """Load what casts descriptions or images."""
     from loracast.base.embedded import DEFAULT_BASE
     from loracast.cast.load import load_caster, shipped_hypernetwork
-    from loracast.cast.task import TaskCaster
 
-    where = models.hypernetwork or shipped_hypernetwork(base or models.base or DEFAULT_BASE, "task")
-    return TaskCaster(load_caster(where, "task", base or (lambda: open_base(models)), say=say))
+    where = models.hypernetwork or shipped_hypernetwork(base or models.base or DEFAULT_BASE, modality)
+    return load_caster(where, modality, base, encoder=encoder, say=say)
+
+
+def _task_setup(
+    models: Models,
+    *,
+    oracles: Path | None = None,
+    multitask: Path | None = None,
+    multitask_described: Path | None = None,
+    needs_caster: bool = True,
+) -> TaskSetup:
+    """Load the base, the hypernetwork for tasks, and the LoRAs that answers are compared with."""
+    from loracast.base.embedded import DEFAULT_BASE
+    from loracast.cast.task import TaskCaster
+    from loracast.lab.evaluation.tasks import TaskSetup
+    from loracast.lab.training.oracle import read_multitask
+
+    base = open_base(models)
+    made_for, has_caster = base.fingerprint, needs_caster or models.hypernetwork or base.name == DEFAULT_BASE
+    return TaskSetup(
+        base,
+        caster=TaskCaster(_caster(models, "task", base)) if has_caster else None,
+        oracles=oracles,
+        multitask=read_multitask(multitask, made_for, False) if multitask else None,
+        multitask_described=read_multitask(multitask_described, made_for, True) if multitask_described else None,
+    )
 
 
 @config_from("loracast.lab.evaluation.harness")
@@ -294,24 +298,12 @@ def image(
 
     A linear probe on the same features is the baseline.
     """
-    from loracast.base.embedded import DEFAULT_BASE
     from loracast.base.fingerprint import check
-    from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.lab.data.labelled import read_images
     from loracast.lab.evaluation.modality import evaluate_modality
-    from loracast.lab.evaluation.plots import confusion, require_matplotlib, sheet
 
-    require_matplotlib()
     known, test = read_images(trained_on), read_images(images)
-    where = models.hypernetwork or shipped_hypernetwork(models.base or DEFAULT_BASE, "image")
-    caster = load_caster(where, "image", encoder=encoder, say=say)
+    caster = _caster(models, "image", encoder=encoder)
     base = open_base(models)
     check(caster.made_for, base.fingerprint, "the hypernetwork")
-    with progress_bar("answers", is_kept=True) as progress:
-        report, answers = evaluate_modality(base, caster, known, test, config, results.out, progress)
-    confusion(results.out / "confusion.png", answers, "images, by the likeliest name")
-    sheet(results.out / "sheet.png", answers, test, config.seed)
-    results.show(report)
-    if not results.as_json:
-        times = [1000 * report.settings[key] for key in ("to_lora_s", "first_token_s", "first_token_of_base_s")]
-        say("one image to a LoRA {:.0f} ms; first token {:.0f} ms, of the base {:.0f} ms".format(*times))
+    results.of("answers", evaluate_modality, base, caster, known, test, config)

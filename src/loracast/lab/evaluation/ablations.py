@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from loracast.answering.model import Model
 from loracast.base.load import Base
@@ -22,7 +24,7 @@ from loracast.errors import ConfigError
 from loracast.files import write_atomically
 from loracast.lab.evaluation.documents import DocumentSetup
 from loracast.lab.evaluation.likelihood import TeacherForcedConfig, evaluate_teacher_forced
-from loracast.lab.evaluation.report import Column, Progress, Report, ReportWriter, columns, no_progress
+from loracast.lab.evaluation.report import Column, Progress, Report, columns, no_progress
 from loracast.lab.training.doc import DocRecipe, read_doc_recipe, train_doc
 from loracast.lab.training.document_source import EpisodeKind
 from loracast.library.manifest import name_from
@@ -74,17 +76,13 @@ def read_variants(path: Path, only: Sequence[str] = ()) -> dict[str, tuple[str, 
         ConfigError: the file cannot be read or has another form, or has no variant of such a name.
     """
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot read the variants {path}: {error}") from error
-    variants = given.get("variants")
-    if given.keys() != {"variants"} or not isinstance(variants, dict) or not variants:
+        table = TypeAdapter(dict[Literal["variants"], dict[str, list[str]]])
+        variants = table.validate_python(tomllib.loads(path.read_text(encoding="utf-8")), strict=True)["variants"]
+    except (OSError, KeyError, ValueError) as error:
         raise ConfigError(
-            f'{path} must hold one table [variants] with lines such as "rank 16" = ["hypernetwork.rank=16"]'
-        )
-    for name, changes in variants.items():
-        if not isinstance(changes, list) or not all(isinstance(change, str) for change in changes):
-            raise ConfigError(f'{path}: the variant {name!r} must be a list of changes such as "hypernetwork.rank=16"')
+            f'cannot read the variants {path}, which hold one table [variants] with lines such as "rank 16" = '
+            f'["hypernetwork.rank=16"]: {error}'
+        ) from error
     if len({name_from(name) for name in variants}) < len(variants):
         raise ConfigError(f"{path}: two variants would share a folder; their names must differ in letters or digits")
     if unknown := [name for name in only if name not in variants]:
@@ -113,7 +111,7 @@ def run_ablations(base: Base, config: AblationConfig, out: Path, progress: Progr
             _run(base, config, run[1], run[0])
     progress(len(runs), len(runs))
     rows = [row for variant in config.variants if (row := _row(config, variant, out))]
-    return ReportWriter(out, "ablations", _columns(config.kinds), config, base).write(rows)
+    return Report(out, "ablations", _columns(config.kinds), config, base).write(rows)
 
 
 def _run(base: Base, config: AblationConfig, recipe: DocRecipe, folder: Path) -> None:
@@ -162,21 +160,13 @@ def _row(config: AblationConfig, variant: str, out: Path) -> dict[str, Any] | No
     return row
 
 
-def _columns(kinds: Sequence[EpisodeKind]) -> list[Column]:
-    by_kind = [
-        _by_seed(f"{kind}_{name}", f"{kind}: {header} %")
+def _columns(kinds: Sequence[EpisodeKind]) -> tuple[Column, ...]:
+    by_kind = {
+        f"{kind}_{name}": (f"{kind}: {header} %", "by seed")
         for kind in kinds
         for name, header in zip(_NAMES, ("exact", "tokens"), strict=True)
-    ]
-    figures = columns(
+    }
+    return columns(
         label="variant", parameters_m=("M parameters", 1), chunk_kb=("kB a chunk", 0), steps=("steps", 0),
-        step_s=("s a step", 2),
+        step_s=("s a step", 2), **by_kind, accuracy=("tokens %, mean of the kinds", "%"),
     )  # fmt: skip
-    return [*figures, *by_kind, Column("tokens %, mean of the kinds", lambda row: f"{100 * row['accuracy']:.1f}")]
-
-
-def _by_seed(key: str, header: str) -> Column:
-    def form(row: Mapping[str, Any]) -> str:
-        return f"{100 * row[key]:.1f} ({', '.join(f'{100 * value:.1f}' for value in row[f'{key}_by_seed'])})"
-
-    return Column(header, form)

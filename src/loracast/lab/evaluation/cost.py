@@ -25,19 +25,26 @@ import torch
 from loracast.answering.model import Model, load
 from loracast.base.chat import encode_with_offsets
 from loracast.base.generate import Sampling
-from loracast.cast.document import learn_document, split_document, token_batches
+from loracast.cast.document import split_document, token_batches
 from loracast.documents import Document
 from loracast.errors import LoracastError
 from loracast.lab.data.needles import Haystack, Sample, make_needles
 from loracast.lab.data.rows import read_texts
-from loracast.lab.evaluation.documents import DocumentCase, DocumentConfig, DocumentSetup, no_document, plain, whole
-from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
+from loracast.lab.evaluation.documents import (
+    DocumentBaseline,
+    DocumentCase,
+    DocumentConfig,
+    DocumentSetup,
+    LearnedDocument,
+    RoutedConfig,
+    adapter,
+    no_document,
+    whole,
+)
+from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
 from loracast.lab.evaluation.runner import (
     Answered,
     Baseline,
-    InMemoryAdapter,
-    LoRASource,
-    Request,
     ask_one,
     check_positive,
     in_turn,
@@ -45,7 +52,6 @@ from loracast.lab.evaluation.runner import (
     warm_up,
 )
 from loracast.lab.evaluation.synthetic import window_prompt
-from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import layer_shapes, text_config
 from loracast.reading.routing import DEFAULT_ROUTE
@@ -162,36 +168,23 @@ def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: P
 
     Every question is another one about another place, so that no LoRA is at hand from the question before.
     """
-    setup = DocumentSetup(model, config.route)
-    writer = ReportWriter(out, "latency", LATENCY_COLUMNS, config, model.base, model.documents.id)
+    setup = DocumentSetup(model, RoutedConfig(route=config.route))
+    writer = Report(out, "latency", LATENCY_COLUMNS, config, model.base, model.documents.id)
     sample = _document(model, config.texts, config.tokens, config.seed, config.repetitions + _N_WARM_UP)
-    with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
-        document = InMemoryAdapter(model, sample.text)
-        library = Library(scratch)
-        learn_document(model.documents, model.base, document.document, library, "document")
-        on_disk = library.open("document")
-
-        def with_adapter(setup: DocumentSetup, case: DocumentCase) -> Request:
-            def make() -> LoRA:
-                lora, _ = model.lora_for(case.question, on_disk, setup.route)
-                assert lora is not None
-                return lora
-
-            return Request(plain(setup, case.question), LoRASource(case, make))
-
-        baselines: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
-            "base": Baseline("no document", no_document),
-            "adapter": Baseline(f"adapter, routed {config.route}", with_adapter),
-            "window": Baseline("in the window", whole(window_prompt)),
-        }
-        answered: dict[str, list[Answered[DocumentCase]]] = {name: [] for name in baselines}
-        warm_up(model.base)
-        for i, needle in enumerate(sample.needles):
-            case = DocumentCase(document, document, needle.question)
-            for name in in_turn(list(baselines), i):
-                answered[name].append(ask_one(setup, name, baselines[name], case, _FIRST_TOKEN))
-            progress(i + 1, len(sample.needles))
-        document.close()
+    document = Document.from_text(sample.text)
+    on_disk = LearnedDocument(document, [], setup.learn(document, "document"))
+    baselines: dict[str, DocumentBaseline] = {
+        "base": Baseline("no document", no_document),
+        "adapter": Baseline(f"adapter, routed {config.route}", adapter("document")),
+        "window": Baseline("in the window", whole(window_prompt)),
+    }
+    answered: dict[str, list[Answered[DocumentCase]]] = {name: [] for name in baselines}
+    warm_up(model.base)
+    for i, needle in enumerate(sample.needles):
+        case = DocumentCase(on_disk, needle.question)
+        for name in in_turn(list(baselines), i):
+            answered[name].append(ask_one(setup, name, baselines[name], case, _FIRST_TOKEN)[0])
+        progress(i + 1, len(sample.needles))
     times = {
         name: [a.first_token_s for a in some[_N_WARM_UP:] if a.first_token_s is not None]
         for name, some in answered.items()
@@ -223,7 +216,7 @@ def evaluate_memory(
     Raises:
         LoracastError: such a process failed; the message ends with its last line.
     """
-    writer = ReportWriter(out, "memory", MEMORY_COLUMNS, config, model.base, model.documents.id)
+    writer = Report(out, "memory", MEMORY_COLUMNS, config, model.base, model.documents.id)
     rows = []
     with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
         for i, length in enumerate(config.lengths):

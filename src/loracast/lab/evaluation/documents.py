@@ -1,30 +1,53 @@
-"""Baselines for questions about documents: adapters, no document, and a text in the prompt."""
+"""Documents in evaluations: learned into a temporary library, asked by baselines, which one runner goes through.
+
+Only a document's text is learned. Its chunks are cast when questions need them, full batches across documents, and
+rounded as those of a stored adapter are; a test compares them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 
-from loracast.answering.answers import NOT_SAID, least_confidence
+from loracast.answering.answers import NOT_SAID, Prepared, without_model
 from loracast.answering.model import Model
-from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.answering.options import Chosen
 from loracast.base.chat import ChatFormat, without_middle
-from loracast.base.load import Base
+from loracast.base.generate import Sampling
+from loracast.cast.document import CachedRecast, Place, learn_chunks, split_document
+from loracast.documents import Chunk, Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import QuestionedDocument, read_questioned
-from loracast.lab.evaluation.runner import Baseline, InMemoryAdapter, LoRASource, Request, cast, fixed
+from loracast.lab.evaluation.report import Progress, Report
+from loracast.lab.evaluation.runner import (
+    Answered,
+    Baseline,
+    Deadline,
+    EvaluatedModel,
+    LoRASource,
+    Request,
+    ask,
+    fixed,
+    shown,
+    warm_up,
+)
 from loracast.lab.training.document_source import reading_prompt
-from loracast.lora.algebra import LoRA, concat
+from loracast.library.adapter import Adapter
+from loracast.lora.algebra import LoRA
 from loracast.lora.factors import Factors
-from loracast.reading.matching import candidates_together
-from loracast.reading.relevance import THRESHOLD, THRESHOLD_STRICT
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.reading.routing import DEFAULT_ROUTE, Route
+from loracast.reading.wide_route import routing_key
 
 Prompt = Callable[[ChatFormat, str, str], list[int]]
 """(chat, text, question) -> token ids of a prompt that shows the text."""
@@ -60,14 +83,14 @@ class WindowedConfig(RoutedConfig):
     window_lora: str = ""
     """Folder of a LoRA of `loracast train window`, which answers with the text in its prompt."""
 
-    def setup(self, model: Model, max_new_tokens: int) -> DocumentSetup:
+    def setup(self, model: Model, max_new_tokens: int, storage: Storage = DEFAULT_STORAGE) -> DocumentSetup:
         """What all baselines share. Raises AdapterError for a window LoRA that is none, or of another base."""
         from loracast.lab.training.window import read_window_lora
 
         lora = None
         if self.window_lora:
             lora = read_window_lora(Path(self.window_lora), model.base.fingerprint).to(model.base.device)
-        return DocumentSetup(model, self.route, max_new_tokens, lora)
+        return DocumentSetup(model, self, max_new_tokens, lora, storage)
 
     @property
     def missing(self) -> dict[str, str]:
@@ -95,45 +118,149 @@ class QuestionedConfig(DocumentConfig):
         return read_questioned(self.documents, self.sources, self.split)
 
 
-@dataclass(frozen=True)
-class DocumentSetup:
-    """What all baselines of a run share."""
+_MOST_CHUNKS = 100_000  # in memory: a run frees those that it needs no longer
 
-    model: Model
-    route: int = DEFAULT_ROUTE
-    """Chunks that a question is given."""
-    max_new_tokens: int = MAX_NEW_TOKENS
-    """Longest answer."""
-    window_lora: LoRA | None = None
-    """A LoRA trained to answer with the text in its prompt (`loracast train window`), if there is one."""
+
+@dataclass(frozen=True, eq=False)
+class LearnedDocument:
+    """A document with its adapter in a temporary library."""
+
+    document: Document
+    chunks: list[Chunk]
+    adapter: Adapter
+    trained: dict[str, LoRA] = field(default_factory=dict)
+    """LoRAs that baselines trained for this document, by the baseline's name."""
 
     @property
-    def base(self) -> Base:
-        return self.model.base
+    def full_text(self) -> str:
+        """The document as a reader gets it."""
+        title, text = self.document.title, self.document.text
+        return f"{title}\n\n{text}" if title else text
+
+    @property
+    def n_tokens(self) -> int:
+        return self.adapter.manifest.n_tokens
+
+    def chunk_of(self, statement: str, value_at: int) -> int | None:
+        """The number of the chunk that holds a character of a statement; None where it is not there word for word."""
+        at = self.document.text.find(statement)
+        return None if at < 0 else max(0, bisect_right(self.chunks, at + value_at, key=lambda chunk: chunk.start) - 1)
+
+    @property
+    def places(self) -> list[Place]:
+        return [(chunk.prompt, tuple(chunk.units)) for chunk in self.chunks]
+
+
+class DocumentSetup(EvaluatedModel):
+    """A model with a temporary library, and what all baselines of a run on documents share."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: RoutedConfig | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        window_lora: LoRA | None = None,
+        storage: Storage = DEFAULT_STORAGE,
+    ):
+        """
+        Args:
+            max_new_tokens: longest answer.
+            window_lora: a LoRA trained to answer with the text in its prompt (`loracast train window`), if there is
+                one.
+            storage: how factors are rounded.
+        """
+        self._folder = TemporaryDirectory(prefix="loracast-eval-")
+        super().__init__(model.base, self._folder.name)
+        self.documents = model.documents
+        self.config = config or RoutedConfig()
+        self.max_new_tokens, self.window_lora, self.storage = max_new_tokens, window_lora, storage
+        self.learned: dict[str, LearnedDocument] = {}  # by version
+        self._names = map("d{}".format, count())
+
+    @cached_property
+    def _recast(self) -> CachedRecast:
+        return CachedRecast(self.documents, self.base, _MOST_CHUNKS, self.storage)
 
     @cached_property
     def static(self) -> LoRASource:
         """The LoRA that the hypernetwork gives every document alike."""
-        return fixed(static_lora(self.model))
+        return fixed(static_lora(self))
 
     @cached_property
     def chunk_bytes(self) -> int:
         """Size of one chunk's LoRA, two bytes a number."""
-        config = self.model.documents.hypernetwork.config
+        config = self.documents.hypernetwork.config
         return 2 * sum(config.ranks[m.kind] * (m.d_in + m.d_out) for m in config.target.modules)
 
-    def prepare(self, requests: Sequence[Request]) -> None:
+    def overview(self, question: str, adapter: Chosen) -> None:
+        """No outline answers in an evaluation: every question is the model's."""
+
+    def keep(self, document: Document | str, title: str = "") -> LearnedDocument:
+        """Learn the text of a document; its chunks are cast when they are needed."""
+        document = Document.from_text(document, title) if isinstance(document, str) else document
+        longest, name = self.config.chunk_tokens, next(self._names)
+        chunks = split_document(self.base, document, longest)
+        learn_chunks(
+            self.documents, self.base, document, chunks, self.library, name, max_chunk_tokens=longest, storage="text"
+        )
+        kept = LearnedDocument(document, chunks, self.adapter(name))
+        self.learned[kept.adapter.manifest.version] = kept
+        return kept
+
+    def cast_all(self, document: LearnedDocument) -> None:
+        """Cast all chunks of a document."""
+        self._recast.cast(document.places)
+
+    def free(self, documents: Iterable[LearnedDocument]) -> None:
+        """Free what was cast, trained and opened for documents."""
+        for document in documents:
+            self._recast.forget(document.places)
+            document.trained.clear()
+            vars(document.adapter).pop("open_index", None)
+
+    def request(self, question: str, chosen: Chosen = (), chunk: int | None = None, **options: Any) -> Request:
+        """A question as `loracast ask` prepares it, with the LoRA of what it gets of the chosen adapters.
+
+        Args:
+            chunk: the chunk of the first adapter that holds the answer, if it is to be said whether it was picked.
+            options: as in `prepare`.
+        """
+        prepared = self.prepare(question, chosen, **{"route": self.config.route, **options})
+        routed = prepared.routed
+        picked = [_chunks(*one) for one in routed]
+        key, n_bytes = routing_key(routed), self.chunk_bytes * sum(map(len, picked))
+        lora = None if key is None else LoRASource(key, partial(_made, self, routed), n_bytes)
+        return Request(prepared, lora, None if chunk is None else chunk in picked[0])
+
+    def cast_ahead(self, requests: Sequence[Request]) -> None:
         """Cast the chunks that requests need, full batches across documents."""
-        cast(self.model, [part for r in requests if r.lora is not None for part in r.lora.chunks])
+        self._recast.cast(
+            [
+                self.learned[adapter.manifest.version].places[i]
+                for request in requests
+                if request.lora is not None
+                for adapter, route in request.prepared.routed
+                for i in _chunks(adapter, route)
+            ]
+        )
+
+
+def _made(model: Model, routed: list[tuple[Adapter, Route]]) -> LoRA:
+    lora = model.lora_of(routed)
+    assert lora is not None
+    return lora
+
+
+def _chunks(adapter: Adapter, route: Route) -> Sequence[int]:
+    """The chunks that a question gets of an adapter, in order."""
+    return range(adapter.manifest.n_chunks) if route.chunks is None else sorted(route.chunks)
 
 
 @dataclass(frozen=True, eq=False)
 class DocumentCase:
     """One question about one document."""
 
-    document: InMemoryAdapter
-    other: InMemoryAdapter
-    """Another document of the same kind, which does not hold the answer."""
+    document: LearnedDocument
     question: str
     answers: tuple[str, ...] = ()
     """All answers that count as right."""
@@ -144,98 +271,55 @@ class DocumentCase:
     doc_id: str = ""
     source: str = ""
     """The data set that the document is from."""
-    learned: dict[str, LoRA] = field(default_factory=dict)
-    """LoRAs that baselines trained for this document, by the baseline's name; shared by all questions about it."""
+    about: Any = None
+    """What the question was made from, if it was generated."""
+    other: LearnedDocument | None = None
+    """Another document of the same kind, which does not hold the answer."""
 
 
-def plain(setup: DocumentSetup, question: str) -> tuple[int, ...]:
-    """The question alone, as `loracast ask` puts it."""
-    return tuple(setup.base.chat.prompt(question, ASK_SYSTEM_TURN))
-
-
-def pick(setup: DocumentSetup, document: InMemoryAdapter, question: str, threshold: float = THRESHOLD) -> Route:
-    """What of a document a question gets, as in `loracast ask`; with THRESHOLD_STRICT as in `ask --strict`."""
-    return document.route(question, setup.route, threshold)
-
-
-def adapters(setup: DocumentSetup, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> LoRASource | None:
-    """The sum of the LoRAs of some documents, as `loracast ask -a one -a two` adds them up; None without a document.
-
-    Args:
-        picked: each document with what a question gets of it.
-    """
-    picked = [(document, route) for document, route in picked if not route.is_empty]
-    if not picked:
-        return None
-    chunks = tuple((d, tuple(range(len(d.chunks)) if r.chunks is None else sorted(r.chunks))) for d, r in picked)
-    key = tuple((d, r.chunks, r.weights, r.sentences) for d, r in picked)
-    n_bytes = setup.chunk_bytes * sum(len(some) for _, some in chunks)
-
-    # What the hypernetwork gives every document alike counts once.
-    def make() -> LoRA:
-        return concat([d.lora(r.picked, r.sentence_weights, static=i == 0) for i, (d, r) in enumerate(picked)])
-
-    return LoRASource(key, make, n_bytes, chunks)
+DocumentBaseline = Baseline[DocumentSetup, DocumentCase]
+Asks = Callable[[DocumentSetup, DocumentCase], Request]
+"""What a baseline gives the model to answer a question with."""
 
 
 def no_document(setup: DocumentSetup, case: DocumentCase) -> Request:
     """The plain base: what it knows or guesses."""
-    return Request(plain(setup, case.question))
+    return setup.request(case.question)
 
 
-def adapter(
-    *whose: Whose, is_routed: bool = True, copies: bool = True
-) -> Callable[[DocumentSetup, DocumentCase], Request]:
-    """The question alone, with the LoRAs of these documents of a case, added up where there are two.
+def adapter(*whose: Whose, **options: Any) -> Asks:
+    """The question alone, with the LoRAs of these documents of a case, as `loracast ask -a one -a two` adds them up.
 
     Args:
-        is_routed: take the chunks that routing picks for the question, as `loracast ask` does, instead of all.
-        copies: raise the logits of answers that stand in the documents (base/copying.py), as `loracast ask` does.
+        options: as in `Model.prepare`.
     """
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
-        documents: list[InMemoryAdapter] = [getattr(case, name) for name in whose]
-        picked = [(d, pick(setup, d, case.question) if is_routed else Route()) for d in documents]
-        asked = _asked(setup, case, picked)
-        if not copies:
-            asked = replace(asked, likely=())
-        return replace(asked, found=_is_found(case, picked[0][1])) if is_routed and whose == ("document",) else asked
+        chunk = case.chunk if whose == ("document",) and options.get("route", 1) else None
+        return setup.request(case.question, [getattr(case, name).adapter for name in whose], chunk, **options)
 
     return request
 
 
-def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
-    """As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
-    route = pick(setup, case.document, case.question, THRESHOLD_STRICT)
-    request = replace(_asked(setup, case, [(case.document, route)]), found=_is_found(case, route))
-    if request.lora is None:
-        return replace(request, answer=NOT_SAID)
-    return replace(request, least_confidence=least_confidence([route]))
-
-
-def _asked(setup: DocumentSetup, case: DocumentCase, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> Request:
-    likely = candidates_together([route.candidates for _, route in picked])
-    return Request(plain(setup, case.question), adapters(setup, picked), likely=likely)
-
-
-def _is_found(case: DocumentCase, route: Route) -> bool | None:
-    """Whether the chunk that holds the answer was picked; None where it is not known."""
-    return None if case.chunk is None else route.chunks is None or case.chunk in route.chunks
+strictly = adapter("document", strict=True)
+"""As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
+merged = adapter("document", route=None, always=True)
+"""With the LoRA of all chunks."""
 
 
 def likeliest_place(setup: DocumentSetup, case: DocumentCase) -> Request:
     """No model: the text from the place on at which the answer most likely begins, as far as copying may follow it."""
-    likely = pick(setup, case.document, case.question).candidates
-    return Request((), answer=likely[0].text if likely else NOT_SAID)
+    likely = setup.request(case.question, case.document.adapter).prepared.likely
+    given = without_model(likely[0].text, "text") if likely else without_model(NOT_SAID, "refusal")  # type: ignore[arg-type]
+    return Request(Prepared([], [], (), given))
 
 
-def copying_alone(with_static: bool) -> Callable[[DocumentSetup, DocumentCase], Request]:
+def copying_alone(with_static: bool) -> Asks:
     """The question alone with the bonus for copying, and in place of the document's LoRA the static one, or none."""
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
-        route = pick(setup, case.document, case.question)
-        lora = setup.static if with_static and not route.is_empty else None
-        return Request(plain(setup, case.question), lora, likely=route.candidates)
+        asked = setup.request(case.question, case.document.adapter)
+        return replace(asked, lora=setup.static if with_static and asked.lora is not None else None)
 
     return request
 
@@ -243,7 +327,7 @@ def copying_alone(with_static: bool) -> Callable[[DocumentSetup, DocumentCase], 
 def in_window_lora(setup: DocumentSetup, text: str, question: str) -> Request:
     """A text in the prompt, and the LoRA that was trained to answer so."""
     assert setup.window_lora is not None
-    return Request(with_text(setup, reading_prompt, text, question), fixed(setup.window_lora))
+    return shown(with_text(setup, reading_prompt, text, question), fixed(setup.window_lora))
 
 
 def static_lora(model: Model) -> LoRA:
@@ -261,36 +345,131 @@ def learn(*whose: Whose) -> Callable[[DocumentSetup, DocumentCase], None]:
 
     def work(setup: DocumentSetup, case: DocumentCase) -> None:
         for name in whose:
-            document: InMemoryAdapter = getattr(case, name)
-            cast(setup.model, [(document, range(len(document.chunks)))])
+            setup.cast_all(getattr(case, name))
 
     return work
 
 
 def with_text(
     setup: DocumentSetup, prompt: Prompt, text: str, question: str, max_tokens: int | None = None
-) -> tuple[int, ...]:
+) -> list[int]:
     """A prompt that shows a text, whose middle gives way where the window, or `max_tokens`, is too small."""
     chat = setup.base.chat
     room = setup.base.window - setup.max_new_tokens - len(prompt(chat, "", question)) - _JOINTS
-    cut = without_middle(setup.base.tokenizer, text, max(1, min(room, max_tokens or room)))
-    return tuple(prompt(chat, cut, question))
+    return prompt(chat, without_middle(setup.base.tokenizer, text, max(1, min(room, max_tokens or room))), question)
 
 
-def whole(prompt: Prompt, max_tokens: int | None = None) -> Callable[[DocumentSetup, DocumentCase], Request]:
+def whole(prompt: Prompt, max_tokens: int | None = None) -> Asks:
     """The whole document in the prompt, or its beginning and end where it has more than `max_tokens` tokens."""
-    return lambda setup, case: Request(with_text(setup, prompt, case.document.full_text, case.question, max_tokens))
+    return lambda setup, case: shown(with_text(setup, prompt, case.document.full_text, case.question, max_tokens))
 
 
-WITHOUT_PARTS: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
+_learned = learn("document")
+WITHOUT_PARTS: dict[str, DocumentBaseline] = {
     "place": Baseline("likeliest place of the text, no model", likeliest_place, is_optional=True),
     "copying": Baseline("no LoRA, copying", copying_alone(with_static=False), is_optional=True),
     "static": Baseline("static LoRA, copying", copying_alone(with_static=True), is_optional=True),
-    "lora": Baseline(
-        "LoRA, routed, without copying", adapter("document", copies=False), learn("document"), is_optional=True
-    ),
-    "merged": Baseline(
-        "LoRA of all chunks, merged", adapter("document", is_routed=False), learn("document"), is_optional=True
-    ),
+    "lora": Baseline("LoRA, routed, without copying", adapter("document", outlines=False), _learned, is_optional=True),
+    "merged": Baseline("LoRA of all chunks, merged", merged, _learned, is_optional=True),
 }
 """The adapter with parts of it taken away."""
+
+
+# ---- the runner ----
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents that stand together in a table: those of one size or of one source."""
+
+    name: Any
+    n: int
+    per_group: int
+    """Documents that are in memory at once."""
+    draw: Callable[[int], list[DocumentCase]]
+    """Draws and learns the i-th document, and gives its questions; i goes up to n, the other document of the last."""
+    n_window: int | None = None
+    """How many documents are also put into the window, which is slow where they are long; by default all."""
+
+
+Answers = Sequence[Answered[DocumentCase]]
+Updates = dict[str, list[float]]
+"""By baseline, the seconds that learning each document took."""
+
+
+def evaluate_documents(
+    setup: DocumentSetup,
+    writer: Report,
+    baselines: Mapping[str, DocumentBaseline],
+    parts: Sequence[Part],
+    score: Callable[[Answered[DocumentCase]], dict[str, float]],
+    rows_of: Callable[[Mapping[Any, Answers]], list[dict[str, Any]]],
+    line_of: Callable[[Any, Answered[DocumentCase]], dict[str, Any]],
+    n_timed: int,
+    budget_s: float | None,
+    progress: Progress,
+    updates: Updates | None = None,
+) -> Report:
+    """Ask every baseline every question, part by part; tables and answers are written after every few documents.
+
+    Args:
+        score: the figures of one answer.
+        rows_of: the rows of the table, from the answers of each part, by its name.
+        line_of: what a line of answers.jsonl says, besides answer and scores, given the part's name.
+        n_timed: questions of each part that a baseline is asked one at a time, for the time that an answer takes.
+        budget_s: begin no further documents after this many seconds, shared among the parts.
+        updates: filled with the seconds of learning each document; baselines are then asked one after the other.
+    """
+    answered: dict[Any, list[Answered[DocumentCase]]] = {}
+    deadline, total, n_before, is_complete = Deadline(budget_s), sum(part.n for part in parts), 0, True
+    warm_up(setup.base)
+    for place, part in enumerate(parts):
+        n_done = n_asked = 0
+        for of_documents in _groups(setup, part, deadline.share(len(parts) - place)):
+            cases = {name: [case for some in of_documents for case in some] for name in baselines}
+            if "window" in cases and part.n_window is not None:
+                n_shown = max(0, part.n_window - n_done)
+                cases["window"] = [case for some in of_documents[:n_shown] for case in some]
+            new: list[Answered[DocumentCase]] = []
+            for names in [list(baselines)] if updates is None else [[name] for name in baselines]:
+                if updates is not None:
+                    updates[names[0]] += [_update_s(setup, baselines[names[0]], first) for first, *_ in of_documents]
+                sampling = Sampling(max_new_tokens=setup.max_new_tokens)
+                of_names = {name: cases[name] for name in names}
+                new += ask(setup, baselines, of_names, sampling, max(0, n_timed - n_asked))
+            n_asked += sum(map(len, of_documents))
+            n_done += len(of_documents)
+            scored = [replace(a, scores=score(a)) for a in new]
+            answered.setdefault(part.name, []).extend(scored)
+            writer.add_answers({**line_of(part.name, a), **a.said, **a.scores} for a in scored)
+            writer.write(rows_of(answered), is_complete=False)
+            progress(n_before + n_done, total)
+        n_before += part.n
+        is_complete &= n_done == part.n
+        progress(n_before, total)
+    return writer.write(rows_of(answered), is_complete=is_complete)
+
+
+def _update_s(setup: DocumentSetup, baseline: DocumentBaseline, case: DocumentCase) -> float:
+    """Learn a document, given any of its questions, and say how long it took."""
+    started = time.perf_counter()
+    if baseline.learn is not None:
+        baseline.learn(setup, case)
+    return time.perf_counter() - started
+
+
+def _groups(setup: DocumentSetup, part: Part, deadline: Deadline) -> Iterator[list[list[DocumentCase]]]:
+    """The questions of each document of a part, which has the next one as its other document.
+
+    Some documents come at a time to bound the memory: what they have cast is freed when the next ones are asked for. No
+    further ones come once the deadline is over; the first always do.
+    """
+    ahead = part.draw(0)
+    for first in range(0, part.n, part.per_group):
+        if first and deadline.is_over:
+            break
+        drawn = [ahead, *map(part.draw, range(first + 1, min(part.n, first + part.per_group) + 1))]
+        ahead = drawn[-1]
+        yield [[replace(case, other=after[0].document) for case in cases] for cases, after in pairwise(drawn)]
+        setup.free(cases[0].document for cases in drawn[:-1])
+    setup.free([ahead[0].document])

@@ -25,12 +25,11 @@ from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.data.tasks import read_benchmark
-from loracast.lab.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig, adapters, plain
+from loracast.lab.evaluation.documents import DocumentSetup, LearnedDocument, QuestionedConfig, RoutedConfig
 from loracast.lab.evaluation.likelihood import likeliest
 from loracast.lab.evaluation.report import (
     Progress,
     Report,
-    ReportWriter,
     columns,
     mean,
     mean_with_interval,
@@ -38,9 +37,8 @@ from loracast.lab.evaluation.report import (
     no_progress,
     wilson,
 )
-from loracast.lab.evaluation.runner import InMemoryAdapter, Request, check_positive, grouped, made
+from loracast.lab.evaluation.runner import check_positive, grouped, made
 from loracast.lab.training.relevance import measure, read_unrelated_files, shipped_fit
-from loracast.reading.relevance import threshold_for
 
 GATE_COLUMNS = columns(
     about="about the document", group="questions", source="from", n=("n", 0),
@@ -83,7 +81,7 @@ def evaluate_gate(config: GateConfig, out: Path, progress: Progress = no_progres
         row = {"about": "yes" if is_about else "no", "group": group, "source": source or "-", "n": n}
         rows.append({**row, "passed": n_passed / n, "low": low, "high": high})
     progress(1, 1)
-    return ReportWriter(out, "gate", GATE_COLUMNS, config, None).write(rows)
+    return Report(out, "gate", GATE_COLUMNS, config, None).write(rows)
 
 
 _QUESTIONS_AT_ONCE = 16  # whose LoRAs are held at once
@@ -122,7 +120,7 @@ def evaluate_interference(
     model: Model, config: InterferenceConfig, out: Path, progress: Progress = no_progress
 ) -> Report:
     """Run the evaluation; the table is in `out` after every benchmark."""
-    setup = DocumentSetup(model, config.route)
+    setup = DocumentSetup(model, config)
     tasks = [read_benchmark(Path(file), lists_choices=False) for file in config.benchmarks]
     if without := [task.name for task in tasks if not any(row.choices for row in task.test)]:
         raise ConfigError(f"{', '.join(without)}: its questions have no choices")
@@ -130,7 +128,7 @@ def evaluate_interference(
     documents = config.read()
     if len(documents) < counts[-1]:
         raise ConfigError(f"{counts[-1]} documents are to be learned at once, and there are {len(documents)}")
-    writer = ReportWriter(out, "interference", INTERFERENCE_COLUMNS, config, model.base, model.documents.id)
+    writer = Report(out, "interference", INTERFERENCE_COLUMNS, config, model.base, model.documents.id)
     rows: list[dict[str, Any]] = []
     of_all: dict[int, list[Chosen]] = {count: [] for count in counts}
     for done, task in enumerate(tasks):
@@ -140,12 +138,11 @@ def evaluate_interference(
         for first in range(0, len(asked), _QUESTIONS_AT_ONCE):
             some = asked[first : first + _QUESTIONS_AT_ONCE]
             texts = rng.sample(documents, counts[-1])  # each few questions meet documents of their own
-            learned = [InMemoryAdapter(model, d.text, d.title, config.chunk_tokens) for d in texts]
+            learned = [setup.keep(d.text, d.title) for d in texts]
             plainly = _choose(setup, some)
             for count in counts:
                 of_task[count] += _choose(setup, some, learned[:count], plainly) if count else plainly
-            for one in learned:
-                one.close()
+            setup.free(learned)
             progress(done * config.questions + first + len(some), len(tasks) * config.questions)
         for count in counts:
             of_all[count] += of_task[count]
@@ -159,7 +156,7 @@ def evaluate_interference(
 def _choose(
     setup: DocumentSetup,
     rows: Sequence[Example],
-    learned: Sequence[InMemoryAdapter] = (),
+    learned: Sequence[LearnedDocument] = (),
     plainly: Sequence[Chosen] = (),
 ) -> list[Chosen]:
     """The likeliest choice of each row with these documents learned, each routed.
@@ -167,16 +164,13 @@ def _choose(
     Args:
         plainly: the choices without a document, which stay where a question gets nothing of the documents.
     """
-    requests = []
-    for row in rows:
-        threshold = threshold_for(len(learned))
-        picked = [(document, document.route(row.input, setup.route, threshold)) for document in learned]
-        requests.append(Request(plain(setup, row.input), adapters(setup, picked)))
+    requests = [setup.request(row.input, [document.adapter for document in learned]) for row in rows]
     chosen = dict(enumerate(plainly))
     asked = [i for i, request in enumerate(requests) if not plainly or request.lora is not None]
-    setup.prepare([requests[i] for i in asked])
+    setup.cast_ahead([requests[i] for i in asked])
     loras = made(setup.base, [requests[i] for i in asked])
-    found = likeliest(setup.base, [requests[i].prompt for i in asked], [rows[i].choices for i in asked], loras)
+    prompts = [requests[i].prepared.prompt for i in asked]
+    found = likeliest(setup.base, prompts, [rows[i].choices for i in asked], loras)
     for i, choice in zip(asked, found, strict=True):
         chosen[i] = choice.by_byte, rows[i].choices[choice.by_byte] in rows[i].outputs
     return [chosen[i] for i in range(len(rows))]

@@ -10,7 +10,7 @@ from typing import Any
 
 from loracast.answering.model import Model
 from loracast.errors import ConfigError, LoracastError
-from loracast.lab.evaluation.report import Report, ReportWriter, columns
+from loracast.lab.evaluation.report import Report, columns
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA, inject
 
@@ -71,7 +71,7 @@ def evaluate_harness(model: Model, config: HarnessConfig, out: Path) -> Report:
         if "adapter" in found:
             row["adapter"], row["adapter_stderr"], _ = found["adapter"][task, metric]
         rows.append(row)
-    return ReportWriter(out, "lm-evaluation-harness", COLUMNS, config, model.base).write(rows)
+    return Report(out, "lm-evaluation-harness", COLUMNS, config, model.base).write(rows)
 
 
 Figures = dict[tuple[str, str], tuple[float, float | None, int]]

@@ -24,7 +24,6 @@ from loracast.errors import ConfigError
 from loracast.lab.evaluation.report import (
     Progress,
     Report,
-    ReportWriter,
     columns,
     mean_with_interval,
     named_interval,
@@ -137,7 +136,7 @@ def evaluate_teacher_forced(
 ) -> Report:
     """Run the evaluation on the dev split's sheets and needles; the table is in `out` at the end."""
     base = model.base
-    writer = ReportWriter(out, "teacher-forced", COLUMNS, config, base, model.documents.id)
+    writer = Report(out, "teacher-forced", COLUMNS, config, base, model.documents.id)
     source = EpisodeSource(config.data, base.tokenizer, base.chat, split="dev")
     total = len(config.kinds) * config.steps
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """`loracast eval image`: what a text-only base says with the LoRA of an image.
 
-It does without baseline.py and runner.py: most of its rows are classifiers or rankings of names, which no prompt gives.
+It does without runner.py: most of its rows are classifiers or rankings of names, which no prompt gives.
 
 Baselines are chance, the base alone, LoRAs of other examples, and two classifiers on the hypernetwork's features: the
 nearest centroid and a linear probe, which is the ceiling. Some names are likely whatever is shown, above all those that
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loracast.base.generate import Sampling, answer, answers
+from loracast.answering.model import Model
+from loracast.base.generate import Sampling
 from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.hypernets.encoders import Features
@@ -32,13 +31,14 @@ from loracast.hypernets.protocol import Caster
 from loracast.lab.data.answer_metrics import is_exact
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.evaluation.likelihood import negative_log_likelihood
-from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, mean, no_progress, wilson
-from loracast.lab.training.modality import Attribute, encode, encoded, wordings
+from loracast.lab.evaluation.report import Progress, Report, columns, mean, no_progress, wilson
+from loracast.lab.training.modality import encoded, wordings
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 
 COLUMNS = columns(
     part="part", label="method", n=("n", 0), accuracy=("right %", "%"), low=("95 %", "interval"),
-    chance=("chance %", "%"), of_probe=("of the probe's %", "%"),
+    chance=("chance %", "%"),
 )  # fmt: skip
 TRAINED, HELD_OUT, ALL = "classes trained on", "held-out classes", "held-out classes, all names"
 LABELS = {
@@ -50,10 +50,8 @@ LABELS = {
     "none": "no LoRA",
     "centroid": "nearest centroid of the features",
     "probe": "linear probe on the features",
-    "frequent": "the most frequent answer",
 }
 _AT_ONCE = 32
-_N_TIMED = 20
 _N_REFERENCE = 100  # training examples whose LoRAs tell how likely a name is anyway
 _PROBE_STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # scikit-learn's C
 
@@ -72,21 +70,6 @@ class ModalityEvalConfig:
             raise ConfigError("per_class must be at least 1")
 
 
-@dataclass(frozen=True)
-class ModalityAnswer:
-    """The answers about one example."""
-
-    place: int
-    """Its place in the labelled set."""
-    name: str
-    """The name of its class."""
-    is_held_out: bool
-    chosen: str
-    """The likeliest name: among the classes trained on, or for an example of a held-out class among those."""
-    free: str
-    """What the base wrote by itself."""
-
-
 def evaluate_modality(
     base: Base,
     caster: Caster,
@@ -95,58 +78,62 @@ def evaluate_modality(
     config: ModalityEvalConfig,
     out: Path,
     progress: Progress = no_progress,
-) -> tuple[Report, list[ModalityAnswer]]:
+) -> Report:
     """Run the evaluation; results.json, table.md and answers.jsonl are in `out` at the end.
 
     Args:
         trained_on: the examples of the training, which the classifiers learn from.
         test: examples that were never trained on.
     """
-    writer = ReportWriter(out, test.modality, COLUMNS, config, base, caster.id)
-    asked = wordings(test.modality)
-    examples = _Examples(test, _chosen(test, config))
-    states = encoded(test, examples.places, caster.encoder)
+    report = Report(out, test.modality, COLUMNS, config, base, caster.id)
+    asked, places = wordings(test.modality), _chosen(test, config)
+    labels, is_held_out = np.array([test.labels[i] for i in places]), np.array(test.is_held_out)
+    # By part of the table, the classes whose names are on offer, and the examples that it is about.
+    offered = {TRAINED: np.flatnonzero(~is_held_out)}
+    about = {TRAINED: np.flatnonzero(~is_held_out[labels])}
+    if is_held_out.any():
+        offered |= {HELD_OUT: np.flatnonzero(is_held_out), ALL: np.arange(len(is_held_out))}
+        about |= dict.fromkeys((HELD_OUT, ALL), np.flatnonzero(is_held_out[labels]))
+    parts = tuple(offered)
+    states = encoded(test, places, caster.encoder)
     known = encoded(trained_on, trained_on.of(held_out=False), caster.encoder)
     reference = known[:: max(1, len(known) // _N_REFERENCE)]
-    every, trained = range(len(examples.places)), examples.of(TRAINED)
-    classified = _classifiers(known, trained_on, states[trained], config)
-    scorer = _Scorer(base, caster, progress, len(every) * (3 + len(asked.attributes)) + _N_REFERENCE)
-    offered = _offered(test)
+    every = range(len(places))
+    classified = _classifiers(known, trained_on, states[about[TRAINED]], config)
+    scorer = _Scorer(base, caster, progress, len(every) * 3 + _N_REFERENCE)
     right: dict[tuple[str, str], list[bool]] = {}
 
-    def count(baseline: str, losses: np.ndarray, parts: Sequence[str]) -> None:
-        """For each example of a part of the table, whether its own name is the likeliest of those on offer."""
-        for part in parts:
-            hits = [_likeliest(test, losses[i], offered[part]) == examples.names[i] for i in examples.of(part)]
-            right[part, baseline] = hits
+    def likeliest(losses: np.ndarray, part: str) -> np.ndarray:
+        """The likeliest class of those on offer, for each example of a part."""
+        return offered[part][losses[about[part]][:, offered[part]].argmin(1)]
 
-    parts = tuple(offered)
+    def count(baseline: str, losses: np.ndarray, parts: Sequence[str] = parts[:2]) -> None:
+        """For each example of a part, whether its own name is the likeliest of those on offer."""
+        for part in parts:
+            right[part, baseline] = (likeliest(losses, part) == labels[about[part]]).tolist()
+
     own = scorer.losses(asked.test, test.names, states, every)
+    paired = _shuffled([about[part].tolist() for part in parts[:2]], config.seed)
     count("adapter", own, parts)
     count("gain", own - scorer.losses(asked.test, test.names, reference, range(len(reference))).mean(0), parts)
-    count("unseen wording", scorer.losses(asked.unseen, test.names, states, every), parts[:2])
-    count("shuffled", scorer.losses(asked.test, test.names, states, examples.shuffled(config.seed)), parts[:2])
-    count("none", np.repeat(scorer.of_base(asked.test, test.names), len(every), axis=0), parts[:2])
+    count("unseen wording", scorer.losses(asked.unseen, test.names, states, every))
+    count("shuffled", scorer.losses(asked.test, test.names, states, paired))
+    count("none", np.repeat(scorer.of_base(asked.test, test.names), len(every), axis=0))
     free = scorer.free_answers(asked.test, states)
+    names = [test.names[label] for label in labels]
     for part in parts[:2]:
-        right[part, "free"] = [is_exact(free[i], examples.names[i]) for i in examples.of(part)]
-    for baseline, classes in classified.items():
-        right[TRAINED, baseline] = [said == examples.names[i] for i, said in zip(trained, classes, strict=True)]
+        right[part, "free"] = [is_exact(free[i], names[i]) for i in about[part]]
+    for baseline, answers in classified.items():
+        right[TRAINED, baseline] = [said == names[i] for i, said in zip(about[TRAINED], answers, strict=True)]
     rows = [_row(part, baseline, hits, 1 / len(offered[part])) for (part, baseline), hits in right.items()]
     rows.sort(key=lambda row: parts.index(row["part"]))
-    for attribute in asked.attributes:
-        rows += _attribute_rows(attribute, examples, scorer, states)
-    probe = next((row["accuracy"] for row in rows if row["baseline"] == "probe"), None)
-    for row in rows:
-        if row["part"] == TRAINED and probe:
-            row["of_probe"] = row["accuracy"] / probe
-    writer.settings |= _timings(base, caster, test, examples.places[0], asked.test)
-    answered = []
-    for i, place in enumerate(examples.places):
-        chosen = _likeliest(test, own[i], offered[HELD_OUT if examples.is_held_out[i] else TRAINED])
-        answered.append(ModalityAnswer(place, examples.names[i], examples.is_held_out[i], chosen, free[i]))
-    writer.add_answers({"title": test.titles[one.place], **asdict(one)} for one in answered)
-    return writer.write(rows), answered
+    chosen = dict(pair for part in parts[:2] for pair in zip(about[part].tolist(), likeliest(own, part), strict=True))
+    report.add_answers(
+        {"title": test.titles[place], "place": place, "name": names[i], "is_held_out": bool(is_held_out[labels[i]]),
+         "chosen": test.names[chosen[i]], "free": free[i]}
+        for i, place in enumerate(places)
+    )  # fmt: skip
+    return report.write(rows)
 
 
 class _Scorer:
@@ -173,12 +160,10 @@ class _Scorer:
 
     def free_answers(self, question: str, states: Tensor) -> list[str]:
         """What the base writes with the LoRA of each example."""
-        prompt = self.base.chat.prompt(question, "")
-        given: list[str] = []
+        model, answers = Model(self.base, Library()), list[str]()
         for loras in self._loras(states, range(len(states))):
-            found = answers(self.base, [prompt] * len(loras), loras, Sampling(max_new_tokens=16))
-            given += [one.text for one in found]
-        return given
+            answers += model.ask([question] * len(loras), loras, sampling=Sampling(max_new_tokens=16))
+        return answers
 
     def _loras(self, states: Tensor, rows: Sequence[int]) -> Iterator[list[LoRA]]:
         """The LoRAs of these examples, a few at a time."""
@@ -205,39 +190,11 @@ def _chosen(test: Labelled, config: ModalityEvalConfig) -> list[int]:
     return chosen
 
 
-class _Examples:
-    """The examples that are measured: of each its class's name and whether that class is held out."""
-
-    def __init__(self, test: Labelled, places: Sequence[int]):
-        self.places = places
-        self.names = [test.names[test.labels[i]] for i in places]
-        self.is_held_out = [test.is_held_out[test.labels[i]] for i in places]
-
-    def of(self, part: str) -> list[int]:
-        """The examples that a part of the table is about."""
-        return [i for i, is_held_out in enumerate(self.is_held_out) if is_held_out == (part != TRAINED)]
-
-    def shuffled(self, seed: int) -> list[int]:
-        """For each example one at random, of a held-out class for those of held-out classes."""
-        rng = random.Random(f"{seed}/shuffled")
-        paired = list(range(len(self.names)))
-        for part in (TRAINED, HELD_OUT):
-            mine = self.of(part)
-            for i, other in zip(mine, rng.sample(mine, len(mine)), strict=True):
-                paired[i] = other
-        return paired
-
-
-def _offered(test: Labelled) -> dict[str, list[int]]:
-    """By part of the table, the classes whose names are on offer."""
-    held_out = [i for i, is_held_out in enumerate(test.is_held_out) if is_held_out]
-    offered = {TRAINED: [i for i, is_held_out in enumerate(test.is_held_out) if not is_held_out]}
-    return offered | {HELD_OUT: held_out, ALL: list(range(len(test.names)))} if held_out else offered
-
-
-def _likeliest(test: Labelled, losses: np.ndarray, offered: Sequence[int]) -> str:
-    """The likeliest name of the classes on offer, from the losses of all names [classes]."""
-    return test.names[offered[int(np.argmin(losses[offered]))]]
+def _shuffled(parts: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """For each example another one at random, of a held-out class for those of held-out classes."""
+    rng = random.Random(f"{seed}/shuffled")
+    paired = {i: j for part in parts for i, j in zip(part, rng.sample(part, len(part)), strict=True)}
+    return [paired[i] for i in sorted(paired)]
 
 
 def _classifiers(
@@ -246,6 +203,7 @@ def _classifiers(
     """The answers of two classifiers on the mean of the same features, fitted to the examples of the training."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
+    from sklearn.neighbors import NearestCentroid
     from sklearn.preprocessing import StandardScaler
 
     known = _means(known_states)
@@ -265,53 +223,10 @@ def _classifiers(
 
     # Its only setting, chosen on a fifth of the training examples.
     best = max(_PROBE_STRENGTHS, key=lambda strength: probe(strength).fit(fit, fit_labels).score(held, held_labels))
-    classes = sorted(set(labels))
-    centroids = np.stack([known[labels == name].mean(0) for name in classes])
-    nearest = np.linalg.norm(asked[:, None] - centroids[None], axis=-1).argmin(1)
-    return {
-        "centroid": [classes[i] for i in nearest],
-        "probe": [str(name) for name in probe(best).fit(known, labels).predict(asked)],
-    }
+    fitted = {"centroid": NearestCentroid().fit(known, labels), "probe": probe(best).fit(known, labels)}
+    return {name: classifier.predict(asked).tolist() for name, classifier in fitted.items()}
 
 
 def _means(states: Tensor) -> np.ndarray:
     """The mean features of each example [n, t, d] -> [n, d], piece by piece: a training set is large."""
     return torch.cat([some.float().mean(1) for some in states.split(256)]).numpy()
-
-
-def _attribute_rows(attribute: Attribute, examples: _Examples, scorer: _Scorer, states: Tensor) -> list[dict[str, Any]]:
-    """Answers to a question that is about something else than the class."""
-    rows = [i for i, name in enumerate(examples.names) if name in attribute.answers]
-    if not rows:
-        return []
-    wanted = [attribute.answers[examples.names[i]] for i in rows]
-    frequent = Counter(answer for i, answer in zip(rows, wanted, strict=True) if not examples.is_held_out[i])
-    choices = attribute.choices
-    answers = {
-        "adapter": [choices[i] for i in scorer.losses(attribute.test, choices, states, rows).argmin(1)],
-        "none": [choices[int(np.argmin(scorer.of_base(attribute.test, choices)))]] * len(rows),
-        "frequent": [frequent.most_common(1)[0][0]] * len(rows),
-    }
-    made = []
-    for part in (TRAINED, HELD_OUT):
-        about = set(examples.of(part))
-        for baseline, given in answers.items():
-            hits = [a == w for i, a, w in zip(rows, given, wanted, strict=True) if i in about]
-            if hits:
-                made.append(_row(f"{attribute.name}, {part}", baseline, hits, 1 / len(choices)))
-    return made
-
-
-def _timings(base: Base, caster: Caster, test: Labelled, place: int, question: str) -> dict[str, float]:
-    """Median seconds from one example in memory to its LoRA, and to an answer's first token with it and without."""
-    example, prompt = test.load(place), base.chat.prompt(question, "")
-    one_token = Sampling(max_new_tokens=1)
-    to_lora, with_lora, without = [], [], []
-    for _ in range(_N_TIMED):
-        started = time.perf_counter()
-        lora = caster.loras_of(encode(caster.encoder, [example])).row(0)
-        to_lora.append(time.perf_counter() - started)
-        with_lora.append(answer(base, prompt, lora, one_token).first_token_s)
-        without.append(answer(base, prompt, None, one_token).first_token_s)
-    named = {"to_lora_s": to_lora, "first_token_s": with_lora, "first_token_of_base_s": without}
-    return {name: round(statistics.median(values), 4) for name, values in named.items()}

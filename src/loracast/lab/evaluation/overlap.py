@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,9 @@ from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import normalise
 from loracast.lab.data.rows import each_row, local_file
 from loracast.lab.data.tasks import read_tasks
-from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, mean, no_progress
+from loracast.lab.evaluation.report import Progress, Report, columns, mean, no_progress
+
+F = TypeVar("F", str, int)
 
 COLUMNS = columns(
     task="held-out task", n=("test rows", 0), same=("same row %", "%"), same_input=("same input %", "%"),
@@ -76,19 +78,19 @@ def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_p
     if not heldout or not training:
         raise ConfigError(f"{config.tasks} needs held-out tasks with test rows, and others, to compare them")
     rows_of_training = [(task.name, row) for task in training for row in task.train + task.test]
-    inputs = WordIndex([row.input for _, row in rows_of_training])
+    inputs = Index(words_of(row.input) for _, row in rows_of_training)
     input_texts = {normalise(row.input) for _, row in rows_of_training}
     pairs = {pair for _, row in rows_of_training for pair in _pairs(row)}
-    described = [(task.name, words) for task in training for words in task.seen_descriptions()]
-    descriptions = WordIndex([words for _, words in described])
+    described = [(task.name, text) for task in training for text in task.seen_descriptions()]
+    descriptions = Index(words_of(text) for _, text in described)
     rows = []
     for i, task in enumerate(heldout):
-        similar = [inputs.similarities(row.input) for row in task.test]  # each [rows of training]
+        similar = [inputs.similarities(words_of(row.input)) for row in task.test]  # each [rows of training]
         same = [normalise(example.input) in input_texts for example in task.test]
         near = [is_same or some.max(initial=0.0) >= config.near for is_same, some in zip(same, similar, strict=True)]
         homes = [rows_of_training[j][0] for some in similar for j in np.flatnonzero(some >= config.near)]
         texts = [text for some in task.descriptions.values() for text in some]
-        closeness = [descriptions.similarities(text) for text in texts]
+        closeness = [descriptions.similarities(words_of(text)) for text in texts]
         best = max(closeness, key=lambda row: row.max(initial=0.0), default=None)
         row: dict[str, Any] = {"task": task.name, "is_near": task.is_near, "n": len(task.test)}
         row["same"] = mean([not pairs.isdisjoint(_pairs(example)) for example in task.test])
@@ -98,33 +100,45 @@ def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_p
         row["description_task"] = described[int(np.argmax(best))][0] if best is not None and described else "-"
         rows.append(row)
         progress(i + 1, len(heldout))
-    return ReportWriter(out, "overlap", COLUMNS, config, None).write(rows)
+    return Report(out, "overlap", COLUMNS, config, None).write(rows)
 
 
-class WordIndex:
-    """Texts as sets of words, which tells how many words each of them has in common with another text."""
+class Index(Generic[F]):
+    """Texts as sets of features, such as words, which tells how many of them each has in common with another text."""
 
-    def __init__(self, texts: Sequence[str]):
-        sets = [_words(text) for text in texts]
-        self._sizes = np.array([len(words) for words in sets])
-        found: dict[str, list[int]] = {}
-        for i, words in enumerate(sets):
-            for word in words:
-                found.setdefault(word, []).append(i)
-        self._rows = {word: np.array(rows) for word, rows in found.items()}
+    def __init__(self, sets: Iterable[set[F]]):
+        self._sizes: list[int] = []
+        self._owners: dict[F, list[int]] = defaultdict(list)
+        for i, features in enumerate(sets):
+            self._sizes.append(len(features))
+            for feature in features:
+                self._owners[feature].append(i)
 
-    def similarities(self, text: str) -> np.ndarray:
-        """The Jaccard index of its words with those of each text [texts]."""
-        words = _words(text)
-        shared = np.zeros(len(self._sizes))
-        for word in words:
-            if word in self._rows:
-                shared[self._rows[word]] += 1
-        return shared / np.maximum(1, self._sizes + len(words) - shared)
+    def shared(self, features: set[F]) -> NDArray[np.float64]:
+        """How many of these features each text has [texts]."""
+        owners = [i for feature in features if feature in self._owners for i in self._owners[feature]]
+        return np.bincount(np.array(owners, dtype=int), minlength=len(self._sizes)).astype(float)
+
+    def similarities(self, features: set[F]) -> NDArray[np.float64]:
+        """The Jaccard index with each text [texts]."""
+        shared = self.shared(features)
+        return shared / np.maximum(1, np.array(self._sizes) + len(features) - shared)
+
+    def held_by(self, features: set[F], least: float) -> list[int]:
+        """The texts of which at least this share is among these features."""
+        shared = self.shared(features)
+        return np.flatnonzero((shared > 0) & (shared >= least * np.array(self._sizes))).tolist()
 
 
-def _words(text: str) -> set[str]:
+def words_of(text: str) -> set[str]:
+    """The words of a text: lower case, no punctuation."""
     return set(re.findall(r"\w+", text.lower()))
+
+
+def shingles_of(text: str) -> set[int]:
+    """Hashes of the shingles of a text; of all its words where it has fewer than N_WORDS."""
+    words = re.findall(r"\w+", text.lower())
+    return {hash(" ".join(words[i : i + N_WORDS])) for i in range(max(1, len(words) - N_WORDS + 1))}
 
 
 def _pairs(row: Example) -> set[tuple[str, str]]:
@@ -133,51 +147,11 @@ def _pairs(row: Example) -> set[tuple[str, str]]:
 
 N_WORDS = 13
 """Length of a shingle, as usual for such checks (Brown et al., arXiv 2005.14165, appendix C)."""
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of a shingle is lost modulo 2^64
 
 DOCUMENT_COLUMNS = columns(
     source="training source", n=("documents", 0), n_sharing=("that share a held-out one", 0),
     held_out_source="held-out source", n_held_out=("documents", 0), n_shared=("shared", 0),
 )  # fmt: skip
-
-
-class Shingles:
-    """Numbers for the shingles of texts: equal shingles have the same number, others in practice never."""
-
-    def __init__(self) -> None:
-        self._words: dict[str, int] = {}
-
-    def of(self, text: str) -> NDArray[np.uint64]:
-        """The shingles of a text, each once, ascending; one of all its words where it has fewer than N_WORDS."""
-        words = re.findall(r"\w+", text.lower())
-        ids = np.array([self._words.setdefault(word, len(self._words) + 1) for word in words], dtype=np.uint64)
-        n = max(1, len(ids) - N_WORDS + 1)
-        numbers = np.zeros(n, dtype=np.uint64)
-        for i in range(min(N_WORDS, len(ids))):
-            numbers = numbers * _MULTIPLIER + ids[i : i + n]
-        return np.unique(numbers)
-
-
-class HeldOut:
-    """The shingles of held-out texts, to find those that another text holds."""
-
-    def __init__(self, shingles: Shingles, texts: Iterable[str]):
-        of_texts = [shingles.of(text) for text in texts]
-        self._shingles = shingles
-        self._sizes = np.array([len(some) for some in of_texts])
-        numbers = np.concatenate(of_texts)
-        order = np.argsort(numbers, kind="stable")
-        self._numbers, self._owners = numbers[order], np.repeat(np.arange(len(of_texts)), self._sizes)[order]
-
-    def shared_by(self, text: str, least: float) -> list[int]:
-        """The held-out texts of whose shingles a text has at least this share."""
-        own = self._shingles.of(text)
-        first, last = np.searchsorted(self._numbers, own), np.searchsorted(self._numbers, own, side="right")
-        met = [self._owners[a:b] for a, b in zip(first, last, strict=True) if a < b]
-        if not met:
-            return []
-        counts = np.bincount(np.concatenate(met), minlength=len(self._sizes))
-        return [int(i) for i in np.flatnonzero(counts >= least * self._sizes)]
 
 
 def evaluate_document_overlap(config: OverlapConfig, out: Path, progress: Progress = no_progress) -> Report:
@@ -186,7 +160,7 @@ def evaluate_document_overlap(config: OverlapConfig, out: Path, progress: Progre
     Training rows that share nothing are written to `config.keep`, unchanged and in order (JSONL, gzipped).
     """
     test = _rows(config.held_out)
-    found = HeldOut(Shingles(), [_text(row) for row in test])
+    found = Index(shingles_of(_text(row)) for row in test)
     n_held_out = Counter(_source(row) for row in test)
     sizes: Counter[str] = Counter()
     sharing: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -196,7 +170,7 @@ def evaluate_document_overlap(config: OverlapConfig, out: Path, progress: Progre
     for i, row in enumerate(rows):
         source = _source(row)
         sizes[source] += 1
-        theirs = found.shared_by(_text(row), config.shared)
+        theirs = found.held_by(shingles_of(_text(row)), config.shared)
         for one in theirs:
             key = source, _source(test[one])
             sharing[key].add(i)
@@ -218,7 +192,7 @@ def evaluate_document_overlap(config: OverlapConfig, out: Path, progress: Progre
     n_shared = len(set().union(*shared.values()))
     whole = {"source": "all", "n": len(rows), "n_sharing": len(rows) - len(kept)}
     table.append({**whole, "held_out_source": "all", "n_held_out": len(test), "n_shared": n_shared})
-    return ReportWriter(out, "overlap", DOCUMENT_COLUMNS, config, None).write(table)
+    return Report(out, "overlap", DOCUMENT_COLUMNS, config, None).write(table)
 
 
 def _rows(files: Sequence[str]) -> list[dict[str, Any]]:

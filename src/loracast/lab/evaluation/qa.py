@@ -8,11 +8,9 @@ document (or of the window LoRA, where there is one). Doc-to-LoRA is compared wi
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,23 +31,27 @@ from loracast.lab.data.questions import make_clozes
 from loracast.lab.data.rows import QuestionedDocument
 from loracast.lab.evaluation.documents import (
     WITHOUT_PARTS,
+    Answers,
+    Asks,
+    DocumentBaseline,
     DocumentCase,
     DocumentSetup,
+    Part,
     Prompt,
     QuestionedConfig,
+    Updates,
     WindowedConfig,
     adapter,
+    evaluate_documents,
     in_window_lora,
     learn,
     no_document,
-    plain,
     whole,
     with_text,
 )
 from loracast.lab.evaluation.report import (
     Progress,
     Report,
-    ReportWriter,
     cluster_bootstrap,
     columns,
     mean,
@@ -59,18 +61,13 @@ from loracast.lab.evaluation.report import (
 from loracast.lab.evaluation.runner import (
     Answered,
     Baseline,
-    Deadline,
-    InMemoryAdapter,
     Request,
-    ask,
     check_positive,
     choose_baselines,
     figures,
     fixed,
     grouped,
-    groups,
-    peak_memory,
-    warm_up,
+    shown,
 )
 from loracast.lab.training.document_source import reading_prompt
 from loracast.lab.training.losses import Distillation, Teacher
@@ -139,13 +136,13 @@ _NAME = "distilled"
 
 def distil(setup: DocumentSetup, case: DocumentCase) -> LoRA:
     """Train a LoRA that answers about the document as the base does that sees it."""
-    base = setup.model.base
+    base = setup.base
     questions = _questions(setup, case)
     if not questions:  # so short that it has no sentence to ask about
         return LoRA()
     teacher = Teacher(base.model, base.pad_id, setup.window_lora)
     rows = [Episode((), tuple(questions[i::_N_ROWS])) for i in range(_N_ROWS) if questions[i::_N_ROWS]]
-    distillation = Distillation(dataclasses.replace(teacher, lora=None), teacher)
+    distillation = Distillation(replace(teacher, lora=None), teacher)
     batch = pack(distillation.with_soft_targets(rows), base.pad_id).to(base.device)
     generator = torch.Generator().manual_seed(0)
     target = target_from_config(base.model.config, _KINDS)
@@ -173,24 +170,26 @@ def _questions(setup: DocumentSetup, case: DocumentCase) -> list[Question]:
     prompt = PROMPTS[BEST] if setup.window_lora is None else reading_prompt
     clozes = make_clozes(random.Random(case.doc_id), case.document.document.text, N_QUESTIONS)
     asked = [cloze.question for cloze in clozes]
-    shown = [tuple(prompt(base.chat, text, question)) for question in asked]
+    prompts = [tuple(prompt(base.chat, text, question)) for question in asked]
     sampling = Sampling(max_new_tokens=setup.max_new_tokens)
-    said = answers(base, shown, [setup.window_lora] * len(shown), sampling)
+    said = answers(base, prompts, [setup.window_lora] * len(prompts), sampling)
     return [
-        Question(plain(setup, question), tuple(base.chat.answer(answer.text)), window_prompt=shown_prompt)
-        for question, shown_prompt, answer in zip(asked, shown, said, strict=True)
-        if answer.text
+        Question(
+            tuple(base.chat.prompt(question, "")), tuple(base.chat.answer(given.text)), window_prompt=window_prompt
+        )
+        for question, window_prompt, given in zip(asked, prompts, said, strict=True)
+        if given.text
     ]
 
 
 def learn_distilled(setup: DocumentSetup, case: DocumentCase) -> None:
     """Train the document's LoRA and keep it with the document's questions."""
-    case.learned[_NAME] = distil(setup, case)
+    case.document.trained[_NAME] = distil(setup, case)
 
 
 def request_distilled(setup: DocumentSetup, case: DocumentCase) -> Request:
     """The question alone, with the LoRA that was trained for the document."""
-    return Request(plain(setup, case.question), fixed(case.learned[_NAME]))
+    return replace(setup.request(case.question), lora=fixed(case.document.trained[_NAME]))
 
 
 TRUNCATED_TOKENS = 128
@@ -211,12 +210,12 @@ def passages(setup: DocumentSetup, case: DocumentCase, k: int) -> str:
     return "\n\n".join(chunk.text for chunk in chunks)
 
 
-def _retrieved(k: int) -> Callable[[DocumentSetup, DocumentCase], Request]:
+def _retrieved(k: int) -> Asks:
     """The k best passages in the prompt."""
-    return lambda setup, case: Request(with_text(setup, PROMPTS[BEST], passages(setup, case, k), case.question))
+    return lambda setup, case: shown(with_text(setup, PROMPTS[BEST], passages(setup, case, k), case.question))
 
 
-BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
+BASELINES: dict[str, DocumentBaseline] = {
     "adapter": Baseline("adapter", adapter("document"), learn("document")),
     "none": Baseline("no document", no_document),
     "other": Baseline("another's adapter", adapter("other"), learn("other")),
@@ -261,7 +260,7 @@ COLUMNS = columns(
     contained=("in answer %", "%"), f1=("F1 %", "%"), f1_low=("95 %", "interval"), rouge_l=("ROUGE-L %", "%"),
     of_window=("% of window", "%"), of_window_lora=("% of window LoRA", "%"),
     difference=("adapter minus it (95 %)", "change"), prompt_tokens=("prompt tokens", 0), update_s=("update s", 2),
-    answer_s=("answer s", 2), update_mib=("update MiB", 0), answer_mib=("answer MiB", 0),
+    answer_s=("answer s", 2),
 )  # fmt: skip
 
 
@@ -285,59 +284,26 @@ class QaConfig(QuestionedConfig, WindowedConfig):
         check_positive(self, "max_documents", "max_questions", "route")
 
 
-Updates = dict[str, list[tuple[float, float]]]
-"""By baseline, what the update of each document took: seconds, and MiB above what was held before."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """An answer with its scores: each is the best over the right answers."""
-
-    answered: Answered[DocumentCase]
-    exact: float
-    contained: float
-    """1 where a right answer stands in what was said, as whole words."""
-    f1: float
-    rouge_l: float
-
-    @property
-    def case(self) -> DocumentCase:
-        return self.answered.case
+MEASURES = {"exact": exact_match, "contained": has_value, "f1": token_f1, "rouge_l": rouge_l}
+"""What an answer is worth: each is the best over the right answers; `contained` is whether one stands in what was said,
+as whole words."""
 
 
 def evaluate_qa(model: Model, config: QaConfig, out: Path, progress: Progress = no_progress) -> Report:
-    """Run the evaluation; tables and answers are in `out`, the tables after every few documents."""
+    """Run the evaluation; tables and answers are in `out` after every few documents."""
     setup = config.setup(model, MAX_NEW_TOKENS)
     baselines = choose_baselines(BASELINES, config.baselines, config.missing)
-    chosen = choose(config)
-    writer = ReportWriter(out, "qa", COLUMNS, config, model.base, model.documents.id)
-    scored: list[Scored] = []
+    parts = [_part(setup, source, some) for source, some in grouped(choose(config), lambda d: d.source).items()]
+    writer = Report(out, "qa", COLUMNS, config, model.base, model.documents.id)
     updates: Updates = {name: [] for name in baselines}
-    deadline, n_done = Deadline(config.budget_s), 0
-    warm_up(model.base)
-    for some in grouped(chosen, lambda document: document.source).values():
-        if n_done and deadline.is_over:
-            break
-        for i, group in enumerate(_groups(model, config, some, deadline)):
-            for name, baseline in baselines.items():
-                new = _answer(setup, name, baseline, group, updates[name], n_timed=0 if i else _N_TIMED)
-                writer.add_answers(map(_line, new))
-                scored += new
-            n_done += len(group)
-            progress(n_done, len(chosen))
-            writer.write(_tables(scored, updates), is_complete=False)
-    return writer.write(_tables(scored, updates), is_complete=n_done == len(chosen))
+    return evaluate_documents(
+        setup, writer, baselines, parts, _score, lambda answered: _tables(answered, updates), _line, _N_TIMED,
+        config.budget_s, progress, updates,
+    )  # fmt: skip
 
 
-def draw(report: Report, out: Path) -> None:
-    """Draw F1 by length, and F1 by what an answer costs."""
-    from loracast.lab.evaluation import plots
-
-    by_length = [row for row in report.rows if row["kind"] == "length"]
-    if by_length:
-        plots.f1_by_length(out / "by_length.png", by_length)
-    last = [row for row in report.rows if row["kind"] == "source"][-1]["part"]  # all, or the only source
-    plots.f1_by_cost(out / "by_cost.png", [row for row in report.rows if row["part"] == last])
+def _score(a: Answered[DocumentCase]) -> dict[str, float]:
+    return {name: float(best(measure, a.text, a.case.answers)) for name, measure in MEASURES.items()}
 
 
 def choose(config: QaConfig) -> list[QuestionedDocument]:
@@ -357,56 +323,27 @@ def choose(config: QaConfig) -> list[QuestionedDocument]:
     return chosen
 
 
-def _groups(
-    model: Model, config: QaConfig, documents: Sequence[QuestionedDocument], deadline: Deadline
-) -> Iterator[list[list[DocumentCase]]]:
-    """A few documents at a time, each as its questions; the last document's other one is the first."""
-
-    def make(i: int) -> tuple[QuestionedDocument, InMemoryAdapter]:
-        document = documents[i % len(documents)]
-        return document, InMemoryAdapter(model, document.text, document.title, config.chunk_tokens)
-
-    for group in groups(len(documents), _DOCUMENTS_PER_GROUP, make, deadline):
-        cases = [cases_of(*one) for one in group]
-        yield cases
-        for of_document in cases:
-            of_document[0].learned.clear()
+def _part(setup: DocumentSetup, source: str, documents: Sequence[QuestionedDocument]) -> Part:
+    """The documents of a source, the last one's other document being the first."""
+    return Part(source, len(documents), _DOCUMENTS_PER_GROUP, lambda i: cases_of(setup, documents[i % len(documents)]))
 
 
-def cases_of(document: QuestionedDocument, adapter: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
-    """The questions about one document."""
-    about: dict[str, Any] = {"doc_id": document.doc_id, "source": document.source, "learned": {}}
-    return [DocumentCase(adapter, other, q.question, q.answers, **about) for q in document.questions]
+def cases_of(setup: DocumentSetup, document: QuestionedDocument) -> list[DocumentCase]:
+    """The questions about one document, which is learned."""
+    learned = setup.keep(document.text, document.title)
+    return [
+        DocumentCase(learned, q.question, q.answers, doc_id=document.doc_id, source=document.source)
+        for q in document.questions
+    ]
 
 
-def _answer(
-    setup: DocumentSetup,
-    name: str,
-    baseline: Baseline[DocumentSetup, DocumentCase],
-    group: Sequence[Sequence[DocumentCase]],
-    updates: list[tuple[float, float]],
-    n_timed: int,
-) -> list[Scored]:
-    """One baseline's answers to all questions about some documents, which are learned one by one as a user would."""
-    for first, *_ in group:
-        with peak_memory() as peak:
-            started = time.perf_counter()
-            if baseline.learn is not None:
-                baseline.learn(setup, first)
-            seconds = time.perf_counter() - started
-        updates.append((seconds, peak.above_mib))
-    cases = {name: [case for of_document in group for case in of_document]}
-    answered = ask(setup, {name: baseline}, cases, Sampling(max_new_tokens=setup.max_new_tokens), n_timed)
-    scores = (exact_match, has_value, token_f1, rouge_l)
-    return [Scored(a, *(best(score, a.text, a.case.answers) for score in scores)) for a in answered]
-
-
-def _tables(scored: Sequence[Scored], updates: Updates) -> list[dict[str, Any]]:
+def _tables(answered: Mapping[str, Answers], updates: Updates) -> list[dict[str, Any]]:
     """The rows of every source by itself, of all of them, and of every length."""
-    parts = grouped(scored, lambda s: s.case.source or "documents")
+    every = [a for some in answered.values() for a in some]
+    parts = {source or "documents": some for source, some in answered.items()}
     if len(parts) > 1:
-        parts["all"] = list(scored)
-    by_length = grouped(scored, lambda s: sum(s.case.document.n_tokens >= limit for limit in LENGTHS))
+        parts["all"] = every
+    by_length = grouped(every, lambda a: sum(a.case.document.n_tokens >= limit for limit in LENGTHS))
     rows = [row for part, some in parts.items() for row in _rows(part, some, updates, "source")]
     if len(by_length) > 1:
         for i, some in sorted(by_length.items()):
@@ -419,22 +356,21 @@ def _length_name(i: int) -> str:
     return f"{low} to {high - 1} tokens" if high else f"{low} tokens or more"
 
 
-def _rows(part: str, scored: Sequence[Scored], updates: Updates, kind: str) -> list[dict[str, Any]]:
+def _rows(part: str, answered: Answers, updates: Updates, kind: str) -> list[dict[str, Any]]:
     """One row a baseline, over some documents."""
-    by_baseline = grouped(scored, lambda s: s.answered.baseline)
-    f1 = {name: mean([s.f1 for s in some]) for name, some in by_baseline.items()}
+    by_baseline = grouped(answered, lambda a: a.baseline)
+    f1 = {name: mean([a.scores["f1"] for a in some]) for name, some in by_baseline.items()}
     rows = []
     for name, some in by_baseline.items():
         by_document = _by_document(some)
         row: dict[str, Any] = {"kind": kind, "part": part, "baseline": name, "label": BASELINES[name].label}
-        row |= {"documents": len(by_document), **figures([s.answered for s in some])}
-        row |= {key: mean([getattr(s, key) for s in some]) for key in ("exact", "contained", "rouge_l")}
+        row |= {"documents": len(by_document), **figures(some)}
+        row |= {key: mean([a.scores[key] for a in some]) for key in MEASURES}
         row |= named_interval("f1", (f1[name], *cluster_bootstrap(list(by_document.values()))))
         for best_known in ("window", "window_lora"):
             row[f"of_{best_known}"] = f1[name] / f1[best_known] if f1.get(best_known) else None
-        row["document_tokens"] = mean([s.case.document.n_tokens for s in some])
-        row["update_s"] = mean([seconds for seconds, _ in updates[name]])
-        row["update_mib"] = max(mib for _, mib in updates[name])
+        row["document_tokens"] = mean([a.case.document.n_tokens for a in some])
+        row["update_s"] = mean(updates[name])
         if "adapter" in by_baseline and name != "adapter":
             mine = _by_document(by_baseline["adapter"])
             gains = [[x - y for x, y in zip(mine[key], by_document[key], strict=True)] for key in mine]
@@ -443,15 +379,14 @@ def _rows(part: str, scored: Sequence[Scored], updates: Updates, kind: str) -> l
     return rows
 
 
-def _by_document(scored: Sequence[Scored]) -> dict[str, list[float]]:
+def _by_document(answered: Answers) -> dict[str, list[float]]:
     """The F1 of each document's questions."""
-    return {key: [s.f1 for s in some] for key, some in grouped(scored, lambda s: s.case.doc_id).items()}
+    return {key: [a.scores["f1"] for a in some] for key, some in grouped(answered, lambda a: a.case.doc_id).items()}
 
 
-def _line(s: Scored) -> dict[str, Any]:
-    """One line of answers.jsonl."""
+def _line(source: str, a: Answered[DocumentCase]) -> dict[str, Any]:
+    """What a line of answers.jsonl says of the question."""
     return {
-        "baseline": s.answered.baseline, "source": s.case.source, "doc_id": s.case.doc_id, "question": s.case.question,
-        "answers": s.case.answers, **s.answered.said, "exact": s.exact, "contained": s.contained,
-        "f1": round(s.f1, 4), "rouge_l": round(s.rouge_l, 4), "document_tokens": s.case.document.n_tokens,
+        "baseline": a.baseline, "source": source, "doc_id": a.case.doc_id, "question": a.case.question,
+        "answers": a.case.answers, "document_tokens": a.case.document.n_tokens,
     }  # fmt: skip

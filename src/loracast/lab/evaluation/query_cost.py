@@ -21,8 +21,7 @@ from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import read_texts
 from loracast.lab.evaluation.cost import QueryFlops, counted
-from loracast.lab.evaluation.plots import costs, require_matplotlib
-from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
+from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
 from loracast.lab.evaluation.runner import grouped, in_turn
 from loracast.lab.evaluation.tasks import ADAPTER, BASELINES, Drawn, TaskCase, TaskSetup, TasksFrom, draw
 
@@ -72,8 +71,7 @@ def evaluate_cost(setup: TaskSetup, config: CostConfig, out: Path, progress: Pro
     """
     if setup.caster is None:
         raise ConfigError("the cost of an adapter needs a text-to-LoRA hypernetwork (--hypernetwork)")
-    require_matplotlib()
-    writer = ReportWriter(out, "cost of a query", COLUMNS, config, setup.base, setup.caster.caster.id)
+    writer = Report(out, "cost of a query", COLUMNS, config, setup.base, setup.caster.caster.id)
     tasks = config.read()
     formula = QueryFlops.of(setup.base.model.config)
     rows: list[dict[str, Any]] = []
@@ -86,9 +84,7 @@ def evaluate_cost(setup: TaskSetup, config: CostConfig, out: Path, progress: Pro
     rows += [{**_against(row, next(r for r in means if r["baseline"] == ADAPTER)), **row} for row in means]
     # What making an adapter from its description costs, text encoder included: mean over the tasks.
     writer.environment["making"] = {key: statistics.mean(row[key] for row in rows) for key in ("make_gflops", "make_s")}
-    report = writer.write(rows)
-    costs(out / "cost.png", [row for row in rows if row["task"] != _ALL], reference=ADAPTER)
-    return report
+    return writer.write(rows)
 
 
 def _document(setup: TaskSetup, config: CostConfig) -> str | None:
@@ -146,7 +142,7 @@ def _measure(
 def _prompt(setup: TaskSetup, name: str, drawn: Drawn, document: str | None, row: Example) -> tuple[int, ...]:
     if name == DOCUMENT:  # it stands where a description would
         drawn, name = replace(drawn, description=document or ""), "described"
-    return BASELINES[name].request(setup, TaskCase(drawn, row)).prompt
+    return tuple(BASELINES[name].request(setup, TaskCase(drawn, row)).prepared.prompt)
 
 
 def _against(row: dict[str, Any], adapter: dict[str, Any]) -> dict[str, float | None]:

@@ -7,9 +7,9 @@ noted on the way, and answers the task's test rows.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from loracast.documents.task_spec import Example, TaskSpec
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import is_right
 from loracast.lab.data.tasks import Task
-from loracast.lab.evaluation.plots import exact_by_seconds, require_matplotlib
 from loracast.lab.evaluation.report import (
     Progress,
     Report,
@@ -29,17 +28,19 @@ from loracast.lab.evaluation.report import (
     no_progress,
     paired_bootstrap,
 )
-from loracast.lab.evaluation.runner import Answered, Baseline, Deadline, Request, ask, check_positive, fixed, grouped
+from loracast.lab.evaluation.runner import Answered, Baseline, ask, check_positive, fixed, grouped
 from loracast.lab.evaluation.tasks import (
     ADAPTER,
     LONGEST,
+    Asked,
     Drawn,
     TaskCase,
     TaskSetup,
     TasksFrom,
     draw,
-    prompt_of,
-    seed_shares,
+    evaluate_by_task,
+    exact_shares,
+    request_of,
     task_figures,
     test_rows,
 )
@@ -144,43 +145,31 @@ class Stage:
 
 
 def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progress: Progress = no_progress) -> Report:
-    """Run the evaluation; the table, its picture and the answers are in `out` after every task.
+    """Run the evaluation; the table and the answers are in `out` after every task.
 
     Raises:
         ConfigError: a task has too few training examples, or there is no task.
     """
-    require_matplotlib()
     tasks = config.read()
     if few := [task.name for task in tasks if len(task.train) < FEWEST_EXAMPLES]:
         raise ConfigError(f"refining takes {FEWEST_EXAMPLES} training examples; fewer have {', '.join(few)}")
     starts = {name: start for name, start in STARTS.items() if name != "multitask" or setup.multitask is not None}
-    writer = setup.writer(out, "refining", COLUMNS, config, config.seeds)
-    marks = config.marks
-    exact: dict[Key, list[list[float]]] = defaultdict(list)  # of each task, the shares of its rows
-    n_steps: dict[Key, list[int]] = defaultdict(list)
-    deadline = Deadline(config.budget_s)
     n_all, n_done = len(tasks) * len(config.seeds) * len(starts), 0
-    for i, task in enumerate(tasks):
-        if i and deadline.is_over:
-            break
-        by_seed: dict[Key, list[list[bool]]] = defaultdict(list)
+
+    def answer(i: int) -> Iterator[tuple[Key, int, list[Answered[TaskCase]]]]:
+        nonlocal n_done
         for seed in config.seeds:
             drawn = draw(tasks, i, seed)
             for name, start in starts.items():
-                stages = descend(setup, drawn, start, marks, start.config)
-                answered = _answer(setup, drawn, stages, test_rows(task, config.rows))
-                for at, some in answered.items():
-                    right = [is_right(a.text, a.case.row.outputs, task.metric) for a in some]
-                    by_seed[name, at].append(right)
-                    n_steps[name, at].append(stages[at].n_steps)
-                    writer.add_answers(_line(name, at, seed, a, hit) for a, hit in zip(some, right, strict=True))
+                stages = descend(setup, drawn, start, config.marks, start.config)
+                for at, answered in _answer(setup, drawn, stages, test_rows(tasks[i], config.rows)).items():
+                    yield (name, at), seed, answered
                 n_done += 1
                 progress(n_done, n_all)
-        for key, hits in by_seed.items():
-            exact[key].append(seed_shares(hits))
-        report = writer.write(_rows(tasks[: i + 1], starts, marks, exact, n_steps), is_complete=i + 1 == len(tasks))
-        exact_by_seconds(out / "refining.png", report.rows)
-    return report
+
+    report = setup.report(out, "refining", COLUMNS, config, config.seeds)
+    rows = partial(_rows, config.marks)
+    return evaluate_by_task(report, tasks, answer, rows, lambda key: {"start": key[0], "at": key[1]}, config.budget_s)
 
 
 def descend(
@@ -207,39 +196,29 @@ def _answer(
 
     def baseline(stage: Stage) -> Baseline[TaskSetup, TaskCase]:
         lora = fixed(stage.lora)
-        return Baseline("", lambda setup, case: Request(prompt_of(setup.base, case.drawn, case.row.input), lora))
+        return Baseline("", lambda setup, case: request_of(setup, case, lora))
 
-    cases = [TaskCase(drawn, row) for row in rows]
+    cases, metric = [TaskCase(drawn, row) for row in rows], drawn.task.metric
     baselines = {at: baseline(stage) for at, stage in stages.items()}
-    answered = ask(setup, baselines, dict.fromkeys(stages, cases), Sampling(max_new_tokens=LONGEST[drawn.task.metric]))
-    return grouped(answered, lambda one: one.baseline)
+    answered = ask(setup, baselines, dict.fromkeys(stages, cases), Sampling(max_new_tokens=LONGEST[metric]))
+
+    def scored(one: Answered[TaskCase]) -> Answered[TaskCase]:
+        is_exact = is_right(one.text, one.case.row.outputs, metric)
+        return replace(one, scores={"exact": is_exact, "n_steps": stages[one.baseline].n_steps})
+
+    return grouped(map(scored, answered), lambda one: one.baseline)
 
 
-def _rows(
-    tasks: Sequence[Task],
-    starts: Mapping[str, Start],
-    marks: Sequence[Mark],
-    exact: Mapping[Key, Sequence[Sequence[float]]],
-    n_steps: Mapping[Key, Sequence[int]],
-) -> list[dict[str, Any]]:
+def _rows(marks: Sequence[Mark], tasks: Sequence[Task], asked: Asked[Key]) -> list[dict[str, Any]]:
     """A row for each start at each mark over the tasks that are done."""
+    exact = exact_shares(asked)
+    seconds = {mark.name: None if math.isinf(mark.seconds) else mark.seconds for mark in marks}
     rows = []
-    for name, start in starts.items():
-        for mark in marks:
-            key = name, mark.name
-            row: dict[str, Any] = {"start": name, "label": start.label, "at": mark.name}
-            row["seconds"] = None if math.isinf(mark.seconds) else mark.seconds
-            row |= {**task_figures(tasks, exact[key]), "n_steps": mean(n_steps[key])}
-            if name != ADAPTER:
-                row |= named_interval("difference", paired_bootstrap(exact[ADAPTER, mark.name], exact[key]))
-            rows.append(row)
+    for (name, at), of_tasks in asked.items():
+        row: dict[str, Any] = {"start": name, "label": STARTS[name].label, "at": at, "seconds": seconds[at]}
+        n_steps = [some[0].scores["n_steps"] for by_seed in of_tasks for some in by_seed]
+        row |= {**task_figures(tasks, exact[name, at]), "n_steps": mean(n_steps)}
+        if name != ADAPTER:
+            row |= named_interval("difference", paired_bootstrap(exact[ADAPTER, at], exact[name, at]))
+        rows.append(row)
     return rows
-
-
-def _line(start: str, at: str, seed: int, a: Answered[TaskCase], is_exact: bool) -> dict[str, Any]:
-    """One line of answers.jsonl."""
-    drawn, row = a.case.drawn, a.case.row
-    return {
-        "start": start, "at": at, "seed": seed, "task": drawn.task.name, "description": drawn.description,
-        "input": row.input, "outputs": row.outputs, **a.said, "exact": is_exact,
-    }  # fmt: skip

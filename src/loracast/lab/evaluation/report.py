@@ -116,6 +116,9 @@ _FORMS: dict[str, Callable[[Row, str], str]] = {
     "text": lambda row, key: str(row[key]),
     "%": lambda row, key: f"{100 * row[key]:.1f}",
     "interval": lambda row, key: f"{100 * row[key]:.1f} - {100 * row[key.removesuffix('low') + 'high']:.1f}",
+    "by seed": lambda row, key: (
+        f"{100 * row[key]:.1f} ({', '.join(f'{100 * value:.1f}' for value in row[f'{key}_by_seed'])})"
+    ),
     "change": lambda row, key: "{:+.1f} ({:+.1f} to {:+.1f})".format(
         *(100 * row[key + end] for end in ("", "_low", "_high"))
     ),
@@ -127,7 +130,8 @@ def columns(**given: str | tuple[str, int | str]) -> tuple[Column, ...]:
 
     `key="header"` is a column of text, `key=("header", 2)` one of numbers with two digits behind the point. In place of
     the digits, "%" makes shares in per cent, "interval" 95 % intervals (for a key that ends with "low", up to the same
-    key with "high"), and "change" differences in points with their interval.
+    key with "high"), "change" differences in points with their interval, and "by seed" the mean of
+    shares and each of them (in the same key with "_by_seed").
     """
 
     def column(key: str, header: str, kind: int | str = "text") -> Column:
@@ -143,55 +147,8 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows))
 
 
-@dataclass(frozen=True)
 class Report:
-    """The results of one evaluation."""
-
-    title: str
-    columns: Sequence[Column]
-    rows: Sequence[Row]
-    settings: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    is_complete: bool = True
-    """False while the run goes on, and for good where it was killed."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "evaluation": self.title,
-            "is_complete": self.is_complete,
-            "seed": self.settings.get("seed"),
-            "settings": dict(self.settings),
-            **self.environment,
-            "rows": [dict(row) for row in self.rows],
-        }
-
-    def cells(self) -> list[list[str]]:
-        return [[column.form(row) for column in self.columns] for row in self.rows]
-
-    def markdown(self) -> str:
-        return markdown([[column.header for column in self.columns], *self.cells()]) + "\n"
-
-    def write(self, out: Path) -> None:
-        """Write results.json and table.md, each of them whole or not at all."""
-        out.mkdir(parents=True, exist_ok=True)
-        encoded = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
-        write_atomically(out / "results.json", encoded.encode())
-        write_atomically(out / "table.md", f"{self.title}\n\n{self.markdown()}".encode())
-
-    def show(self, console: Console) -> None:
-        """Print the table."""
-        from rich.table import Table
-
-        table = Table(title=self.title, title_justify="left")
-        for column in self.columns:
-            table.add_column(column.header, justify="left" if column.header == "method" else "right")
-        for cells in self.cells():
-            table.add_row(*cells)
-        console.print(table)
-
-
-class ReportWriter:
-    """Writes one evaluation into a folder while it runs: its tables, as often as wanted, and its answers one by one."""
+    """The results of one evaluation, written into a folder while it runs: its tables, and its answers one by one."""
 
     def __init__(
         self,
@@ -210,20 +167,55 @@ class ReportWriter:
         self.out, self.title, self.columns = out, title, columns
         self.settings: dict[str, Any] = asdict(config)
         self.environment = environment(base, hypernetwork)
+        self.rows: Sequence[Row] = ()
+        self.is_complete = False
         out.mkdir(parents=True, exist_ok=True)
         (out / "answers.jsonl").unlink(missing_ok=True)
 
     def write(self, rows: Sequence[Row], is_complete: bool = True) -> Report:
-        """Write the table of these rows."""
-        report = Report(self.title, self.columns, tuple(rows), self.settings, self.environment, is_complete)
-        report.write(self.out)
-        return report
+        """Write results.json and table.md of these rows, each of them whole or not at all.
+
+        Args:
+            is_complete: False while the run goes on, and for good where it was killed.
+        """
+        self.rows, self.is_complete = tuple(rows), is_complete
+        encoded = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        write_atomically(self.out / "results.json", encoded.encode())
+        write_atomically(self.out / "table.md", f"{self.title}\n\n{self.markdown()}".encode())
+        return self
 
     def add_answers(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to answers.jsonl, to look at what went wrong."""
         with open(self.out / "answers.jsonl", "a", encoding="utf-8") as file:
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "evaluation": self.title,
+            "is_complete": self.is_complete,
+            "seed": self.settings.get("seed"),
+            "settings": self.settings,
+            **self.environment,
+            "rows": self.rows,
+        }
+
+    def cells(self) -> list[list[str]]:
+        return [[column.form(row) for column in self.columns] for row in self.rows]
+
+    def markdown(self) -> str:
+        return markdown([[column.header for column in self.columns], *self.cells()]) + "\n"
+
+    def show(self, console: Console) -> None:
+        """Print the table."""
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left")
+        for column in self.columns:
+            table.add_column(column.header, justify="left" if column.header == "method" else "right")
+        for cells in self.cells():
+            table.add_row(*cells)
+        console.print(table)
 
 
 def environment(base: Base | None, hypernetwork: str | None = None) -> dict[str, Any]:

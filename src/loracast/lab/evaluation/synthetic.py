@@ -3,48 +3,49 @@
 A needle is a sentence hidden in prose. Sheets state facts about invented entities. Everyday documents are e-mails,
 contracts, recipes, price lists and others, with questions that a reader has; there an answer is right where it contains
 the right one. All baselines answer all questions about a document, which is cast once.
-
-`loracast eval facts`: sheets of facts about invented entities, asked for in wordings that no training has seen.
-
-A sheet is cast once, and all baselines answer all of its questions.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Literal
 
 from loracast.answering.model import Model
 from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.chat import ChatFormat, encode_with_offsets
-from loracast.base.generate import Sampling
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import find_value, has_value, is_exact
-from loracast.lab.data.everyday import KINDS, EverydayDocument, EverydayFact, load_genres, make_document
-from loracast.lab.data.facts import Fact, FactSheet, make_sheet
+from loracast.lab.data.everyday import KINDS, EverydayFact, load_genres, make_document
+from loracast.lab.data.facts import Fact, make_sheet
 from loracast.lab.data.needles import Haystack, Needle, Sample, make_needles
 from loracast.lab.data.rows import read_content, read_texts
-from loracast.lab.evaluation import plots
 from loracast.lab.evaluation.documents import (
     MAX_NEW_TOKENS,
     WITHOUT_PARTS,
+    Answers,
+    Asks,
+    DocumentBaseline,
     DocumentCase,
     DocumentSetup,
+    LearnedDocument,
+    Part,
     WindowedConfig,
     adapter,
+    evaluate_documents,
     in_window_lora,
+    merged,
     no_document,
     strictly,
     whole,
     with_text,
 )
 from loracast.lab.evaluation.report import (
+    Column,
     Progress,
     Report,
-    ReportWriter,
     cluster_bootstrap,
     columns,
     mean,
@@ -57,21 +58,15 @@ from loracast.lab.evaluation.report import (
 from loracast.lab.evaluation.runner import (
     Answered,
     Baseline,
-    Deadline,
-    InMemoryAdapter,
     Request,
-    ask,
-    check_names,
     check_positive,
     choose_baselines,
     figures,
     grouped,
-    groups,
-    warm_up,
+    shown,
 )
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
-
-T = TypeVar("T")
+from loracast.reading.search import best_passages
 
 N_TIMED = 5
 """Questions that a baseline is asked one at a time, for the time that an answer takes; the others come in batches."""
@@ -106,34 +101,31 @@ def window_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
     )
 
 
-def _shown(setup: DocumentSetup, case: DocumentCase, k: int | None) -> tuple[str, bool]:
+def _passages(setup: DocumentSetup, case: DocumentCase, k: int | None) -> tuple[str, bool]:
     """The texts of the k best chunks, in the document's order, and whether the one with the answer is among them."""
-    chunks = case.document.best_passages(case.question, k or setup.route)
-    return "\n\n".join(case.document.chunks[i].prompt for i in chunks), case.chunk in chunks
+    document = case.document
+    found = best_passages(document.adapter.open_index, case.question, len(document.chunks), k or setup.config.route)
+    return "\n\n".join(document.chunks[i].prompt for i in found), case.chunk in found
 
 
-def _window_lora(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
-    """The k best chunks, or the whole document if None, in the window of the LoRA that was trained to answer so."""
+def passages(k: int | None) -> Asks:
+    """The texts of the k best chunks in the prompt; as many as a question is given if None."""
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
-        text, found = (case.document.full_text, None) if k is None else _shown(setup, case, k)
-        return replace(in_window_lora(setup, text, case.question), found=found)
+        text, found = _passages(setup, case, k)
+        return shown(with_text(setup, window_prompt, text, case.question), found=found)
 
     return request
 
 
-def passages(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
-    """The texts of the k best chunks in the prompt, in the document's order; as many as a question is given if None."""
-
-    def request(setup: DocumentSetup, case: DocumentCase) -> Request:
-        shown, found = _shown(setup, case, k)
-        return Request(with_text(setup, window_prompt, shown, case.question), found=found)
-
-    return request
+def _bm25_lora(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The best chunk in the window of the LoRA that was trained to answer so."""
+    text, found = _passages(setup, case, 1)
+    return replace(in_window_lora(setup, text, case.question), found=found)
 
 
-BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
-    "merged": Baseline("adapter, one LoRA of all chunks (merged)", adapter("document", is_routed=False)),
+BASELINES: dict[str, DocumentBaseline] = {
+    "merged": Baseline("adapter, one LoRA of all chunks (merged)", merged),
     "routed": Baseline("adapter, routed {route}", adapter("document")),
     "strict": Baseline("adapter, routed {route}, strict", strictly),
     "none": Baseline("no document", no_document),
@@ -142,9 +134,12 @@ BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
     "bm25": Baseline("BM25 passage in the window", passages(1)),
     **{name: one for name, one in WITHOUT_PARTS.items() if name != "merged"},
     "window_lora": Baseline(
-        "window LoRA, the text in its window", _window_lora(None), needs=("window LoRA",), is_optional=True
+        "window LoRA, the text in its window",
+        lambda setup, case: in_window_lora(setup, case.document.full_text, case.question),
+        needs=("window LoRA",),
+        is_optional=True,
     ),
-    "bm25_lora": Baseline("window LoRA, the BM25 passage", _window_lora(1), needs=("window LoRA",), is_optional=True),
+    "bm25_lora": Baseline("window LoRA, the BM25 passage", _bm25_lora, needs=("window LoRA",), is_optional=True),
     "bm25k": Baseline("BM25 {route} passages in the window", passages(None)),
 }
 
@@ -166,88 +161,51 @@ class SyntheticConfig(WindowedConfig):
         choose_baselines(BASELINES, self.baselines, self.missing)
         check_positive(self, "route")
 
-    def adapter(self, model: Model, text: str, title: str = "") -> InMemoryAdapter:
-        """Learn a document as these settings say."""
-        return InMemoryAdapter(model, text, title, self.chunk_tokens, self.storage)
+    def started(self, model: Model, out: Path, title: str, columns: Sequence[Column]) -> tuple[DocumentSetup, Report]:
+        """What the baselines of a run share, and its report."""
+        setup = self.setup(model, MAX_NEW_TOKENS, self.storage)
+        return setup, Report(out, title, columns, self, model.base, model.documents.id)
 
 
-@dataclass(frozen=True)
-class Series(Generic[T]):
-    """The documents of one size."""
-
-    size: int
-    n: int
-    per_group: int
-    """Documents that are in memory at once."""
-    make: Callable[[int], tuple[T, InMemoryAdapter]]
-    """Draws the i-th document and splits it."""
-    cases: Callable[[T, InMemoryAdapter, InMemoryAdapter], list[DocumentCase]]
-    """The questions about a document, which is given with another one."""
-    n_window: int | None = None
-    """How many documents are also put into the window, which is slow where they are long; by default all."""
-
-
-def evaluate_sizes(
-    model: Model,
+def _evaluate(
+    setup: DocumentSetup,
     config: SyntheticConfig,
-    writer: ReportWriter,
+    report: Report,
     size_key: str,
-    series: Sequence[Series[T]],
-    rows_of: Callable[[Sequence[Answered[DocumentCase]]], dict[str, Any]],
+    parts: Sequence[Part],
+    rows_of: Callable[[Answers], dict[str, Any]],
     progress: Progress,
-    line_of: Callable[[Answered[DocumentCase]], dict[str, Any]] | None = None,
+    score: Callable[[Answered[DocumentCase]], dict[str, Any]] = lambda a: {"exact": answers_exactly(a)},
 ) -> Report:
-    """Ask every baseline every question, size by size; tables and answers are written after every size.
+    """Ask every baseline every question, size by size; tables and answers are written after every few documents.
 
     Args:
         size_key: what a size is called in the rows.
         rows_of: the figures of one baseline at one size, besides those of `answer_row`.
-        line_of: what a line of answers.jsonl says, besides what `answer_line` does.
     """
-    setup = config.setup(model, MAX_NEW_TOKENS)
-    deadline, rows = Deadline(config.budget_s), list[dict[str, Any]]()
-    total, n_before, is_complete = sum(one.n for one in series), 0, True
-    warm_up(setup.base)
-    for place, one in enumerate(series):
-        answered: list[Answered[DocumentCase]] = []
-        n_done = 0
-        for n_done, some in _ask(setup, config.baselines, one, deadline.share(len(series) - place)):
-            answered += some
-            progress(n_before + n_done, total)
-        n_before += one.n
-        is_complete &= n_done == one.n
-        progress(n_before, total)
-        for mine in grouped(answered, lambda a: a.baseline).values():
-            rows.append({size_key: one.size, **answer_row(setup, mine), **rows_of(mine)})
-        lines = ({size_key: one.size, **answer_line(a), **(line_of(a) if line_of else {})} for a in answered)
-        writer.add_answers(lines)
-        writer.write(rows, is_complete=False)
-    return writer.write(rows, is_complete=is_complete)
+    baselines = choose_baselines(BASELINES, config.baselines, config.missing)
+
+    def tables(answered: Mapping[Any, Answers]) -> list[dict[str, Any]]:
+        return [
+            {size_key: size, **answer_row(setup, mine), **rows_of(mine)}
+            for size, some in answered.items()
+            for mine in grouped(some, lambda a: a.baseline).values()
+        ]
+
+    def line(size: int, a: Answered[DocumentCase]) -> dict[str, Any]:
+        about = {"depth": a.case.depth, "question": a.case.question, "value": a.case.answers[0], "picked": a.found}
+        return {size_key: size, "baseline": a.baseline, **about}
+
+    return evaluate_documents(setup, report, baselines, parts, score, tables, line, N_TIMED, config.budget_s, progress)
 
 
-def _ask(
-    setup: DocumentSetup, names: Sequence[str], series: Series[T], deadline: Deadline
-) -> Iterator[tuple[int, list[Answered[DocumentCase]]]]:
-    """Documents done so far, and the answers about the last few."""
-    n_done = n_asked = 0
-    for group in groups(series.n, series.per_group, series.make, deadline):
-        of_documents = [series.cases(*one) for one in group]
-        cases = {name: [case for some in of_documents for case in some] for name in check_names(names, BASELINES)}
-        if "window" in cases and series.n_window is not None:
-            n_shown = max(0, series.n_window - n_done)
-            cases["window"] = [case for some in of_documents[:n_shown] for case in some]
-        n_done += len(group)
-        n_left, n_asked = max(0, N_TIMED - n_asked), n_asked + sum(map(len, of_documents))
-        yield n_done, ask(setup, BASELINES, cases, Sampling(max_new_tokens=setup.max_new_tokens), n_left)
-
-
-def answer_row(setup: DocumentSetup, answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
+def answer_row(setup: DocumentSetup, answered: Answers) -> dict[str, Any]:
     """The figures of one baseline over its answers, and the mean size of their documents."""
-    hits = [answers_exactly(a) for a in answered]
+    hits = [a.scores["exact"] for a in answered]
     documents = {a.case.document: None for a in answered}
     return {
         "baseline": answered[0].baseline,
-        "label": BASELINES[answered[0].baseline].label.format(route=setup.route),
+        "label": BASELINES[answered[0].baseline].label.format(route=setup.config.route),
         **figures(answered),
         **named_interval("exact", (mean(hits), *wilson(sum(hits), len(hits)))),
         "has_value": mean([has_value(a.text, a.case.answers[0]) for a in answered]),
@@ -257,20 +215,9 @@ def answer_row(setup: DocumentSetup, answered: Sequence[Answered[DocumentCase]])
     }
 
 
-def answer_line(a: Answered[DocumentCase]) -> dict[str, Any]:
-    """One line of answers.jsonl."""
-    return {
-        "baseline": a.baseline, "depth": a.case.depth, "question": a.case.question, "value": a.case.answers[0],
-        **a.said, "exact": answers_exactly(a), "picked": a.found,
-    }  # fmt: skip
-
-
-def by_document(
-    answered: Sequence[Answered[DocumentCase]], is_right: Callable[[Answered[DocumentCase]], bool]
-) -> list[list[float]]:
+def by_document(answered: Answers, score: str) -> list[list[float]]:
     """For each document, which of its questions were answered right: the clusters of an interval over documents."""
-    of_documents = grouped(answered, lambda a: a.case.document).values()
-    return [[float(is_right(a)) for a in some] for some in of_documents]
+    return [[a.scores[score] for a in some] for some in grouped(answered, lambda a: a.case.document).values()]
 
 
 def answers_exactly(a: Answered[DocumentCase]) -> bool:
@@ -278,12 +225,10 @@ def answers_exactly(a: Answered[DocumentCase]) -> bool:
     return is_exact(a.text, a.case.answers[0])
 
 
-def _case(
-    document: InMemoryAdapter, other: InMemoryAdapter, fact: Needle | Fact, depth: float | None = None
-) -> DocumentCase:
+def _case(document: LearnedDocument, fact: Needle | Fact, depth: float | None = None) -> DocumentCase:
     """The question for the value that a statement of the document gives."""
     chunk = document.chunk_of(fact.statement, fact.statement.index(fact.answer))
-    return DocumentCase(document, other, fact.question, (fact.answer,), chunk, depth)
+    return DocumentCase(document, fact.question, (fact.answer,), chunk, depth)
 
 
 LONG = 8192
@@ -336,16 +281,11 @@ class NeedleConfig(SyntheticConfig):
 
 
 def evaluate_needle(model: Model, config: NeedleConfig, out: Path, progress: Progress = no_progress) -> Report:
-    """Run the evaluation; tables and answers are in `out` after every length, pictures at the end."""
-    plots.require_matplotlib()
+    """Run the evaluation; tables and answers are in `out` after every few documents."""
     haystack = Haystack(read_texts(config.texts), lambda text: encode_with_offsets(model.base.tokenizer, text))
-    writer = ReportWriter(out, "needle", NEEDLE_COLUMNS, config, model.base, model.documents.id)
-    series = [_needle_series(model, config, haystack, length) for length in config.lengths]
-    report = evaluate_sizes(model, config, writer, "length", series, _by_depth, progress)
-    if adapters := [name for name in ("routed", "merged") if name in config.baselines]:
-        plots.heat_map(out / "heatmap.png", report.rows, adapters)
-    plots.by_length(out / "exact-match.png", report.rows)
-    return report
+    setup, report = config.started(model, out, "needle", NEEDLE_COLUMNS)
+    parts = [_needles(setup, config, haystack, length) for length in config.lengths]
+    return _evaluate(setup, config, report, "length", parts, _by_depth, progress)
 
 
 def make_sample(config: NeedleConfig, haystack: Haystack, length: int, i: int) -> Sample:
@@ -355,27 +295,24 @@ def make_sample(config: NeedleConfig, haystack: Haystack, length: int, i: int) -
     return haystack.sample(rng, length, make_needles(rng, 1, split=config.split, kind=kind), [config.depth(i)])
 
 
-def _needle_series(model: Model, config: NeedleConfig, haystack: Haystack, length: int) -> Series[Sample]:
+def _needles(setup: DocumentSetup, config: NeedleConfig, haystack: Haystack, length: int) -> Part:
     """The documents of one length, each with a question about its needle."""
 
-    def make(i: int) -> tuple[Sample, InMemoryAdapter]:
+    def draw(i: int) -> list[DocumentCase]:
         sample = make_sample(config, haystack, length, i)
-        return sample, config.adapter(model, sample.text)
-
-    def cases(sample: Sample, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
-        return [_case(document, other, sample.needles[0], depth=sample.depths[0])]
+        return [_case(setup.keep(sample.text), sample.needles[0], sample.depths[0])]
 
     n_window = config.samples_window if length >= SLOW_WINDOW else None
     size = max(1, min(32, _TOKENS_PER_GROUP // length))
-    return Series(length, config.n_samples(length), size, make, cases, n_window)
+    return Part(length, config.n_samples(length), size, draw, n_window)
 
 
-def _by_depth(answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
+def _by_depth(answered: Answers) -> dict[str, Any]:
     """Exact match in each fifth of the documents."""
     by_bin = grouped(answered, lambda a: min(N_DEPTH_BINS - 1, int((a.case.depth or 0.0) * N_DEPTH_BINS)))
     depths = []
     for i in range(N_DEPTH_BINS):
-        hits = [answers_exactly(a) for a in by_bin.get(i, [])]
+        hits = [a.scores["exact"] for a in by_bin.get(i, [])]
         share = mean_if_any(hits)
         depths.append({"low": i / N_DEPTH_BINS, "high": (i + 1) / N_DEPTH_BINS, "n": len(hits), "exact": share})
     return {"depths": depths}
@@ -406,28 +343,26 @@ class FactsConfig(SyntheticConfig):
 
 
 def evaluate_facts(model: Model, config: FactsConfig, out: Path, progress: Progress = no_progress) -> Report:
-    """Run the evaluation; tables and answers are in `out` after every size of sheet."""
-    writer = ReportWriter(out, "facts", FACTS_COLUMNS, config, model.base, model.documents.id)
-    series = [_facts_series(model, config, n_facts) for n_facts in config.facts]
-    return evaluate_sizes(model, config, writer, "facts", series, _by_sheet, progress)
+    """Run the evaluation; tables and answers are in `out` after every few sheets."""
+    setup, report = config.started(model, out, "facts", FACTS_COLUMNS)
+    parts = [_sheets(setup, config, n_facts) for n_facts in config.facts]
+    return _evaluate(setup, config, report, "facts", parts, _by_sheet, progress)
 
 
-def _facts_series(model: Model, config: FactsConfig, n_facts: int) -> Series[FactSheet]:
+def _sheets(setup: DocumentSetup, config: FactsConfig, n_facts: int) -> Part:
     """The sheets of one size, each with a question about every fact."""
 
-    def make(i: int) -> tuple[FactSheet, InMemoryAdapter]:
+    def draw(i: int) -> list[DocumentCase]:
         sheet = make_sheet(random.Random(f"{config.seed}/{n_facts}/{i}"), n_facts, split=config.split)
-        return sheet, config.adapter(model, sheet.text, sheet.title)
+        document = setup.keep(sheet.text, sheet.title)
+        return [_case(document, fact) for fact in sheet.facts]
 
-    def cases(sheet: FactSheet, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
-        return [_case(document, other, fact) for fact in sheet.facts]
-
-    return Series(n_facts, config.sheets, _DOCUMENTS_PER_GROUP, make, cases)
+    return Part(n_facts, config.sheets, _DOCUMENTS_PER_GROUP, draw)
 
 
-def _by_sheet(answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
+def _by_sheet(answered: Answers) -> dict[str, Any]:
     """The interval of exact match over sheets, whose questions stand or fall together."""
-    sheets = by_document(answered, answers_exactly)
+    sheets = by_document(answered, "exact")
     low, high = cluster_bootstrap(sheets)
     return {"sheets": len(sheets), "cluster_low": low, "cluster_high": high}
 
@@ -459,38 +394,33 @@ class EverydayConfig(SyntheticConfig):
         check_positive(self, "documents", "questions")
 
 
-@dataclass(frozen=True, eq=False)
-class EverydayCase(DocumentCase):
-    """One question about an everyday document."""
-
-    fact: EverydayFact = field(kw_only=True)
-
-
 def evaluate_everyday(model: Model, config: EverydayConfig, out: Path, progress: Progress = no_progress) -> Report:
-    """Run the evaluation; the tables and answers are in `out` at the end."""
-    writer = ReportWriter(out, "everyday", EVERYDAY_COLUMNS, config, model.base, model.documents.id)
-    series = [_everyday_series(model, config)]
-    return evaluate_sizes(model, config, writer, "documents", series, _by_kind, progress, _everyday_line)
+    """Run the evaluation; tables and answers are in `out` after every few documents."""
+
+    def score(a: Answered[DocumentCase]) -> dict[str, Any]:
+        return {"exact": answers_exactly(a), "kind": a.case.about.kind, "right": is_right(a.text, a.case.about)}
+
+    setup, report = config.started(model, out, "everyday", EVERYDAY_COLUMNS)
+    parts = [_everyday_documents(setup, config)]
+    return _evaluate(setup, config, report, "documents", parts, _by_kind, progress, score)
 
 
-def _everyday_series(model: Model, config: EverydayConfig) -> Series[EverydayDocument]:
+def _everyday_documents(setup: DocumentSetup, config: EverydayConfig) -> Part:
     """The documents of all genres in turn, each with some of its questions."""
     genres = list(load_genres(config.split))
 
-    def make(i: int) -> tuple[EverydayDocument, InMemoryAdapter]:
+    def draw(i: int) -> list[DocumentCase]:
         rng = random.Random(f"{config.seed}/everyday/{i}")
         drawn = make_document(rng, split=config.split, genre=genres[i % len(genres)])
         facts = rng.sample(drawn.facts, min(config.questions, len(drawn.facts)))
-        return replace(drawn, facts=tuple(facts)), config.adapter(model, drawn.text, drawn.title)
-
-    def cases(drawn: EverydayDocument, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
-        chunks = [None if f.value_at is None else document.chunk_of(f.statement, f.value_at) for f in drawn.facts]
+        document = setup.keep(drawn.text, drawn.title)
+        chunks = [None if f.value_at is None else document.chunk_of(f.statement, f.value_at) for f in facts]
         return [
-            EverydayCase(document, other, fact.question, (fact.answer,), chunk, fact=fact)
-            for fact, chunk in zip(drawn.facts, chunks, strict=True)
+            DocumentCase(document, fact.question, (fact.answer,), chunk, about=fact)
+            for fact, chunk in zip(facts, chunks, strict=True)
         ]
 
-    return Series(config.documents, config.documents, _DOCUMENTS_PER_GROUP, make, cases)
+    return Part(config.documents, config.documents, _DOCUMENTS_PER_GROUP, draw)
 
 
 def says_not_said(answer: str) -> bool:
@@ -516,21 +446,12 @@ def is_right(answer: str, fact: EverydayFact) -> bool:
     return has_value(answer, fact.answer)
 
 
-def _fact(a: Answered[DocumentCase]) -> EverydayFact:
-    return cast(EverydayCase, a.case).fact
-
-
-def _by_kind(answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
+def _by_kind(answered: Answers) -> dict[str, Any]:
     """The share of right answers with its interval over documents, and by kind of question."""
-    documents = by_document(answered, lambda a: is_right(a.text, _fact(a)))
+    documents = by_document(answered, "right")
     right, low, high = mean_with_interval(documents)
-    figures: dict[str, Any] = {"documents": len(documents), "right": right, "cluster_low": low, "cluster_high": high}
+    found: dict[str, Any] = {"documents": len(documents), "right": right, "cluster_low": low, "cluster_high": high}
     for kind in KINDS:
-        some = [is_right(a.text, _fact(a)) for a in answered if _fact(a).kind == kind]
-        figures |= {kind: mean_if_any(some), f"n {kind}": len(some)}
-    return figures
-
-
-def _everyday_line(a: Answered[DocumentCase]) -> dict[str, Any]:
-    """What a line of answers.jsonl says besides question and answer."""
-    return {"kind": _fact(a).kind, "right": is_right(a.text, _fact(a))}
+        some = [a.scores["right"] for a in answered if a.scores["kind"] == kind]
+        found |= {kind: mean_if_any(some), f"n {kind}": len(some)}
+    return found

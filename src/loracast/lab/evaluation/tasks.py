@@ -7,11 +7,12 @@ task's description.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,12 +29,10 @@ from loracast.lab.data.answer_metrics import is_right
 from loracast.lab.data.tasks import DescriptionKind, Metric, Task, check_one_source, tasks_or_benchmarks
 from loracast.lab.evaluation.cost import QueryFlops
 from loracast.lab.evaluation.likelihood import likeliest
-from loracast.lab.evaluation.plots import exact_by_operations, require_matplotlib
 from loracast.lab.evaluation.report import (
     Column,
     Progress,
     Report,
-    ReportWriter,
     columns,
     mean,
     mean_if_any,
@@ -45,6 +44,7 @@ from loracast.lab.evaluation.runner import (
     Answered,
     Baseline,
     Deadline,
+    EvaluatedModel,
     LoRASource,
     Request,
     ask,
@@ -56,6 +56,7 @@ from loracast.lab.evaluation.runner import (
 )
 from loracast.lab.training.oracle import ABOUT, read_oracle
 from loracast.lab.training.text import gibberish
+from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 
 SHOTS = (1, 3, 5, 16, 32)
@@ -87,24 +88,29 @@ class NearestExamples:
         return tuple(examples[i] for i in order[-n:])
 
 
-@dataclass(frozen=True)
-class TaskSetup:
-    """Where the LoRAs of a run's baselines come from; None for what the run does without."""
+class TaskSetup(EvaluatedModel):
+    """A model, and where the LoRAs of a run's baselines come from; None for what the run does without."""
 
-    base: Base
-    caster: TaskCaster | None = None
-    """Casts descriptions into LoRAs."""
-    oracles: Path | None = None
-    """Library of LoRAs trained on single tasks (`loracast train oracle`)."""
-    multitask: LoRA | None = None
-    """One LoRA trained on all training tasks (`loracast train multitask`)."""
-    multitask_described: LoRA | None = None
-    """The same, trained with descriptions in its prompts."""
-    average: LoRA | None = None
-    """The mean of the oracles of training tasks."""
-    nearest: NearestExamples = field(default_factory=NearestExamples)
-    """Chooses examples for an input."""
-    _last: dict[Hashable, LoRA] = field(default_factory=dict)
+    def __init__(
+        self,
+        base: Base,
+        caster: TaskCaster | None = None,
+        oracles: Path | None = None,
+        multitask: LoRA | None = None,
+        multitask_described: LoRA | None = None,
+    ):
+        """
+        Args:
+            caster: casts descriptions into LoRAs.
+            oracles: library of LoRAs trained on single tasks (`loracast train oracle`).
+            multitask: one LoRA trained on all training tasks (`loracast train multitask`).
+            multitask_described: the same, trained with descriptions in its prompts.
+        """
+        super().__init__(base, Library())
+        self.caster, self.oracles = caster, oracles
+        self.multitask, self.multitask_described = multitask, multitask_described
+        self.nearest = NearestExamples()
+        self._last: dict[Hashable, LoRA] = {}
 
     def made_once(self, key: Hashable, make: Callable[[], LoRA]) -> LoRASource:
         """A source whose LoRA is kept until another one is made: a task's rows follow each other, and need it often."""
@@ -117,17 +123,11 @@ class TaskSetup:
 
         return LoRASource(key, made)
 
-    def prepare(self, requests: Sequence[Request]) -> None:
-        """Nothing is quicker done for many requests at once."""
-
-    def writer(
-        self, out: Path, title: str, columns: Sequence[Column], config: Any, seeds: Sequence[int]
-    ) -> ReportWriter:
-        """A writer for the report of an experiment with several seeds."""
-        hypernetwork = self.caster.caster.id if self.caster else None
-        writer = ReportWriter(out, title, columns, config, self.base, hypernetwork)
-        writer.settings["seed"] = seeds[0]
-        return writer
+    def report(self, out: Path, title: str, columns: Sequence[Column], config: Any, seeds: Sequence[int]) -> Report:
+        """The report of an experiment with several seeds."""
+        report = Report(out, title, columns, config, self.base, self.caster.caster.id if self.caster else None)
+        report.settings["seed"] = seeds[0]
+        return report
 
     def missing(self) -> dict[str, str]:
         """The parts that this run does not have, each with how a user gives it."""
@@ -144,8 +144,6 @@ class Drawn:
     """Of a task that is not related; None where there is none."""
     gibberish: str
     """Random letters, of the kind that training holds down."""
-    shuffled: str
-    """Words of all descriptions in no order, of which training knows nothing."""
     shots: tuple[Example, ...]
     """Examples from the task's training rows; fewer than `MAX_SHOTS` where the task has fewer."""
     other_shots: tuple[Example, ...] = ()
@@ -161,103 +159,87 @@ class TaskCase:
 
 
 TaskBaseline = Baseline[TaskSetup, TaskCase]
+K = TypeVar("K", bound=Hashable)
 Source = Callable[[TaskSetup, Drawn], LoRASource | None]
 
 _GIVEN_BY = {
     "caster": "a text-to-LoRA hypernetwork (--hypernetwork)",
     "oracles": "a library of trained LoRAs (--oracles)",
-    "average": "a library of trained LoRAs, those of training tasks among them (--oracles)",
     "multitask": "a LoRA of `loracast train multitask` (--multitask)",
     "multitask_described": "a LoRA of `loracast train multitask --described` (--multitask-described)",
 }
 """By field of TaskSetup, the words for how a user gives it."""
 
 
-def prompt_of(
-    base: Base, drawn: Drawn, asked: str, shots: Sequence[Example] = (), is_described: bool = False
-) -> tuple[int, ...]:
+def request_of(
+    setup: TaskSetup, case: TaskCase, lora: LoRASource | None, shots: Sequence[Example] = (), is_described: bool = False
+) -> Request:
     """The conversation: the description, if wanted, before the first input; examples as turns; then the input."""
-    spec = TaskSpec(drawn.description if is_described else "", tuple(shots))
-    return tuple(base.chat.conversation(spec.conversation(asked, ASK_SYSTEM_TURN)))
+    spec = TaskSpec(case.drawn.description if is_described else "", tuple(shots))
+    return Request(setup.prepare(spec.conversation(case.row.input, ASK_SYSTEM_TURN)), lora)
 
 
 def _baseline(
     label: str,
     source: Source = lambda setup, drawn: None,
-    n_shots: int = 0,
+    shots: Callable[[TaskSetup, TaskCase], Sequence[Example]] = lambda setup, case: (),
     is_described: bool = False,
-    needs: tuple[str, ...] = (),
-    is_drawn: bool = True,
-    is_optional: bool = False,
+    **options: Any,
 ) -> TaskBaseline:
-    """A baseline with some examples and perhaps the description in its prompt, and the LoRA of a source."""
+    """A baseline with examples and perhaps the description in its prompt, and the LoRA of a source."""
 
     def request(setup: TaskSetup, case: TaskCase) -> Request:
-        prompt = prompt_of(setup.base, case.drawn, case.row.input, case.drawn.shots[:n_shots], is_described)
-        return Request(prompt, source(setup, case.drawn))
+        return request_of(setup, case, source(setup, case.drawn), shots(setup, case), is_described)
 
-    return Baseline(label, request, needs=needs, is_drawn=is_drawn, is_optional=is_optional)
-
-
-def _shots(n_shots: int, is_described: bool = False) -> TaskBaseline:
-    what = f"{n_shots} example{'s' * (n_shots > 1)}"
-    label = f"description and {what}" if is_described else f"{what} in the prompt"
-    needs, is_optional = (f"{n_shots} examples",), n_shots not in _USUAL_SHOTS
-    return _baseline(label, n_shots=n_shots, is_described=is_described, needs=needs, is_optional=is_optional)
+    return Baseline(label, request, **options)
 
 
-def _nearest_shots() -> TaskBaseline:
-    """The examples nearest to the input, of all those that are drawn."""
-
-    def request(setup: TaskSetup, case: TaskCase) -> Request:
-        shots = setup.nearest(case.row.input, case.drawn.shots, _NEAREST)
-        return Request(prompt_of(setup.base, case.drawn, case.row.input, shots, is_described=False))
-
-    label = f"{_NEAREST} nearest of {MAX_SHOTS} examples"
-    return Baseline(label, request, needs=(f"{MAX_SHOTS} examples",), is_optional=True)
+def _examples(n: int) -> str:
+    return f"{n} example{'s' * (n > 1)}"
 
 
-def _reader_shots(n_shots: int) -> TaskBaseline:
+def _shots(n: int, label: str, is_described: bool = False) -> TaskBaseline:
+    """The first of the drawn examples in the prompt."""
+    return _baseline(
+        label.format(_examples(n)),
+        shots=lambda setup, case: case.drawn.shots[:n],
+        is_described=is_described,
+        needs=(f"{n} examples",),
+        is_optional=n not in _USUAL_SHOTS,
+    )
+
+
+def _reader_shots(n: int) -> TaskBaseline:
     """The LoRA that was trained with the task in its prompt, in the same format: the upper bound of what is cast."""
 
     def request(setup: TaskSetup, case: TaskCase) -> Request:
-        text = TaskSpec(case.drawn.description, case.drawn.shots[:n_shots]).text()
-        prompt = setup.base.chat.prompt(with_description(text, case.row.input), ASK_SYSTEM_TURN)
+        text = TaskSpec(case.drawn.description, case.drawn.shots[:n]).text()
         assert setup.multitask_described is not None
-        return Request(tuple(prompt), fixed(setup.multitask_described))
+        return Request(setup.prepare(with_description(text, case.row.input)), fixed(setup.multitask_described))
 
-    needs = ("multitask_described", f"{n_shots} examples")
-    return Baseline(f"multi-task LoRA, description and {n_shots} examples", request, needs=needs, is_optional=True)
+    needs = ("multitask_described", f"{n} examples")
+    return Baseline(f"multi-task LoRA, description and {n} examples", request, needs=needs, is_optional=True)
 
 
-def _given(label: str, name: str, is_described: bool = False) -> TaskBaseline:
-    """A baseline with a LoRA that the setup holds."""
-    return _baseline(
-        label, lambda setup, drawn: fixed(getattr(setup, name)),
-        is_described=is_described, needs=(name,), is_drawn=is_described,
-    )  # fmt: skip
+def _given(name: str) -> Source:
+    """A LoRA that the setup holds."""
+    return lambda setup, drawn: fixed(getattr(setup, name))
 
 
 def _cast(label: str, spec: Callable[[Drawn], str | TaskSpec], *needs: str, is_optional: bool = False) -> TaskBaseline:
     """A baseline with the LoRA that is cast for a specification of the task."""
 
     def source(setup: TaskSetup, drawn: Drawn) -> LoRASource:
-        task = spec(drawn)
-        return setup.made_once(("cast", task), lambda: _caster(setup).loras([task])[0])
+        task, caster = spec(drawn), setup.caster
+        assert caster is not None
+        return setup.made_once(("cast", task), lambda: caster.loras([task])[0])
 
     return _baseline(label, source, needs=(*needs, "caster"), is_optional=is_optional)
 
 
-def _cast_from(n_shots: int) -> TaskBaseline:
-    label = f"adapter from description and {n_shots} example{'s' * (n_shots > 1)}"
-    return _cast(
-        label, lambda drawn: TaskSpec(drawn.description, drawn.shots[:n_shots]), f"{n_shots} examples", is_optional=True
-    )
-
-
-def _caster(setup: TaskSetup) -> TaskCaster:
-    assert setup.caster is not None
-    return setup.caster
+def _cast_from(n: int) -> TaskBaseline:
+    label = f"adapter from description and {_examples(n)}"
+    return _cast(label, lambda drawn: TaskSpec(drawn.description, drawn.shots[:n]), f"{n} examples", is_optional=True)
 
 
 def _oracle(setup: TaskSetup, drawn: Drawn) -> LoRASource:
@@ -270,12 +252,21 @@ ADAPTER = "adapter"
 BASELINES: dict[str, TaskBaseline] = {
     "none": _baseline("base", is_drawn=False),
     "described": _baseline("description in the prompt", is_described=True),
-    **{f"shots{n}": _shots(n) for n in SHOTS},
-    **{f"described_shots{n}": _shots(n, is_described=True) for n in SHOTS},
-    f"nearest{_NEAREST}": _nearest_shots(),
-    "average": _given("average of the oracles", "average"),
-    "multitask": _given("multi-task LoRA", "multitask"),
-    "multitask_described": _given("multi-task LoRA and description", "multitask_described", is_described=True),
+    **{f"shots{n}": _shots(n, "{} in the prompt") for n in SHOTS},
+    **{f"described_shots{n}": _shots(n, "description and {}", is_described=True) for n in SHOTS},
+    f"nearest{_NEAREST}": _baseline(
+        f"{_NEAREST} nearest of {MAX_SHOTS} examples",
+        shots=lambda setup, case: setup.nearest(case.row.input, case.drawn.shots, _NEAREST),
+        needs=(f"{MAX_SHOTS} examples",),
+        is_optional=True,
+    ),
+    "multitask": _baseline("multi-task LoRA", _given("multitask"), needs=("multitask",), is_drawn=False),
+    "multitask_described": _baseline(
+        "multi-task LoRA and description",
+        _given("multitask_described"),
+        is_described=True,
+        needs=("multitask_described",),
+    ),
     **{f"multitask_described_shots{n}": _reader_shots(n) for n in SHOTS[:-1]},
     ADAPTER: _cast("adapter from the description", lambda drawn: drawn.description),
     **{f"{ADAPTER}_shots{n}": _cast_from(n) for n in SHOTS},
@@ -288,13 +279,6 @@ BASELINES: dict[str, TaskBaseline] = {
         is_optional=True,
     ),
     "gibberish": _cast("adapter from random letters", lambda drawn: drawn.gibberish),
-    "shuffled": _cast("adapter from shuffled words", lambda drawn: drawn.shuffled),
-    "constant": _baseline(
-        "adapter from a constant embedding",
-        lambda setup, drawn: LoRASource("constant", lambda: _caster(setup).constant_lora()),
-        needs=("caster",),
-        is_drawn=False,
-    ),
     "oracle": _baseline("oracle", _oracle, needs=("oracles",), is_drawn=False),
 }
 
@@ -375,48 +359,64 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
     Raises:
         ConfigError: a baseline lacks what it needs, or there are too few tasks.
     """
-    require_matplotlib()
     tasks = _with_oracles(config.read(config.descriptions), config, setup)
     baselines = _choose_baselines(config, setup, tasks)
-    writer = setup.writer(out, "tasks", COLUMNS, config, config.seeds)
     n_rows = sum(min(config.rows, len(task.test)) for task in tasks) * len(config.seeds) * len(baselines)
-    deadline = Deadline(config.budget_s)
-    scored: dict[str, list[BySeed]] = {name: [] for name in baselines}
     n_done = 0
+
+    def answer(i: int) -> Iterator[tuple[str, int, list[Answered[TaskCase]]]]:
+        nonlocal n_done
+        for name, baseline in baselines.items():
+            seeds = config.seeds if baseline.is_drawn else config.seeds[:1]  # others answer alike with every seed
+            for seed in seeds:
+                answered = _answer(setup, name, baseline, draw(tasks, i, seed, config.descriptions), config)
+                yield name, seed, answered
+                n_done += len(answered) * len(config.seeds) // len(seeds)
+                progress(n_done, n_rows)
+
+    report = setup.report(out, "tasks", COLUMNS, config, config.seeds)
+    return evaluate_by_task(report, tasks, answer, _rows, lambda name: {"baseline": name}, config.budget_s)
+
+
+Asked = Mapping[K, Sequence[Sequence[Sequence[Answered[TaskCase]]]]]
+"""By the name of what answers: for each task, with each seed, the answers to the task's rows."""
+
+
+def evaluate_by_task(
+    report: Report,
+    tasks: Sequence[Task],
+    answer: Callable[[int], Iterable[tuple[K, int, list[Answered[TaskCase]]]]],
+    rows_of: Callable[[Sequence[Task], Asked[K]], list[dict[str, Any]]],
+    line_of: Callable[[K], dict[str, Any]],
+    budget_s: float | None,
+) -> Report:
+    """Answer the rows of one task after the other; the table and the answers are written after every task.
+
+    Args:
+        answer: gives the answers to the i-th task's rows, each time with what answered and the seed.
+        line_of: what a line of answers.jsonl says of what answered.
+        budget_s: begin no further task after this many seconds.
+    """
+    deadline, asked = Deadline(budget_s), defaultdict[K, list[list[list[Answered[TaskCase]]]]](list)
     for i in range(len(tasks)):
         if i and deadline.is_over:
             break
-        for name, baseline in baselines.items():
-            by_seed: list[list[Scored]] = []
-            for seed in config.seeds:
-                drawn = draw(tasks, i, seed, config.descriptions)
-                if not by_seed or baseline.is_drawn:  # others answer as with the seed before
-                    by_seed.append(_answer(setup, name, baseline, drawn, config))
-                    writer.add_answers(_line(one, seed) for one in by_seed[-1])
-                n_done += len(by_seed[-1])
-                progress(n_done, n_rows)
-            scored[name].append(by_seed)
-        report = writer.write(_rows(tasks[: i + 1], scored), is_complete=i + 1 == len(tasks))
-    exact_by_operations(out / "tasks.png", report.rows)
+        by_seed = defaultdict[K, list[list[Answered[TaskCase]]]](list)
+        for name, seed, answered in answer(i):
+            by_seed[name].append(answered)
+            report.add_answers({**line_of(name), "seed": seed, **_line(one)} for one in answered)
+        for name, some in by_seed.items():
+            asked[name].append(some)
+        report.write(rows_of(tasks[: i + 1], asked), is_complete=i + 1 == len(tasks))
     return report
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A test row's answer, and what it scored."""
-
-    answered: Answered[TaskCase]
-    is_exact: bool
-    choice: bool | None
-    """Where there are choices: whether the one whose tokens are likeliest together is right."""
-    choice_by_byte: bool | None
-    """The same for the one that is likeliest for each of its bytes."""
-    gflops: float
-    """Operations of the query with an answer as long as the right one, in units of 10^9 (`QueryFlops`)."""
-
-
-BySeed = Sequence[Sequence[Scored]]
-"""The rows of one task, scored with each seed."""
+def exact_shares(asked: Asked[K]) -> dict[K, list[list[float]]]:
+    """By what answered, for each task, the share of the seeds with which each row was right."""
+    return {
+        name: [seed_shares([[one.scores["exact"] for one in some] for some in by_seed]) for by_seed in of_tasks]
+        for name, of_tasks in asked.items()
+    }
 
 
 def seed_shares(by_seed: Sequence[Sequence[float]]) -> list[float]:
@@ -468,10 +468,8 @@ def draw(tasks: Sequence[Task], i: int, seed: int, descriptions: DescriptionKind
     left = [example for example in task.train if example not in shots]
     shots += more.sample(left, min(MAX_SHOTS - len(shots), len(left)))
     other_shots = more.sample(other.train, min(_FIRST_SHOTS, len(other.train))) if other else []
-    words = [word for t in tasks for text in t.descriptions[descriptions] for word in text.split()]
     letters = gibberish(rng, 1)[0]
-    shuffled = " ".join(rng.sample(words, min(len(words), len(description.split()))))
-    return Drawn(task, description, other_description, letters, shuffled, tuple(shots), tuple(other_shots))
+    return Drawn(task, description, other_description, letters, tuple(shots), tuple(other_shots))
 
 
 def test_rows(task: Task, n: int) -> list[Example]:
@@ -479,8 +477,13 @@ def test_rows(task: Task, n: int) -> list[Example]:
     return random.Random(task.name).sample(task.test, min(n, len(task.test)))
 
 
-def _answer(setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, config: TasksConfig) -> list[Scored]:
-    """The task's test rows, the same for all baselines and seeds, as one baseline answers them."""
+def _answer(
+    setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, config: TasksConfig
+) -> list[Answered[TaskCase]]:
+    """The task's test rows, the same for all baselines and seeds, as one baseline answers them.
+
+    GFLOP are those of the query with an answer as long as the right one.
+    """
     task = drawn.task
     cases = [TaskCase(drawn, row) for row in test_rows(task, config.rows)]
     sampling = Sampling(max_new_tokens=config.max_new_tokens or LONGEST[task.metric])
@@ -489,52 +492,52 @@ def _answer(setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, c
     formula = QueryFlops.of(setup.base.model.config)
     (lora,) = made(setup.base, [baseline.request(setup, cases[0])])
     scored = []
-    for i, a in enumerate(answered):
-        n_new = len(setup.base.chat.reply(a.case.row.outputs[0]))
-        is_exact = is_right(a.text, a.case.row.outputs, task.metric)
-        gflops = formula.query(a.n_prompt_tokens, n_new, lora) / 1e9
-        choice, choice_by_byte = choices.get(i, (None, None))
-        scored.append(Scored(a, is_exact, choice, choice_by_byte, gflops))
+    for i, one in enumerate(answered):
+        n_new = len(setup.base.chat.reply(one.case.row.outputs[0]))
+        scores = {"exact": is_right(one.text, one.case.row.outputs, task.metric)}
+        gflops = formula.query(one.n_prompt_tokens, n_new, lora) / 1e9
+        scored.append(replace(one, scores={**scores, "gflops": gflops, **choices.get(i, {})}))
     return scored
 
 
-def _choose(setup: TaskSetup, baseline: TaskBaseline, cases: Sequence[TaskCase]) -> dict[int, tuple[bool, bool]]:
-    """For the rows that have choices, of their own or the task's labels: whether the likeliest is right, two ways."""
+def _choose(setup: TaskSetup, baseline: TaskBaseline, cases: Sequence[TaskCase]) -> dict[int, dict[str, bool]]:
+    """For the rows that have choices, of their own or the task's labels: whether the likeliest is right.
+
+    It is the one whose tokens are likeliest together, or the one that is likeliest for each of its bytes.
+    """
     choices = {i: texts for i, c in enumerate(cases) if (texts := c.row.choices or c.drawn.task.labels)}
     requests = [baseline.request(setup, cases[i]) for i in choices]
     loras = made(setup.base, requests)
-    chosen = likeliest(setup.base, [r.prompt for r in requests], list(choices.values()), loras)
+    chosen = likeliest(setup.base, [r.prepared.prompt for r in requests], list(choices.values()), loras)
     return {
-        i: (texts[choice.by_sum] in cases[i].row.outputs, texts[choice.by_byte] in cases[i].row.outputs)
+        i: {
+            "choice": texts[choice.by_sum] in cases[i].row.outputs,
+            "choice_by_byte": texts[choice.by_byte] in cases[i].row.outputs,
+        }
         for (i, texts), choice in zip(choices.items(), chosen, strict=True)
     }
 
 
-def _rows(tasks: Sequence[Task], scored: Mapping[str, Sequence[BySeed]]) -> list[dict[str, Any]]:
+def _rows(tasks: Sequence[Task], asked: Asked[str]) -> list[dict[str, Any]]:
     """A row for each baseline over the tasks that are done."""
-    exact = {
-        name: [seed_shares([[one.is_exact for one in some] for some in by_seed]) for by_seed in of_tasks]
-        for name, of_tasks in scored.items()
-    }
+    exact = exact_shares(asked)
     parts = {
         "exact": range(len(tasks)),
         "near": [i for i, task in enumerate(tasks) if task.is_near],
         "far": [i for i, task in enumerate(tasks) if not task.is_near],
     }
     rows = []
-    for name, of_tasks in scored.items():
+    for name, of_tasks in asked.items():
         every = [one for by_seed in of_tasks for some in by_seed for one in some]
         row = {"baseline": name, "label": BASELINES[name].label, **task_figures(tasks, exact[name])}
         for key in ("choice", "choice_by_byte"):
-            given = [
-                [[right for one in some if (right := getattr(one, key)) is not None] for some in t] for t in of_tasks
-            ]
+            given = [[[one.scores[key] for one in some if key in one.scores] for some in t] for t in of_tasks]
             row[key] = mean_if_any([mean(shares) for by_seed in given if (shares := seed_shares(by_seed))])
-        row["prompt_tokens"] = mean_if_any([one.answered.n_prompt_tokens for one in every])
-        row["gflops"] = mean_if_any([one.gflops for one in every])
+        row["prompt_tokens"] = mean_if_any([one.n_prompt_tokens for one in every])
+        row["gflops"] = mean_if_any([one.scores["gflops"] for one in every])
         for key, part in parts.items():
             row[key] = mean_if_any([mean(exact[name][i]) for i in part])
-            if ADAPTER in scored and name != ADAPTER:
+            if ADAPTER in asked and name != ADAPTER:
                 pair = ([exact[one][i] for i in part] for one in (ADAPTER, name))
                 found = paired_bootstrap(*pair) if part else (None, None, None)
                 row |= named_interval(f"difference_{key}".removesuffix("_exact"), found)
@@ -542,11 +545,10 @@ def _rows(tasks: Sequence[Task], scored: Mapping[str, Sequence[BySeed]]) -> list
     return rows
 
 
-def _line(scored: Scored, seed: int) -> dict[str, Any]:
-    """One line of answers.jsonl."""
-    a, drawn = scored.answered, scored.answered.case.drawn
+def _line(one: Answered[TaskCase]) -> dict[str, Any]:
+    """What a line of answers.jsonl says of a row and its answer."""
+    drawn, row = one.case.drawn, one.case.row
     return {
-        "baseline": a.baseline, "seed": seed, "task": drawn.task.name, "description": drawn.description,
-        "input": a.case.row.input, "outputs": a.case.row.outputs, **a.said, "exact": scored.is_exact,
-        "chosen": None if scored.choice is None else (scored.choice, scored.choice_by_byte),
+        "task": drawn.task.name, "description": drawn.description, "input": row.input, "outputs": row.outputs,
+        **one.said, **one.scores,
     }  # fmt: skip

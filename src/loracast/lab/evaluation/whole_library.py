@@ -9,15 +9,14 @@ something of their document. The rule: one of the question's words, those aside 
 (`routing.phrases`), stands in the document's text, headings or title, up to its ending (Porter stemming), and in no
 more than 1 % of the library's documents.
 
-The documents are entered in the register of a temporary library, so the search is that of `loracast ask --all`; their
-adapters are cast when they are picked, in memory for answers and on disk for times.
+The documents' texts are learned into a temporary library, so the search is that of `loracast ask --all`; their chunks
+are cast when they are picked, and for times whole adapters are kept on disk.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,38 +25,23 @@ from pathlib import Path
 from typing import Any
 
 from loracast.answering.model import Model
-from loracast.base.generate import Sampling, answer
+from loracast.base.generate import Sampling
+from loracast.documents import Document
 from loracast.lab.data.answer_metrics import best, has_value, token_f1
 from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument
-from loracast.lab.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig, adapters, plain
+from loracast.lab.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig
 from loracast.lab.evaluation.qa import MAX_NEW_TOKENS
 from loracast.lab.evaluation.report import (
     Progress,
     Report,
-    ReportWriter,
     columns,
     mean,
     mean_with_interval,
     named_interval,
     no_progress,
 )
-from loracast.lab.evaluation.runner import (
-    Answered,
-    Baseline,
-    InMemoryAdapter,
-    Request,
-    ask,
-    check_positive,
-    grouped,
-    in_turn,
-    warm_up,
-)
-from loracast.library.manifest import Manifest
-from loracast.library.register import Register
-from loracast.reading.relevance import THRESHOLD_OF_MANY
-from loracast.reading.routing import Route
+from loracast.lab.evaluation.runner import Answered, Baseline, ask, check_positive, grouped, in_turn, warm_up
 from loracast.reading.search import phrases
-from loracast.reading.wide_route import share_out
 
 MAX_HOLDER_SHARE = 0.01
 """Share of the documents that may hold a word that names something of one of them."""
@@ -96,31 +80,21 @@ class LibraryConfig(QuestionedConfig, RoutedConfig):
 class Asked:
     """A question with its document, and how the library ranked it."""
 
-    place: int
-    """The document's number."""
+    name: str
+    """The document's in the library."""
+    doc_id: str
     asked: DocumentQuestion
     names_something: bool
     rank: int | None
     """The document's place among those that the question finds, from 1; None where it is not near the top."""
 
 
-@dataclass(frozen=True, eq=False)
-class LibraryCase:
-    """A question, with what it gets of its document by name, and of the library."""
-
-    about: Asked
-    named: Sequence[tuple[InMemoryAdapter, Route]]
-    picked: Sequence[tuple[InMemoryAdapter, Route]]
-
-    @property
-    def question(self) -> str:
-        return self.about.asked.question
-
-
-BASELINES: dict[str, Baseline[DocumentSetup, LibraryCase]] = {
-    "library": Baseline("none named", lambda s, case: Request(plain(s, case.question), adapters(s, case.picked))),
-    "named": Baseline("the document named", lambda s, case: Request(plain(s, case.question), adapters(s, case.named))),
-    "none": Baseline("no document", lambda s, case: Request(plain(s, case.question))),
+BASELINES: dict[str, Baseline[DocumentSetup, Asked]] = {
+    "library": Baseline("none named", lambda setup, one: setup.request(one.asked.question, "*", outlines=False)),
+    "named": Baseline(
+        "the document named", lambda setup, one: setup.request(one.asked.question, one.name, outlines=False)
+    ),
+    "none": Baseline("no document", lambda setup, one: setup.request(one.asked.question)),
 }
 
 
@@ -128,133 +102,79 @@ def evaluate_library(model: Model, config: LibraryConfig, out: Path, progress: P
     """Run the evaluation; the tables and answers are in `out`."""
     documents = list({(one.title, one.text): one for one in config.read()}.values())  # the same text is one document
     drawn = random.Random(f"{config.seed}/library").sample(documents, min(config.library_size, len(documents)))
-    writer = ReportWriter(out, "library", COLUMNS, config, model.base, model.documents.id)
-    with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
-        library = TemporaryLibrary(model, drawn, config.chunk_tokens, Path(scratch) / "library")
-        asked = library.rank_all(progress)
-        rows = _ranks(asked)
-        writer.write(rows, is_complete=False)
-        some = random.Random(f"{config.seed}/answered").sample(asked, min(config.answered, len(asked)))
-        answered = _answer(library, some, config, progress)
-        writer.add_answers(_line(library, one) for one in answered)
-        rows += _answers(answered)
-        if config.timed and some:
-            rows += _times(_time(library, some[: config.timed + _N_WARM_UP], config.route))
+    writer = Report(out, "library", COLUMNS, config, model.base, model.documents.id)
+    setup = DocumentSetup(model, config, MAX_NEW_TOKENS)
+    asked = rank_all(setup, drawn, progress)
+    rows = _ranks(asked)
+    writer.write(rows, is_complete=False)
+    some = random.Random(f"{config.seed}/answered").sample(asked, min(config.answered, len(asked)))
+    answered: list[Answered[Asked]] = []
+    for first in range(0, len(some), _QUESTIONS_AT_ONCE):
+        cases = dict.fromkeys(BASELINES, some[first : first + _QUESTIONS_AT_ONCE])
+        answered += ask(setup, BASELINES, cases, Sampling(max_new_tokens=setup.max_new_tokens))
+        setup.free(setup.learned.values())
+        progress(first + _QUESTIONS_AT_ONCE, len(some))
+    writer.add_answers(map(_line, answered))
+    rows += _answers(answered)
+    if config.timed and some:
+        rows += _times(_time(setup, drawn, some[: config.timed + _N_WARM_UP]))
     return writer.write(rows)
 
 
-class TemporaryLibrary:
-    """A library whose register has all documents, and whose adapters are cast when they are needed."""
+def rank_all(
+    setup: DocumentSetup, drawn: Sequence[QuestionedDocument], progress: Progress = no_progress
+) -> list[Asked]:
+    """All questions of all documents, with how a library of the documents ranks theirs.
 
-    def __init__(self, model: Model, drawn: Sequence[QuestionedDocument], chunk_tokens: int, folder: Path):
-        self.drawn, self.chunk_tokens = drawn, chunk_tokens
-        self.model = Model(model.base, folder, model.documents.hypernetwork)
-        self._on_disk: set[str] = set()
-        target = model.documents.hypernetwork.config.target
-        folder.mkdir()
-        with Register.writing(self.model.library.register_file) as register:
-            for i, document in enumerate(map(self.document, range(len(drawn)))):
-                about = document.document
-                manifest = Manifest(
-                    name=self.name(i), title=about.title, source_sha256=about.sha256, made_for=model.base.fingerprint,
-                    modules=target.rows, ranks=dict.fromkeys(target.kinds, 1), n_chunks=len(document.chunks),
-                    n_tokens=document.n_tokens, max_chunk_tokens=chunk_tokens,
-                )  # fmt: skip
-                register.add_version(manifest, 0, [(chunk.heading, chunk.text) for chunk in document.chunks])
-                register.name_version(self.name(i), manifest.version)
-                document.close()
-
-    def name(self, place: int) -> str:
-        """A name that says nothing: file names often tell more, so questions are found no worse than here."""
-        return f"d{place}"
-
-    def place(self, name: str) -> int:
-        return int(name.removeprefix("d"))
-
-    def document(self, place: int) -> InMemoryAdapter:
-        """One of the documents, with nothing cast."""
-        drawn = self.drawn[place]
-        return InMemoryAdapter(self.model, drawn.text, drawn.title, self.chunk_tokens)
-
-    def rank_all(self, progress: Progress) -> list[Asked]:
-        """All questions of all documents, with how the library ranks their documents."""
-        asked = []
-        with self.model.library.reading() as register:
-            holders = cache(lambda word: frozenset(hit.name for hit in register.search(word, -1)))
-            most = max(1, int(MAX_HOLDER_SHARE * len(self.drawn)))
-            for i, document in enumerate(self.drawn):
-                for question in document.questions:
-                    words = [word for word, _ in phrases(question.question) if " " not in word]
-                    telling = any(self.name(i) in holders(word) and len(holders(word)) <= most for word in words)
-                    matches = register.best_chunks(phrases(question.question), _CHUNKS_LOOKED_AT)
-                    names = list(dict.fromkeys(match.name for match in matches))
-                    rank = names.index(self.name(i)) + 1 if self.name(i) in names else None
-                    asked.append(Asked(i, question, telling, rank))
-                progress(i + 1, len(self.drawn))
-        return asked
-
-    def case(self, about: Asked, route: int, document: Callable[[int], InMemoryAdapter]) -> LibraryCase:
-        """What a question gets by the name of its document, and of the library."""
-        question, own = about.asked.question, document(about.place)
-        with self.model.library.reading() as register:
-            matches = register.best_chunks(phrases(question), route)
-        picked = share_out(
-            matches, question, route, THRESHOLD_OF_MANY, lambda match: document(self.place(match.name)),
-            InMemoryAdapter.route,
-        )  # fmt: skip
-        return LibraryCase(about, [(own, own.route(question, route))], picked)
-
-    def learn_for(self, about: Asked, route: int) -> None:
-        """Have the adapters that a question picks on disk, and that of its document."""
-        while missing := {self.name(about.place), *self._picked(about, route)} - self._on_disk:
-            for name in sorted(missing):
-                self.model.library.remove(name)  # it has a row in the register and no files
-                document = self.document(self.place(name))
-                self.model.learn(document.document, name, max_chunk_tokens=self.chunk_tokens)
-                document.close()
-                self._on_disk.add(name)  # it is now the youngest: of equal chunks others may come first
-
-    def _picked(self, about: Asked, route: int) -> list[str]:
-        with self.model.library.reading() as register:
-            return [match.name for match in register.best_chunks(phrases(about.asked.question), route)]
+    Adapters get names that say nothing: file names often tell more, so questions are found no worse than here.
+    """
+    names = [setup.keep(one.text, one.title).adapter.name for one in drawn]
+    asked = []
+    with setup.library.reading() as register:
+        holders = cache(lambda word: frozenset(hit.name for hit in register.search(word, -1)))
+        most = max(1, int(MAX_HOLDER_SHARE * len(drawn)))
+        for i, (name, document) in enumerate(zip(names, drawn, strict=True)):
+            for question in document.questions:
+                words = [word for word, _ in phrases(question.question) if " " not in word]
+                telling = any(name in holders(word) and len(holders(word)) <= most for word in words)
+                matches = register.best_chunks(phrases(question.question), _CHUNKS_LOOKED_AT)
+                found = list(dict.fromkeys(match.name for match in matches))
+                rank = found.index(name) + 1 if name in found else None
+                asked.append(Asked(name, document.doc_id, question, telling, rank))
+            progress(i + 1, len(drawn))
+    return asked
 
 
-def _answer(
-    library: TemporaryLibrary, some: Sequence[Asked], config: LibraryConfig, progress: Progress
-) -> list[Answered[LibraryCase]]:
-    """The answers of all baselines to some questions."""
-    setup = DocumentSetup(library.model, config.route, MAX_NEW_TOKENS)
-    answered: list[Answered[LibraryCase]] = []
-    for first in range(0, len(some), _QUESTIONS_AT_ONCE):
-        document = cache(library.document)
-        cases = [library.case(about, config.route, document) for about in some[first : first + _QUESTIONS_AT_ONCE]]
-        answered += ask(
-            setup, BASELINES, dict.fromkeys(BASELINES, cases), Sampling(max_new_tokens=setup.max_new_tokens)
-        )
-        for case in cases:
-            for adapter, _ in (*case.named, *case.picked):
-                adapter.close()
-        progress(first + len(cases), len(some))
-    return answered
-
-
-def _time(library: TemporaryLibrary, some: Sequence[Asked], route: int) -> dict[str, list[tuple[float, float]]]:
+def _time(
+    setup: DocumentSetup, drawn: Sequence[QuestionedDocument], some: Sequence[Asked]
+) -> dict[str, list[tuple[float, float]]]:
     """By baseline, the seconds until a question's LoRA is there and until its first token, asked in turn."""
-    model = library.model
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in BASELINES}
-    warm_up(model.base)
-    for i, about in enumerate(some):
-        library.learn_for(about, route)
-        chosen: dict[str, str | tuple[str, ...]] = {"library": "*", "named": library.name(about.place), "none": ()}
+    warm_up(setup.base)
+    on_disk: set[str] = set()
+    for i, one in enumerate(some):
+        question, route = one.asked.question, setup.config.route
+        while missing := {one.name, *_picked(setup, question)} - on_disk:
+            on_disk |= missing
+            for name in sorted(missing):  # each is now the youngest: of equal chunks others may come first
+                about = drawn[int(name.removeprefix("d"))]
+                document = Document.from_text(about.text, about.title)
+                setup.learn(document, name, max_chunk_tokens=setup.config.chunk_tokens, replace=True)
+        chosen: dict[str, str | tuple[str, ...]] = {"library": "*", "named": one.name, "none": ()}
         for name in in_turn(list(BASELINES), i):
             started = time.perf_counter()
-            lora, _ = model.lora_for(about.asked.question, chosen[name], route)
+            prepared = setup.prepare(question, chosen[name], route=route, outlines=False)
+            lora = setup.lora_of(prepared.routed)
             prepare_s = time.perf_counter() - started
-            prompt = plain(DocumentSetup(model), about.asked.question)
-            said = answer(model.base, prompt, lora, Sampling(max_new_tokens=1))
+            (said,) = setup.generate([prepared], [lora], Sampling(max_new_tokens=1))
             if i >= _N_WARM_UP:
                 times[name].append((prepare_s, prepare_s + said.first_token_s))
     return times
+
+
+def _picked(setup: DocumentSetup, question: str) -> list[str]:
+    with setup.library.reading() as register:
+        return [match.name for match in register.best_chunks(phrases(question), setup.config.route)]
 
 
 def _parts(asked: Sequence[Any], about: Callable[[Any], Asked]) -> dict[str, list[Any]]:
@@ -263,7 +183,7 @@ def _parts(asked: Sequence[Any], about: Callable[[Any], Asked]) -> dict[str, lis
 
 
 def _by_document(values: Sequence[tuple[Asked, float]]) -> list[list[float]]:
-    return [[value for _, value in some] for some in grouped(values, lambda pair: pair[0].place).values()]
+    return [[value for _, value in some] for some in grouped(values, lambda pair: pair[0].name).values()]
 
 
 def _ranks(asked: Sequence[Asked]) -> list[dict[str, Any]]:
@@ -279,21 +199,21 @@ def _ranks(asked: Sequence[Asked]) -> list[dict[str, Any]]:
     return rows
 
 
-def _scores(one: Answered[LibraryCase]) -> tuple[float, float]:
+def _scores(one: Answered[Asked]) -> tuple[float, float]:
     """Whether the answer contains a right one, and its F1."""
-    answers = one.case.about.asked.answers
+    answers = one.case.asked.answers
     return float(any(has_value(one.text, right) for right in answers)), best(token_f1, one.text, answers)
 
 
-def _answers(answered: Sequence[Answered[LibraryCase]]) -> list[dict[str, Any]]:
+def _answers(answered: Sequence[Answered[Asked]]) -> list[dict[str, Any]]:
     """How good the answers are, beside those that naming the document gives."""
     rows = []
-    for part, some in _parts(answered, lambda one: one.case.about).items():
+    for part, some in _parts(answered, lambda one: one.case).items():
         by_baseline = grouped(some, lambda one: one.baseline)
         named = [_scores(one) for one in by_baseline.get("named", [])]
         for name, given in by_baseline.items():
             scores = [_scores(one) for one in given]
-            places = [one.case.about for one in given]
+            places = [one.case for one in given]
             row: dict[str, Any] = {"questions": part, "baseline": name, "label": BASELINES[name].label, "n": len(given)}
             row["contained"] = statistics.mean(contained for contained, _ in scores)
             f1 = [(about, f1) for about, (_, f1) in zip(places, scores, strict=True)]
@@ -318,14 +238,11 @@ def _times(times: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _line(library: TemporaryLibrary, one: Answered[LibraryCase]) -> dict[str, Any]:
+def _line(one: Answered[Asked]) -> dict[str, Any]:
     """One line of answers.jsonl."""
-    about, (contained, f1) = one.case.about, _scores(one)
-    titles = {adapter.document.sha256: adapter.document.title for adapter, _ in one.case.picked}
-    own = one.case.named[0][0].document.sha256
+    about, (contained, f1) = one.case, _scores(one)
     return {
-        "baseline": one.baseline, "doc_id": library.drawn[about.place].doc_id, "question": about.asked.question,
+        "baseline": one.baseline, "doc_id": about.doc_id, "question": about.asked.question,
         "answers": about.asked.answers, **one.said, "contained": contained, "f1": round(f1, 4),
-        "names_something": about.names_something, "rank": about.rank, "is_picked": own in titles,
-        "weights": [list(route.weights) for _, route in one.case.picked],
+        "names_something": about.names_something, "rank": about.rank,
     }  # fmt: skip

@@ -43,7 +43,7 @@ from loracast.lab.training.loop import TrainConfig, Workers, resumable_settings,
 from loracast.lab.training.recipe import Reporting, read_lora_recipe
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.library.manifest import check_name
-from loracast.lora.algebra import LoRA, LoRABatch, concat, stack
+from loracast.lora.algebra import LoRA, LoRABatch, stack
 from loracast.lora.peft_format import read_peft
 from loracast.lora.target import Layers, target_from_config
 
@@ -268,14 +268,6 @@ def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
         wanted = "`loracast train multitask --described`" if described else "`loracast train multitask`"
         raise AdapterError(f"{folder} holds {what}; give what {wanted} makes")
     return LoRA(read_peft(folder))
-
-
-def average_of_oracles(oracles: Path, base: Fingerprint) -> LoRA | None:
-    """The mean of the deltas of a library's oracles, without those of held-out tasks; None if there is none."""
-    folders = [oracles / name for name in oracles_in(oracles)]
-    trained = [folder for folder in folders if not read_about(folder, base, _MADE_BY)["settings"]["heldout"]]
-    loras = [LoRA(read_peft(folder)) for folder in trained]
-    return concat([lora.scale(1 / len(loras)) for lora in loras]) if loras else None
 
 
 def oracles_in(oracles: Path) -> tuple[str, ...]:
