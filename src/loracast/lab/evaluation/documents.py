@@ -311,7 +311,7 @@ def likeliest_place(setup: DocumentSetup, case: DocumentCase) -> Request:
     """No model: the text from the place on at which the answer most likely begins, as far as copying may follow it."""
     likely = setup.request(case.question, case.document.adapter).prepared.likely
     given = without_model(likely[0].text, "text") if likely else without_model(NOT_SAID, "refusal")  # type: ignore[arg-type]
-    return Request(Prepared([], [], (), given))
+    return Request(given)
 
 
 def copying_alone(with_static: bool) -> Asks:
