@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from loracast.answering.answers import NOT_SAID, Prepared, without_model
+from loracast.answering.answers import NOT_SAID, without_model
 from loracast.answering.model import Model
 from loracast.answering.options import Chosen
 from loracast.base.chat import ChatFormat, without_middle
