@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,12 @@ import pytest
 import torch
 
 from bulk import config_files, make_documents, weights_of
-from loracast.cast.bulk import Casting, FolderCaster, Found, Line, cast_all, cast_with_ray
+from loracast.cast.bulk import Casting, FolderCaster, Line, cast_all, cast_with_ray
 from loracast.errors import HypernetworkError, LoracastError
 from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 
-pytest.importorskip("ray.data", reason="pip install 'loracast[ray]'")
+pytest.importorskip("ray", reason="pip install 'loracast[ray]'")
 parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'loracast[ray]'")
 N = int(os.environ.get("LORACAST_BULK_DOCUMENTS", "200"))
 BROKEN = 20
@@ -84,7 +85,7 @@ def test_a_killed_worker_costs_nothing(start, documents, tmp_path):
     while len(config_files(out)) < N // 10:
         assert casting.poll() is None and time.monotonic() < until, casting.communicate(timeout=10)
         time.sleep(N / 10_000)
-    workers = [pid for pid, name in children(casting.pid) if re.match(r"ray::MapWorker\S*\.submit", name)]
+    workers = [pid for pid, name in children(casting.pid) if re.match(r"ray::_Worker", name)]
     os.kill(workers[0], signal.SIGKILL)
     assert len(config_files(out)) < N, "it was killed too late"
     result, _ = casting.communicate(timeout=_SECONDS)
@@ -118,10 +119,10 @@ class Deadly(FolderCaster):
     def __init__(self, casting: Casting):
         self.casting = casting
 
-    def __call__(self, found: Found) -> Line:
-        if "poison" in found.url:
+    def __call__(self, line: Line) -> Line:
+        if "poison" in line.url:
             os.kill(os.getpid(), signal.SIGKILL)
-        return Line(found.url, found.name, found.stamp, self.casting.id, folder=found.name)
+        return replace(line, folder=line.name)
 
 
 def test_a_document_that_kills_its_worker_fails_alone(here, tmp_path):

@@ -175,7 +175,7 @@ def test_remembering_in_the_background(model, caplog, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("secret words")
 
-    monkeypatch.setattr(module, "learn_chunks", fail)
+    monkeypatch.setattr(module, "learn_document", fail)
     with pytest.raises(OSError, match="secret"):
         memory.remember_later("I like tea with milk.").result(60)
     module._BACKGROUND.submit(int).result(60)  # the failure is logged before the next job begins
@@ -217,11 +217,13 @@ def test_factors_that_are_kept_in_memory_are_those_that_are_cast(memory, model, 
     cast.clear()
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name].float(), expected[name].float(), atol=1e-2) for name in expected)
-    model._recast.most = 1
     model._recast(["new words", *prompts])
     assert cast == [["new words"]]
-    model._recast([SAID[0]])
-    assert cast == [["new words"], [SAID[0]]]
+    cast.clear()
+    of_one = CachedRecast(model.documents, model.base, most=1)
+    for asked in (prompts, [SAID[0]], [SAID[1]]):
+        of_one(asked)
+    assert cast == [[SAID[1], SAID[0]], [SAID[1]]]
 
 
 def _bytes(folder: Path) -> bytes:
@@ -274,7 +276,7 @@ def test_chat_says_what_it_could_not_remember(chat, monkeypatch):
     def fail(*args, **kwargs):
         raise AdapterError("the disk is full")
 
-    monkeypatch.setattr(module, "learn_chunks", fail)
+    monkeypatch.setattr(module, "learn_document", fail)
     _, said = chat(SAID[0], "/memory")
     assert "(this could not be remembered: the disk is full)" in said
 

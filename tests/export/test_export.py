@@ -61,7 +61,7 @@ def logits(model, lora=None) -> torch.Tensor:
 
 
 def request(lora: LoRA, base, out: Path) -> Request:
-    return Request(uniform(lora), out, "tiny", "tiny@0123", "tiny", {}, base.model.config)
+    return Request(uniform(lora), out, "tiny", "tiny@0123", "tiny", {}, lambda: base.model.config)
 
 
 def random_lora(model, kinds=("q_proj", "k_proj", "down_proj"), layers=(1, 2), rank=3) -> LoRA:
@@ -164,13 +164,14 @@ def test_every_base_that_can_be_targeted_has_a_name_in_gguf(base, tmp_path):
     )
     wanted = request(random_lora(base.model, ("down_proj",)), base, tmp_path)
     for model_type, fits in (("olmo2", True), ("phi3", True), ("mamba", False)):
-        config = copy.deepcopy(wanted.config)
+        config = copy.deepcopy(base.model.config)
         config.model_type = model_type
+        asked = dataclasses.replace(wanted, read_config=lambda config=config: config)
         if fits:
-            assert write_gguf(dataclasses.replace(wanted, config=config)).is_file()
+            assert write_gguf(asked).is_file()
         else:
             with pytest.raises(AdapterError, match="a base of type 'mamba'"):
-                write_gguf(dataclasses.replace(wanted, config=config))
+                write_gguf(asked)
 
 
 def test_gguf_has_the_rows_of_q_and_k_as_llama_cpp_keeps_them(base, tmp_path):

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import loracast
 from loracast.base.fingerprint import fingerprint, fingerprint_of_files
 from loracast.base.load import load_base
-from loracast.cast.load import open_hypernetwork, published_file
+from loracast.cast.load import locate, open_hypernetwork
 from loracast.cli import app
 from loracast.errors import BaseModelError, HypernetworkError
 from loracast.hypernets.encoders import Features, HiddenStatesEncoder
@@ -499,4 +499,4 @@ def test_one_of_several_checkpoints_must_be_named(tmp_path):
     for name in ("one-layer-reader", "per-layer-reader"):
         shutil.copytree(DOC_TO_LORA / name, tmp_path / name)
     with pytest.raises(HypernetworkError, match="several checkpoints, in one-layer-reader, per-layer-reader"):
-        published_file(tmp_path)
+        locate(tmp_path)

@@ -13,7 +13,7 @@ from loracast.base.chat import ChatFormat
 from loracast.base.footprint import footprint
 from loracast.base.load import Base
 from loracast.base.scoring import Passes, pack
-from loracast.cast.catalogue import Caches, base_config, known_bases, known_hypernetworks
+from loracast.cast.catalogue import base_config, known_bases, known_hypernetworks, published_in_cache
 from loracast.cli import app
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
@@ -181,7 +181,7 @@ def test_models_are_listed_with_what_is_in_the_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("LORACAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     place = "SakanaAI/doc-to-lora/gemma_demo"
-    assert Caches().published(place) == (0, False)
+    assert published_in_cache(place) == (0, False)
     repository = tmp_path / "hub" / "models--SakanaAI--doc-to-lora"
     snapshot = repository / "snapshots" / ("0" * 40) / "gemma_demo"
     snapshot.mkdir(parents=True)
@@ -191,7 +191,7 @@ def test_models_are_listed_with_what_is_in_the_caches(tmp_path, monkeypatch):
     digest = "ab" * 32
     (repository / "blobs" / digest).write_bytes(b"x" * 1000)
     (snapshot / "pytorch_model.bin").symlink_to(repository / "blobs" / digest)
-    assert Caches().published(place) == (1000, False)
+    assert published_in_cache(place) == (1000, False)
     converted = tmp_path / "home" / "converted" / "0123"
     converted.mkdir(parents=True)
     (converted / "config.json").write_text(json.dumps({"provenance": {"converted_from": {"sha256": digest}}}))

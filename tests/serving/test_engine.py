@@ -39,7 +39,7 @@ def make_lora(base, seed: int, rank: int = 3, kinds=("down_proj", "o_proj")) -> 
 
 
 def memory_like(base, seed: int, static: LoRA) -> LoRA:
-    """A LoRA as documents have it: the same B in o_proj of all layers, and the static LoRA in the middle of it."""
+    """A LoRA as documents have it: the same B in o_proj of all layers, and a static LoRA, to which down_proj adds."""
     free = torch.Generator().manual_seed(seed)
     b = 0.1 * torch.randn(base.model.config.hidden_size, 6, generator=free)
     own = make_lora(base, seed, 2, ("down_proj",))
@@ -65,6 +65,7 @@ def loras(name: str) -> list[LoRA | None]:
     """Of several ranks and modules, dense and shared; None for the plain base."""
     base = family(name)
     static = make_lora(base, 9, 2, ("q_proj", "v_proj", "down_proj"))
+    static = LoRA(static.factors, static=frozenset(static.names))
     made = [make_lora(base, 1), make_lora(base, 2, 5), dense(make_lora(base, 3)), make_lora(base, 4, 3, ("gate_proj",))]
     return [None, *made, *(memory_like(base, seed, static) for seed in (5, 6, 7))]
 

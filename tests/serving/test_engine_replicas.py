@@ -16,7 +16,7 @@ from loracast.errors import ConfigError
 from loracast.serving.app import create_app, make_engine
 from loracast.serving.generation import EngineFailed, GenerationRequest
 from loracast.serving.settings import ServerSettings
-from loracast.serving.vllm_server import VllmReplicas
+from loracast.serving.vllm import in_order
 from servers import served
 
 pytestmark = pytest.mark.usefixtures("no_copying")
@@ -55,11 +55,11 @@ def n_asked(server: FakeVllm) -> int:
 
 def test_loras_are_spread_evenly_and_their_next_servers_too():
     urls = [f"http://127.0.0.1:{8000 + i}" for i in range(3)]
-    replicas = VllmReplicas([SimpleNamespace(url=url) for url in urls])
+    servers = [SimpleNamespace(client=SimpleNamespace(url=url), down_until=0.0) for url in urls]
     keyed = [GenerationRequest([5, 6, 7], None, f"key {i}") for i in range(600)]
     unkeyed = [GenerationRequest([5, 6, i], None, None) for i in range(600)]
     for asked in (keyed, unkeyed):
-        orders = Counter(tuple(one.url for one in replicas._in_order(request)) for request in asked)
+        orders = Counter(tuple(one.client.url for one in in_order(servers, request)) for request in asked)
         assert orders.keys() == {*permutations(urls)} and all(70 < n < 130 for n in orders.values())
 
 

@@ -332,7 +332,7 @@ def test_a_server_is_started_with_a_key_of_its_own_and_ended(filled, home, tmp_p
     popen = SimpleNamespace(Popen=fork, DEVNULL=None, TimeoutExpired=AssertionError)
     monkeypatch.setattr(vllm_server, "subprocess", popen)
     engine = make_engine(filled.base, ServerSettings(engine=sys.executable))
-    client = engine._client
+    client = engine.servers[0].client
     assert engine.submit(request(filled)).text() == filled.ask(QUESTIONS[0], "manual", sampling=Sampling(8))
     with pytest.raises(LoracastError, match="Unauthorized"):
         VllmClient(client.url)

@@ -46,6 +46,15 @@ class Sampling:
         """Whether the likeliest token is taken: also at a temperature by which logits cannot be divided any more."""
         return self.temperature < _LEAST_TEMPERATURE
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How tokens are chosen, as transformers' `generate` takes it."""
+        options: dict[str, Any] = {"do_sample": not self.is_greedy}
+        if not self.is_greedy:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        rules = {"repetition_penalty": self.repetition_penalty, "no_repeat_ngram_size": self.no_repeat_ngram_size}
+        return options | {name: value for name, value in rules.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -187,12 +196,6 @@ def _generate(
         base.device
     )
     mask = left([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]).to(base.device)
-    options: dict[str, object] = {"do_sample": not sampling.is_greedy}
-    if not sampling.is_greedy:
-        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    rules = {"repetition_penalty": sampling.repetition_penalty, "no_repeat_ngram_size": sampling.no_repeat_ngram_size}
-    options |= {name: value for name, value in rules.items() if value is not None}
-
     last_logits: list[torch.Tensor] = []
     logprobs: list[torch.Tensor] = []  # of each step [n]
     times: list[float] = []
@@ -229,6 +232,6 @@ def _generate(
             streamer=streamer,
             logits_processor=LogitsProcessorList([copy] if any(copying) else []),
             stopping_criteria=StoppingCriteriaList([count]),
-            **options,
+            **sampling.options,
         )
     return out[:, longest:].tolist(), torch.stack(logprobs, 1).tolist(), times[0]

@@ -1,25 +1,16 @@
 """Casts many documents into PEFT folders at a URL, one a document, as vLLM's resolver and Ray Serve LLM load them.
 
-What is new there is found, handed to this process or to Ray Data's actors, and reported.
-
-Casts documents into PEFT folders at a URL, one a document, as vLLM's resolver and Ray Serve LLM load them.
-
     NAME@HASH/adapter_model.safetensors
     NAME@HASH/adapter_config.json        comes last: a folder without it is not whole
 
 HASH is that of the file and of how it was cast, so that a name never means other weights and nothing is cast twice.
 
-Casts all documents at a URL into PEFT folders: finds what is new, hands it to whoever casts, and keeps the report.
-
-The report lies beside the folders and is what the next run knows: files that it lists are not read again until they
+A report lies beside the folders and is what the next run knows: files that it lists are not read again until they
 change. A run that was killed loses what it did since the report was written last; folders that are there already are
 then found by their hash, before anything is parsed or cast.
 
-Casts documents with Ray Data: actors that hold base and hypernetwork, on this machine or on a cluster.
-
-Ray hands out the documents in small blocks and takes back a line of the report for each. An actor that dies is started
-again and its block is repeated, in which what has its folder already is not cast again. Only the document that kills it
-again and again fails.
+With Ray, processes that hold base and hypernetwork cast, on this machine or on a cluster. One that dies is started
+again and casts its document once more; only the document that kills it again and again fails.
 """
 
 from __future__ import annotations
@@ -27,22 +18,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from loracast.base.load import Base
 from loracast.cast.document import merge_chunks, split_document
-from loracast.documents import Document, Limits, read_document
+from loracast.documents import Limits, read_document
 from loracast.errors import AdapterError, ConfigError, DocumentError, LoracastError, PackageError
 from loracast.export.formats import VLLM_RANKS
 from loracast.files import move_unless_there, tidy, work_folder
@@ -84,23 +74,14 @@ class Casting:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A document that was found."""
+class Line:
+    """A line of the report: a document, and what became of it."""
 
     url: str
     name: str
     """Of its adapter, without the hash."""
     stamp: str
     """Size and time or ETag, as the file system has them; "" where it has none."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the report: what became of a document."""
-
-    url: str
-    name: str
-    stamp: str
     cast_by: str
     """`Casting.id`."""
     sha256: str = ""
@@ -123,22 +104,23 @@ class FolderCaster:
     def __init__(self, casting: Casting, caster: Caster, base: Base):
         self.casting, self.caster, self.base = casting, caster, base
 
-    def __call__(self, found: Found) -> Line:
+    def __call__(self, line: Line) -> Line:
         started = time.perf_counter()
-        line = Line(found.url, found.name, found.stamp, self.casting.id)
         try:
-            line = self._cast(found, line)
+            line = self._cast(line)
         except LoracastError as error:
             line = replace(line, error=str(error), is_final=isinstance(error, DocumentError))
         except Exception as error:  # a bug, or too little memory: of this document, and the others go on
             line = replace(line, error=f"{type(error).__name__}: {error}")
         return replace(line, seconds=round(time.perf_counter() - started, 4))
 
-    def _cast(self, found: Found, line: Line) -> Line:
+    def _cast(self, line: Line) -> Line:
         casting = self.casting
-        data, file_name = _read(found.url)
+        with file_system(line.url) as (fs, path), fs.open(path, "rb") as stream:
+            data = stream.read(Limits().max_bytes + 1)  # one too many of a file that is too large
+        file_name = path.rpartition("/")[2]
         sha256 = hashlib.sha256(data).hexdigest()
-        folder = casting.folder_for(found.name, file_name, sha256)
+        folder = casting.folder_for(line.name, file_name, sha256)
         line = replace(line, sha256=sha256, folder=folder)
         if (rank := _rank_of(casting.out, folder)) is not None:
             return replace(line, rank=rank)
@@ -150,21 +132,14 @@ class FolderCaster:
                 "learn it into a library, where each question is routed to the chunks that it is about"
             )
         made = uniform(merge_chunks(self.caster, self.base, chunks, dense=False), casting.max_rank, VLLM_RANKS)
-        _write(casting.out, folder, made, casting.base_name, self._about(found.name, folder, document))
+        about = {
+            "made_by": "loracast", "name": line.name, "version": folder, "title": document.title,
+            "source_sha256": document.sha256, "hypernetwork": self.caster.id,
+            "base": json.dumps(self.base.fingerprint.to_dict()),
+        }  # fmt: skip
+        _write(casting.out, folder, made, casting.base_name, about)
         n_tokens = sum(chunk.n_tokens for chunk in chunks)
         return replace(line, rank=made.rank, lost=made.error, n_chunks=len(chunks), n_tokens=n_tokens)
-
-    def _about(self, name: str, folder: str, document: Document) -> dict[str, str]:
-        """Provenance, for the metadata of the weights."""
-        return {
-            "made_by": "loracast",
-            "name": name,
-            "version": folder,
-            "title": document.title,
-            "source_sha256": document.sha256,
-            "hypernetwork": self.caster.id,
-            "base": json.dumps(self.base.fingerprint.to_dict()),
-        }
 
 
 def whole_folders(out: str) -> set[str]:
@@ -174,12 +149,6 @@ def whole_folders(out: str) -> set[str]:
         files = fs.find(root)
     inside = (path[len(root) + 1 :].split("/") for path in files)
     return {parts[0] for parts in inside if parts[1:] == [CONFIG]}
-
-
-def _read(url: str) -> tuple[bytes, str]:
-    """The bytes of a document, with the first too many of one that is too large, and its file's name."""
-    with file_system(url) as (fs, path), fs.open(path, "rb") as stream:
-        return stream.read(Limits().max_bytes + 1), path.rpartition("/")[2]
 
 
 def _rank_of(out: str, folder: str) -> int | None:
@@ -247,7 +216,7 @@ class BulkCast:
 def cast_all(
     source: str,
     casting: Casting,
-    cast: Callable[[Sequence[Found]], Iterable[Line]],
+    cast: Callable[[Sequence[Line]], Iterable[Line]],
     *,
     again: bool = False,
     on_line: Callable[[int, int, Line], None] = lambda done, total, line: None,
@@ -266,12 +235,12 @@ def cast_all(
     known = read_report(casting.out)
     _make_room(casting.out)
     there = whole_folders(casting.out)
-    found, ignored = find_documents(source, casting.out, known)
+    found, ignored = find_documents(source, casting, known)
     run = BulkCast(ignored=ignored)
     todo = []
     for one in found:
         line = known.get(one.url)
-        if again or line is None or not _is_current(line, one, casting, there):
+        if again or line is None or not _is_current(line, one, there):
             todo.append(one)
         else:
             run.lines[one.url] = line
@@ -281,34 +250,38 @@ def cast_all(
     if not todo and len(kept) + len(found) == len(known):
         return run
     # A run that is stopped leaves what is known of those that it has not come to.
-    report = _Report(casting.out, kept | {one.url: known[one.url] for one in todo if one.url in known})
+    kept |= {one.url: known[one.url] for one in todo if one.url in known}
+    due = time.monotonic() + _REPORT_EVERY_S
     try:
         for number, line in enumerate(cast(todo) if todo else (), 1):
             run.lines[line.url] = line
             run.outcomes[line.url] = "failed" if line.error else "unchanged" if line.folder in there else "learned"
             on_line(number, len(todo), line)
-            report.write_now_and_then(run.lines)
+            if (started := time.monotonic()) > due:
+                _write_report(casting.out, kept | run.lines)
+                took_s = time.monotonic() - started
+                due = started + took_s + max(_REPORT_EVERY_S, took_s / _REPORT_SHARE)
     except KeyboardInterrupt:
         run.is_complete = False
     finally:
         run.lines = {one.url: run.lines[one.url] for one in found if one.url in run.lines}
-        report.write(run.lines)
+        _write_report(casting.out, kept | run.lines)
         run.has_written = True
     return run
 
 
-def find_documents(source: str, out: str, known: Mapping[str, Line]) -> tuple[list[Found], int]:
+def find_documents(source: str, casting: Casting, known: Mapping[str, Line]) -> tuple[list[Line], int]:
     """The documents at a URL or path, without hidden files and links, and how many files of other kinds there are.
 
     Args:
-        out: where the adapters lie, which may be below the documents.
+        casting: its folders, which may be below the documents, are left out.
         known: lines of an earlier run: documents keep their names.
     """
     with file_system(source) as (fs, root):
         fs.invalidate_cache()
         files = {path: info for path, info in fs.find(root, detail=True).items() if info["type"] == "file"}
         urls = {path: fs.unstrip_protocol(path) for path in files}
-    ours = _place(out) + "/"
+    ours = _place(casting.out) + "/"
     relative = {
         path: path[len(root) + 1 :] or path.rpartition("/")[2]
         for path in sorted(files)
@@ -319,13 +292,13 @@ def find_documents(source: str, out: str, known: Mapping[str, Line]) -> tuple[li
     if not shown:
         raise DocumentError(f"there is no document at {source}")
     names = names_for(list(wanted.values()), {s: known[urls[p]].name for p, s in wanted.items() if urls[p] in known})
-    found = [Found(urls[path], names[short], _stamp(files[path])) for path, short in wanted.items()]
+    found = [Line(urls[path], names[short], _stamp(files[path]), casting.id) for path, short in wanted.items()]
     return found, len(shown) - len(wanted)
 
 
-def _is_current(line: Line, found: Found, casting: Casting, there: set[str]) -> bool:
+def _is_current(line: Line, found: Line, there: set[str]) -> bool:
     """Whether a line of an earlier run still says all about a document."""
-    is_same = bool(found.stamp) and line.stamp == found.stamp and line.cast_by == casting.id
+    is_same = bool(found.stamp) and (line.stamp, line.cast_by) == (found.stamp, found.cast_by)
     return is_same and (line.is_final if line.error else line.folder in there)
 
 
@@ -366,61 +339,74 @@ def read_report(out: str) -> dict[str, Line]:
         return {}  # folders are found by their hash
 
 
-class _Report:
-    """The report while documents are cast."""
-
-    def __init__(self, out: str, kept: Mapping[str, Line]):
-        """
-        Args:
-            kept: lines of documents from elsewhere, and of those that are not cast yet.
-        """
-        self._out, self._kept = out, kept
-        self._written_s, self._took_s = time.monotonic(), 0.0
-
-    def write_now_and_then(self, lines: Mapping[str, Line]) -> None:
-        if time.monotonic() - self._written_s > max(_REPORT_EVERY_S, self._took_s / _REPORT_SHARE):
-            self.write(lines)
-
-    def write(self, lines: Mapping[str, Line]) -> None:
-        started = time.monotonic()
-        content = "".join(
-            json.dumps(asdict(one)) + "\n"  # in ASCII: names of files may be no text
-            for one in {**self._kept, **lines}.values()
-        )
-        with file_system(self._out) as (fs, root):
-            write(fs, f"{root}/{REPORT}", content.encode())
-        self._written_s = time.monotonic()
-        self._took_s = self._written_s - started
+def _write_report(out: str, lines: Mapping[str, Line]) -> None:
+    content = "".join(json.dumps(asdict(line)) + "\n" for line in lines.values())  # ASCII: names may be no text
+    with file_system(out) as (fs, root):
+        write(fs, f"{root}/{REPORT}", content.encode())
 
 
 LOCAL = "local"
 """In place of a cluster's address: Ray is started on this machine and ends with the command."""
 PARQUET = "report.parquet"
-_BLOCK = 32  # documents: a killed actor repeats as many at most, and the last actors to finish wait for as few
 _DEATHS = 3
 _STORE_BYTES = 100_000_000  # of Ray on this machine: nothing but URLs and lines goes through it
 
 
+class _Worker:
+    """A process of Ray that loads the models once, and casts one document after the other."""
+
+    def __init__(self, load: Callable[[], FolderCaster]):
+        self._load = cache(load)
+
+    def cast(self, line: Line) -> Line:
+        return self._load()(line)
+
+
 def cast_with_ray(
     address: str, load: Callable[[], FolderCaster], *, actors: int | None = None
-) -> Callable[[Sequence[Found]], Iterator[Line]]:
+) -> Callable[[Sequence[Line]], Iterator[Line]]:
     """What casts documents with Ray, as `cast_all` takes it.
 
     Args:
         address: of a cluster, as `ray.init` takes it; or `LOCAL`.
-        load: loads the models in each actor; it has to be picklable.
-        actors: how many; one for each GPU if the cluster has some, else for each CPU, if None.
+        load: loads the models in each process; it has to be picklable.
+        actors: how many processes; one for each GPU if the cluster has some, else for each CPU, if None.
 
     Raises:
         PackageError: Ray is not installed. ConfigError: no cluster answers at the address.
     """
-    ray = _import_ray()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would send statistics to its makers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
+    try:
+        import ray
+    except ImportError as error:
+        raise PackageError("--ray needs Ray: pip install 'loracast[ray]'") from error
 
-    def cast(todo: Sequence[Found]) -> Iterator[Line]:
+    def lines_of(todo: Sequence[Line]) -> Iterator[Line]:
+        """The lines in any order; each process has one document at a time."""
+        n_gpus, n_cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+        made = ray.remote(num_cpus=1, num_gpus=min(1, n_gpus), max_restarts=-1, max_task_retries=_DEATHS - 1)(_Worker)
+        free: list[Any] = [made.remote(load) for _ in range(min(len(todo), actors or n_gpus or max(1, n_cpus)))]
+        waiting, running = iter(todo), dict[Any, tuple[Any, Line]]()
+        while True:
+            for worker, line in zip(free, waiting, strict=False):
+                running[worker.cast.remote(line)] = worker, line
+            if not running:
+                return
+            (done,), _ = ray.wait([*running])
+            worker, line = running.pop(done)
+            try:
+                yield ray.get(done)
+            except ray.exceptions.RayActorError:
+                error = f"the process that cast it died {_DEATHS} times, of too little memory or of the document"
+                yield replace(line, error=error)
+            free = [worker]
+
+    def cast(todo: Sequence[Line]) -> Iterator[Line]:
         with redirect_stdout(sys.stderr):  # Ray says there what has died
             try:
                 _start(ray, address, actors)
-                yield from _lines(ray, todo, load, actors)
+                yield from lines_of(todo)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None)
                 reason = cause if isinstance(cause, LoracastError) else str(error).strip().rsplit("\n", 1)[-1]
@@ -429,37 +415,6 @@ def cast_with_ray(
                 ray.shutdown()
 
     return cast
-
-
-def write_parquet(out: str) -> None:
-    """Write the report once more, as a table in Parquet."""
-    from io import BytesIO
-
-    import pyarrow
-    import pyarrow.parquet
-
-    kinds = {"rank": pyarrow.int32(), "n_chunks": pyarrow.int64(), "n_tokens": pyarrow.int64()}
-    kinds |= dict.fromkeys(("lost", "seconds"), pyarrow.float64()) | {"is_final": pyarrow.bool_()}
-    schema = pyarrow.schema([(field.name, kinds.get(field.name, pyarrow.string())) for field in fields(Line)])
-    table = pyarrow.Table.from_pylist([asdict(line) for line in read_report(out).values()], schema)
-    content = BytesIO()
-    pyarrow.parquet.write_table(table, content)
-    with file_system(out) as (fs, root):
-        write(fs, f"{root}/{PARQUET}", content.getvalue())
-
-
-def _import_ray() -> Any:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would send statistics to its makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise PackageError("--ray needs Ray Data: pip install 'loracast[ray]'") from error
-    for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.CRITICAL)
-    return ray
 
 
 def _start(ray: Any, address: str, actors: int | None) -> None:
@@ -474,66 +429,17 @@ def _start(ray: Any, address: str, actors: int | None) -> None:
         raise ConfigError(f"no Ray cluster answers at {address!r} ({error}): give its address, or {LOCAL}") from error
 
 
-class _Attempts:
-    """Counts how often something was begun and not ended; it outlives the actors that begin it."""
+def write_parquet(out: str) -> None:
+    """Write the report once more, as a table in Parquet."""
+    import pyarrow
+    import pyarrow.parquet
 
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-
-    def begin(self, what: str) -> int:
-        self._counts[what] += 1
-        return self._counts[what]
-
-    def end(self, what: str) -> None:
-        del self._counts[what]
-
-
-class _Actor:
-    """Holds the models, and casts blocks of documents."""
-
-    def __init__(self, load: Callable[[], FolderCaster], attempts: Any):
-        """
-        Args:
-            attempts: handle of `_Attempts`.
-        """
-        self._cast, self._attempts = load(), attempts
-
-    def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
-        found = [Found(**json.loads(text)) for text in block["document"]]
-        cast = self._cast if self._begin(f"block {found[0].url}") == 1 else self._announced
-        return {"line": [json.dumps(asdict(cast(one))) for one in found]}
-
-    def _announced(self, found: Found) -> Line:
-        """Cast a document of a block in which an actor has died: the document that kills is begun and never ends."""
-        if self._begin(found.url) >= _DEATHS:  # it died once more, unannounced
-            error = f"the process that cast it died {_DEATHS} times, of too little memory or of the document"
-            return Line(found.url, found.name, found.stamp, self._cast.casting.id, error=error)
-        line = self._cast(found)
-        self._attempts.end.remote(found.url)
-        return line
-
-    def _begin(self, what: str) -> int:
-        import ray
-
-        return ray.get(self._attempts.begin.remote(what))
-
-
-def _lines(ray: Any, todo: Sequence[Found], load: Callable[[], FolderCaster], actors: int | None) -> Iterator[Line]:
-    """The lines of documents, in any order."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    has = ray.cluster_resources()
-    each = {"num_cpus": 1, "num_gpus": 1} if has.get("GPU") else {"num_cpus": 1}
-    size = actors or max(1, int(has.get("GPU") or has.get("CPU", 1)))
-    attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
-    documents = [{"document": json.dumps(asdict(one))} for one in todo]
-    lines = ray.data.from_items(documents, override_num_blocks=-(-len(todo) // _BLOCK)).map_batches(
-        _Actor,
-        fn_constructor_args=[load, attempts],
-        batch_size=None,  # a whole block
-        compute=ray.data.ActorPoolStrategy(size=size),
-        **each,
+    kinds = {"rank": pyarrow.int32(), "n_chunks": pyarrow.int64(), "n_tokens": pyarrow.int64()}
+    kinds |= dict.fromkeys(("lost", "seconds"), pyarrow.float64()) | {"is_final": pyarrow.bool_()}
+    schema = pyarrow.schema([(field.name, kinds.get(field.name, pyarrow.string())) for field in fields(Line)])
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([asdict(line) for line in read_report(out).values()], schema), content
     )
-    for batch in lines.iter_batches(batch_size=None):
-        for text in batch["line"]:
-            yield Line(**json.loads(text))
+    with file_system(out) as (fs, root):
+        write(fs, f"{root}/{PARQUET}", content.getvalue())

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from loracast.base.embedded import DEFAULT_BASE, embedded, embedded_folder
 from loracast.base.footprint import footprint
 from loracast.cast.load import DOC_FILE, OWN_FILES, SHIPPED, TEXT_FILES
 from loracast.files import cache_dir
-from loracast.hypernets.published import PublishedDocToLoRA, PublishedDocToLoRAConfig, PublishedTextToLoRA
 from loracast.hypernets.store import Modality
-from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
-from loracast.lora.target import target_from_config
 
 WINDOW = 2048
 """Tokens for which the memory of a base is stated."""
 _EMBEDDED_AS = {DEFAULT_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-_D_TEXT = 1024
-"""Width of gte-large's embeddings, which published Text-to-LoRAs read."""
 
 
 @dataclass(frozen=True)
@@ -70,49 +61,28 @@ class KnownHypernetwork:
         return 4 * fewest, 4 * most
 
 
-class Caches:
-    """What the hub's cache and the cache of converted hypernetworks hold."""
+def _hub_folder(repository: str) -> Path | None:
+    """The folder of a repository in the hub's cache; None where it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    @cached_property
-    def _hub(self) -> list[tuple[str, str, int, str]]:
-        """Repository, path, bytes and hash of each file in the hub's cache."""
-        from huggingface_hub import constants, scan_cache_dir
-        from huggingface_hub.errors import CacheNotFound
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
-        try:
-            repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
-        except CacheNotFound:
-            return []
-        found = {
-            (
-                one.repo_id,
-                str(file.file_path.relative_to(revision.snapshot_path)),
-                file.size_on_disk,
-                file.blob_path.name,
-            )
-            for one in repositories
-            for revision in one.revisions
-            for file in revision.files
-        }
-        return sorted(found)
 
-    @cached_property
-    def _converted(self) -> set[str]:
-        """Hashes of the files whose converted form is there."""
-        stored = (json.loads(path.read_text(encoding="utf-8")) for path in cache_dir("converted").glob("*/config.json"))
-        return {one["provenance"]["converted_from"]["sha256"] for one in stored}
-
-    def base(self, repository: str) -> int:
-        """Bytes of a base's weights in the hub's cache."""
-        return sum(n for name, path, n, _ in self._hub if name == repository and path.endswith(".safetensors"))
-
-    def published(self, place: str) -> tuple[int, bool]:
-        """Bytes of a checkpoint in the hub's cache, and whether its converted form is there."""
-        owner, name, inside = place.split("/", 2)
-        wanted = {f"{inside}/{file}" for file in (DOC_FILE, TEXT_FILES[0])}
-        # The hub's cache names a large file by its sha256.
-        found = [(n, digest) for one, path, n, digest in self._hub if one == f"{owner}/{name}" and path in wanted]
-        return sum(n for n, _ in found), any(digest in self._converted for _, digest in found)
+def published_in_cache(place: str) -> tuple[int, bool]:
+    """Bytes of a published checkpoint in the hub's cache, and whether its converted form is in ours."""
+    owner, name, inside = place.split("/", 2)
+    folder = _hub_folder(f"{owner}/{name}")
+    if folder is None:
+        return 0, False
+    found = [path for file in (DOC_FILE, TEXT_FILES[0]) if (path := folder / inside / file).is_file()]
+    stored = (json.loads(path.read_text(encoding="utf-8")) for path in cache_dir("converted").glob("*/config.json"))
+    converted = {one["provenance"]["converted_from"]["sha256"] for one in stored}
+    # The hub's cache names a large file by its sha256.
+    return sum(path.stat().st_size for path in found), any(path.resolve().name in converted for path in found)
 
 
 def _content() -> dict[str, Any]:
@@ -128,13 +98,12 @@ def base_config(name: str) -> Any:
 
 def known_bases() -> list[KnownBase]:
     """The embedded bases, then those of published hypernetworks."""
-    caches = Caches()
     made = []
     for name in (*embedded("base"), *(name for name in _content()["bases"] if name not in _EMBEDDED_AS.values())):
         is_embedded = name in _EMBEDDED_AS
+        folder = embedded_folder(name) if is_embedded else _hub_folder(name)
         config = base_config(_EMBEDDED_AS.get(name, name))
         sizes = {dtype: footprint(config, dtype) for dtype in ("bfloat16", "float32")}
-        there = embedded_folder(name) if is_embedded else None
         made.append(
             KnownBase(
                 name,
@@ -142,7 +111,7 @@ def known_bases() -> list[KnownBase]:
                 sizes["bfloat16"].n_parameters,
                 {dtype: size.generating(WINDOW) for dtype, size in sizes.items()},
                 sizes["bfloat16"].weights,
-                caches.base(name) if there is None else _size(there),
+                0 if folder is None else _size(folder, "*" if is_embedded else "*.safetensors"),
             )
         )
     return made
@@ -157,42 +126,15 @@ def known_hypernetworks() -> list[KnownHypernetwork]:
         made.append(
             KnownHypernetwork(name, "shipped", modality, DEFAULT_BASE, (n, n), (size, size), size, converted=False)
         )
-    caches = Caches()
-    for place, base, modality, counts in _published():
-        sizes = min(counts), max(counts)
-        cached, converted = caches.published(place)
-        disk = 4 * sizes[0], 4 * sizes[1]
-        made.append(KnownHypernetwork(place, "published", modality, base, sizes, disk, cached, converted))
+    for one in _content()["published"]:
+        fewest, most = one["parameters"]
+        made.append(
+            KnownHypernetwork(
+                one["place"], "published", one["modality"], one["base"], (fewest, most), (4 * fewest, 4 * most),
+                *published_in_cache(one["place"]),
+            )
+        )  # fmt: skip
     return made
-
-
-def _published() -> Iterator[tuple[str, str, Modality, list[int]]]:
-    """Place, base, modality and the possible numbers of parameters of each published hypernetwork."""
-    content = _content()
-    for one in content["doc_to_lora"]:
-        config = base_config(one["base"])
-        with torch.device("meta"):
-            hypernet = PublishedDocToLoRA(published_doc_config(config, one["encoder_blocks"]))
-        yield one["place"], one["base"], "document", [_count(hypernet)]
-    for one in content["text_to_lora"]:
-        rows = target_from_config(base_config(one["base"]), ("q_proj", "v_proj")).rows
-        with torch.device("meta"):
-            variants: list[TextToLoRA] = [TextToLoRA(TextToLoRAConfig(_D_TEXT, rows, variant=v)) for v in ("L", "M")]
-            variants.append(PublishedTextToLoRA(TextToLoRAConfig(_D_TEXT, rows, variant="S")))
-        yield one["place"], one["base"], "task", [_count(variant) for variant in variants]
-
-
-def published_doc_config(config: Any, n_encoder_blocks: int) -> PublishedDocToLoRAConfig:
-    """The config of a published Doc-to-LoRA for a base (arXiv 2602.15902, appendix on the architecture)."""
-    return PublishedDocToLoRAConfig.for_target(
-        target_from_config(config), config.hidden_size, reader_layers=tuple(range(config.num_hidden_layers)),
-        rank=8, width=512, n_heads=16, n_kv_heads=4, head_dim=128, n_encoder_blocks=n_encoder_blocks, n_latents=8,
-        n_decoder_blocks=1, n_latent_mlps=1, static_rank=8,
-    )  # fmt: skip
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _numbers_in(file: Path) -> int:
@@ -205,5 +147,5 @@ def _numbers_in(file: Path) -> int:
         return sum(prod(stored.get_slice(name).get_shape()) for name in stored.keys() if "int8_scale" not in name)  # noqa: SIM118
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _size(folder: Path, pattern: str = "*") -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())

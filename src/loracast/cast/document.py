@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from threading import Lock
-from typing import TypedDict, Unpack
+from typing import TypedDict
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from loracast.base.chat import encode_text, encode_with_offsets
@@ -21,7 +22,7 @@ from loracast.documents import Chunk, Document, split_text
 from loracast.documents.images import ImageFile
 from loracast.documents.units import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
-from loracast.hypernets.protocol import Caster, Hypernetwork
+from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import SENTENCE, Adapter, join_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest
@@ -98,29 +99,26 @@ def cast_chunks(
     places = zip(prompts, map(sentence_spans, prompts) if sentences is None else sentences, strict=True)
     for batch in token_batches(base, prompts):
         cast = caster.cast(caster.encode(batch))
-        owners = [_token_sentences(base, *place) for place in islice(places, len(batch))]
+        owners = [
+            token_sentences(spans, encode_with_offsets(base.tokenizer, prompt)[1])
+            for prompt, spans in islice(places, len(batch))
+        ]
         yield cast.rows, {kind: _row_sentences(tokens.cpu(), owners, cast.rows[kind][0].shape[2])
                           for kind, tokens in (cast.tokens or {}).items()}  # fmt: skip
 
 
-def _token_sentences(base: Base, prompt: str, sentences: Spans) -> list[int]:
-    """For each token of a chunk the number of its sentence in the chunk."""
-    return token_sentences(sentences, encode_with_offsets(base.tokenizer, prompt)[1])
-
-
 def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -> Tensor:
-    """The sentence of each row of a memory [n, rank], -1 for rows that are filled up, from their tokens [n, r]."""
+    """The sentence of each row of a memory [n, rank], -1 for rows that are filled up, from their tokens [n, r].
+
+    Args:
+        owners: for each token of a chunk the number of its sentence in the chunk.
+    """
     sentences = torch.full((len(owners), rank), -1, dtype=torch.int16)
     for i, (row, owner) in enumerate(zip(tokens.tolist(), owners, strict=True)):
         for j, token in enumerate(row):
             if token < len(owner):  # others are of the batch's padding
                 sentences[i, j] = owner[token]
     return sentences
-
-
-def static_of(hypernetwork: Hypernetwork) -> dict[str, Tensor]:
-    """The tensors that all adapters of a hypernetwork hold alike, as static_tensors names them."""
-    return static_tensors(hypernetwork.static_rows())
 
 
 class CachedRecast:
@@ -132,10 +130,10 @@ class CachedRecast:
             most: chunks whose factors are kept.
             storage: factors are rounded as they come back from an adapter of this storage.
         """
-        self.caster, self.base, self.most, self.storage = caster, base, most, storage
-        static, of_static = static_of(caster.hypernetwork), static_storage(storage)
+        self.caster, self.base, self.storage = caster, base, storage
+        static, of_static = static_tensors(caster.hypernetwork.static_rows()), static_storage(storage)
         self._static = {name: as_stored(value, of_static).cpu() for name, value in static.items()}
-        self._rows: dict[Place, dict[str, Tensor]] = {}  # the one used last at the end
+        self._rows: LRUCache[Place, dict[str, Tensor]] = LRUCache(most)
         self._changing = Lock()
 
     def attach(self, adapter: Adapter) -> None:
@@ -165,11 +163,7 @@ class CachedRecast:
             for i in range(len(next(iter(stored.values())))):
                 found[next(ahead)] = {name: value[i : i + 1].clone() for name, value in stored.items()}
         with self._changing:
-            for place, of_chunk in found.items():
-                self._rows.pop(place, None)
-                self._rows[place] = of_chunk
-            for place in list(self._rows)[: -self.most]:
-                del self._rows[place]
+            self._rows.update(found)
         return found
 
     def forget(self, places: Sequence[Place]) -> None:
@@ -209,35 +203,28 @@ def learn_document(
     document: Document,
     library: Library,
     name: str,
-    **options: Unpack[Keeping],
-) -> Adapter:
-    """Cast a document into an adapter and keep it under `name`.
-
-    If the library has an adapter of the same document, cast in the same way, that one gets the name. The adapter
-    appears in the library once it is complete: casting that fails or is killed leaves nothing behind. Chunks are as
-    long as the hypernetwork was made for where `max_chunk_tokens` is None.
-    """
-    options["max_chunk_tokens"] = longest = options.get("max_chunk_tokens") or caster.hypernetwork.chunk_tokens
-    return learn_chunks(caster, base, document, split_document(base, document, longest), library, name, **options)
-
-
-def learn_chunks(
-    caster: Caster,
-    base: Base,
-    document: Document,
-    chunks: Sequence[Chunk],
-    library: Library,
-    name: str,
     *,
+    chunks: Sequence[Chunk] | None = None,
     max_chunk_tokens: int | None = None,
     storage: Storage = DEFAULT_STORAGE,
     replace: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Adapter:
-    """`learn_document` for a document that has been split already, none of its chunks longer than that."""
+    """Cast a document into an adapter and keep it under `name`.
+
+    If the library has an adapter of the same document, cast in the same way, that one gets the name. The adapter
+    appears in the library once it is complete: casting that fails or is killed leaves nothing behind.
+
+    Args:
+        chunks: of a document that has been split already.
+        max_chunk_tokens: longest chunk; as long as the hypernetwork was made for if None.
+    """
     started = time.perf_counter()
     hypernetwork = caster.hypernetwork
     config = hypernetwork.config
+    longest = max_chunk_tokens or hypernetwork.chunk_tokens
+    if chunks is None:
+        chunks = split_document(base, document, longest)
     manifest = Manifest(
         name=name,
         title=document.title,
@@ -252,7 +239,7 @@ def learn_chunks(
         memory_kinds=hypernetwork.memory_kinds,
         n_chunks=len(chunks),
         n_tokens=sum(chunk.n_tokens for chunk in chunks),
-        max_chunk_tokens=max_chunk_tokens or hypernetwork.chunk_tokens,
+        max_chunk_tokens=longest,
         warnings=document.warnings,
         storage=storage,
     )
@@ -268,7 +255,7 @@ def learn_chunks(
         manifest,
         chunks,
         batches,
-        static_of(hypernetwork),
+        static_tensors(hypernetwork.static_rows()),
         seconds=lambda: time.perf_counter() - started,
         index=partial(write_document_index, title=document.title),
         replace=replace,

@@ -1,18 +1,14 @@
 """Loads a hypernetwork, checks what it casts, and binds it to a base; documents, tasks and images all come this way.
 
-Checkpoints that SakanaAI's Doc-to-LoRA and Text-to-LoRA published are found, converted once, and kept.
-
-Opens checkpoints that SakanaAI's Doc-to-LoRA and Text-to-LoRA published: finds, converts and keeps them.
-
-They are pickles, which are read once and without running their code (hypernets/published.py); what is kept is a
-hypernetwork of loracast's own in safetensors.
+Checkpoints that SakanaAI's Doc-to-LoRA and Text-to-LoRA published are found, converted once, and kept. They are
+pickles, which are read once and without running their code (hypernets/published.py); what is kept is a hypernetwork of
+loracast's own in safetensors.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -26,7 +22,7 @@ from loracast.base.embedded import DEFAULT_BASE, Say
 from loracast.base.fingerprint import Fingerprint, fingerprint_of_files
 from loracast.base.load import Base, load_tokenizer
 from loracast.errors import BaseModelError, HypernetworkError
-from loracast.files import cache_dir, file_sha256, folder_of, move_unless_there
+from loracast.files import cache_dir, file_sha256, folder_of, move_unless_there, work_folder
 from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.hypernets.published import doc_to_lora, read_pickled, text_to_lora
 from loracast.hypernets.store import Modality, read_made_for
@@ -66,27 +62,36 @@ class BaseFacts:
         return cls(config, load_tokenizer(folder), fingerprint_of_files(config, folder, name))
 
 
-def published_file(source: str | Path) -> Path | None:
-    """The pickled file of a published checkpoint at a folder or hub repository; None where there is none.
+@dataclass(frozen=True)
+class Found:
+    """A hypernetwork that a user named, looked up once: where its files lie on this machine."""
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    published: Path | None = None
+    """The pickled file, if it is a published checkpoint."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def locate(source: str | Path) -> Found:
+    """Look up a hypernetwork or a published checkpoint in a folder or hub repository, and fetch it if need be.
 
     Raises:
         HypernetworkError: the place cannot be reached, or holds several.
     """
-    return locate(source)[1]
-
-
-def locate(source: str | Path) -> tuple[Path, Path | None]:
-    """The folder of a hypernetwork or of a published checkpoint, and the latter's pickled file; errors as above."""
     folder = folder_of(source, (*OWN_FILES, DOC_FILE, *TEXT_FILES), "hypernetwork", HypernetworkError)
     if (folder / OWN_FILES[1]).is_file():
-        return folder, None
+        return Found(str(source), folder)
     found = [path for name in (DOC_FILE, TEXT_FILES[0]) for path in sorted(folder.rglob(name))]
     if len(found) > 1:
         places = ", ".join(str(path.parent.relative_to(folder)) for path in found)
         raise HypernetworkError(f"{source} holds several checkpoints, in {places}: give one of these folders")
     if not found and not Path(source).is_dir():
         _refuse_whole_repository(str(source))
-    return folder, found[0] if found else None
+    return Found(str(source), folder, *found)
 
 
 def _refuse_whole_repository(repository: str) -> None:
@@ -145,10 +150,9 @@ def converted(file: Path, base: BaseFacts) -> Path:
     folder = cache_dir("converted") / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
-            built = Path(temporary) / folder.name
-            convert(file, base).save_pretrained(built, storage="float32")
-            move_unless_there(built, folder)
+        with work_folder(folder.parent, "new") as work:
+            convert(file, base).save_pretrained(work / folder.name, storage="float32")
+            move_unless_there(work / folder.name, folder)
     return folder
 
 
@@ -194,20 +198,6 @@ def shipped_hypernetwork(base: Base | str, modality: Modality = "document") -> P
     )
 
 
-@dataclass(frozen=True)
-class Found:
-    """A hypernetwork that a user named, looked up once: where its files lie on this machine."""
-
-    name: str
-    """As the user gave it."""
-    folder: Path
-    published: Path | None
-    """The pickled file, if it is a published checkpoint."""
-
-    def __str__(self) -> str:
-        return self.name
-
-
 Source = str | Path | Found | Hypernetwork
 """A hypernetwork; or its folder or hub repository, which may have been looked up already."""
 
@@ -220,7 +210,7 @@ def find_hypernetwork(source: Source | None) -> Found | Hypernetwork | None:
     """
     if source is None or isinstance(source, (Found, Hypernetwork)):
         return source
-    return Found(str(source), *locate(source))
+    return locate(source)
 
 
 def check_default_base(hypernetworks: Iterable[Source | None]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from loracast.base.load import Base
-from loracast.cast.document import CachedRecast, learn_chunks, split_document
+from loracast.cast.document import CachedRecast, learn_document, split_document
 from loracast.documents import Chunk, Document
 from loracast.errors import AdapterError
 from loracast.files import exclusively
@@ -159,8 +159,9 @@ class Memory:
         for message, alone in zip(messages, each, strict=True):
             chunks += [replace(one, start=start + one.start, end=start + one.end, heading="") for one in alone]
             start += len(message) + len(MESSAGE_GAP)
-        where = (self.library, self.name)
-        return learn_chunks(self.caster, self.base, document, chunks, *where, storage="text", replace=True)
+        return learn_document(
+            self.caster, self.base, document, self.library, self.name, chunks=chunks, storage="text", replace=True
+        )
 
     def _split(self, message: str) -> list[Chunk]:
         return split_document(self.base, Document.from_text(message), self.caster.hypernetwork.chunk_tokens)

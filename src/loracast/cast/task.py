@@ -80,20 +80,13 @@ class TaskCaster:
             return self._rows([task], self._encode([task]), strength)[0]
         return _scaled(self._cast(self._encode([TaskSpec(task.description)]))[0], strength)
 
-    @torch.inference_mode()
-    def embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
-        """The vectors by which the hypernetwork compares descriptions, one each [n, d]."""
-        return self.hypernetwork.pooled(self._encode(_stripped(descriptions)).states[:, 0])
-
     def distances(self, tasks: Sequence[str | TaskSpec]) -> list[float | None]:
         """Distance (1 - cosine) of each description to the nearest seen one.
 
         None for a task with examples, which those descriptions were without, and if the hypernetwork holds none.
         """
         given = _stripped(tasks)
-        alone = [task for task in given if not task.examples]
-        found = iter(self._distances(alone, self._encode(alone)) if alone else ())
-        return [None if task.examples else next(found) for task in given]
+        return self._distances(given, self._encode(given))
 
     def task(
         self,
@@ -155,22 +148,18 @@ class TaskCaster:
             if not replace:
                 self.library.check_free(name, unless_from=task.sha256)
         started = time.perf_counter()
+        features = self._encode(given)  # too long an example is refused before descent
+        distances = self._distances(given, features)
         if refine is None:
-            features = self._encode(given)
-            rows, distances = self._rows(given, features, strength), self._distances(given, features)
-            are_refined = [False] * len(given)
+            made = [(rows, False) for rows in self._rows(given, features, strength)]
         else:
-            for task in given:
-                self.caster.encoder.groups(task)  # too long an example is refused before descent
             made = [self._refined(task, refine, strength) for task in given]
-            rows, are_refined = [one for one, _ in made], [is_refined for _, is_refined in made]
-            distances = self.distances(given)
-        seconds = (time.perf_counter() - started) / max(1, len(rows))
-        for one in rows:
-            check_finite(one, "these descriptions")
+        seconds = (time.perf_counter() - started) / max(1, len(made))
+        for rows, _ in made:
+            check_finite(rows, "these descriptions")
         return [
             save_single(
-                one,
+                rows,
                 self.hypernetwork.config.target,
                 self.library,
                 name,
@@ -187,7 +176,7 @@ class TaskCaster:
                 storage=storage,
                 replace=replace,
             )
-            for name, task, one, is_refined, distance in zip(names, given, rows, are_refined, distances, strict=True)
+            for name, task, (rows, is_refined), distance in zip(names, given, made, distances, strict=True)
         ]
 
     def _encode(self, tasks: Sequence[TaskSpec]) -> Features:

@@ -30,7 +30,7 @@ from loracast.library.manifest import name_for
 from loracast.lora.quantize import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
-    from loracast.cast.bulk import BulkCast, Casting, FolderCaster, Found, Line
+    from loracast.cast.bulk import BulkCast, Casting, FolderCaster, Line
     from loracast.library.adapter import Adapter
     from loracast.library.library import Library
 
@@ -80,10 +80,10 @@ def cast_into_folders(
     served = folders.served_base or learning.base or DEFAULT_BASE
     casting = Casting(out, made_by(learning), served, learning.chunk_tokens, folders.rank)
     load = partial(load_models, casting, learning)
-    cast: Callable[[Sequence[Found]], Iterable[Line]]
+    cast: Callable[[Sequence[Line]], Iterable[Line]]
     if folders.ray is None:
 
-        def cast(todo: Sequence[Found]) -> Iterable[Line]:
+        def cast(todo: Sequence[Line]) -> Iterable[Line]:
             return map(load(), todo)
 
     else:

@@ -91,11 +91,11 @@ def convert(
     Nothing of the published packages is needed, and no code in the checkpoint runs. `learn` and `task` take the
     published place itself with --hypernetwork and convert it on their own.
     """
-    from loracast.cast.load import DOC_FILE, BaseFacts, base_named_in, published_file
+    from loracast.cast.load import DOC_FILE, BaseFacts, base_named_in, locate
     from loracast.cast.load import convert as read
     from loracast.errors import ConfigError, HypernetworkError
 
-    file = published_file(source)
+    file = locate(source).published
     if file is None:
         raise HypernetworkError(f"{source} holds no published checkpoint (pytorch_model.bin or hypermod.pt)")
     if (file.name == DOC_FILE) != (system == "doc-to-lora"):

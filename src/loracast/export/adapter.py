@@ -6,14 +6,15 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from loracast.base.fingerprint import check
 from loracast.base.load import Base
 from loracast.errors import AdapterError
 from loracast.export import FORMATS, MERGED
-from loracast.export.base import base_config, base_gguf, write_merged
-from loracast.export.formats import VLLM_RANKS, Format, Request, write_mlx, write_peft, write_vllm
+from loracast.export.base import base_config, write_merged
+from loracast.export.formats import VLLM_RANKS, Request, write_mlx, write_peft, write_vllm
 from loracast.export.gguf import write_gguf, write_ollama
 from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
@@ -23,14 +24,14 @@ from loracast.lora.algebra import LoRA, uniform
 from loracast.reading.routing import Route, route_set
 from loracast.reading.search import search
 
-WRITTEN = {
-    "peft": Format(write_peft),
-    "vllm": Format(write_vllm, ranks=VLLM_RANKS),
-    "gguf": Format(write_gguf, needs_config=True),
-    "mlx": Format(write_mlx, needs_config=True),
-    "ollama": Format(write_ollama, needs_config=True, holds_base=True),
-}
-"""How each format of `FORMATS` is written, but for `MERGED`."""
+WRITTEN: dict[str, Callable[[Request], Path]] = {
+    "peft": write_peft, "vllm": write_vllm, "gguf": write_gguf, "mlx": write_mlx, "ollama": write_ollama,
+}  # fmt: skip
+"""What writes each format of `FORMATS` and returns the folder or file that the runtime loads, but for `MERGED`."""
+RANKS = {"vllm": VLLM_RANKS}
+"""The ranks that a format's runtime takes, of those that do not take any."""
+HOLDING_BASE = (MERGED, "ollama")
+"""The formats that hold the base beside each LoRA."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,11 @@ def export_adapter(
     """
     if to not in FORMATS:
         raise AdapterError(f"unknown format {to!r}; one of {', '.join(FORMATS)}")
-    form = WRITTEN.get(to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} is there already and not an empty folder; give another --out")
-    if each_chunk and (form is None or form.holds_base):
+    if each_chunk and to in HOLDING_BASE:
         raise AdapterError(f"{to} cannot be written chunk by chunk: leave out --each-chunk")
-    if form is None and max_rank is not None:
+    if to == MERGED and max_rank is not None:
         raise AdapterError(f"{MERGED} adds the whole LoRA to the base's weights: leave out --rank")
     m = adapter.manifest
     if each_chunk and m.n_chunks == 1:
@@ -98,21 +98,21 @@ def export_adapter(
         return adapter.lora(route.picked, route.sentence_weights, dense=False)
 
     base = base or m.made_for.base
-    if form is None:
+    if to == MERGED:
         assert load is not None, "merging needs the base"
         loaded = load(base)
         check(m.made_for, loaded.fingerprint, f"the adapter {adapter.name!r}")
         write_merged(lora(), out, loaded)
         return [Exported(out, None, 0.0)]
-    config = base_config(base, adapter, say) if form.needs_config else None
+    read_config = cache(partial(base_config, base, adapter, say))
     kept = ("version", "title", "factors_sha256", "source_sha256", "hypernetwork")
     about = {"made_by": "loracast", "name": adapter.name, **{key: getattr(m, key) for key in kept}}
     about["base"] = json.dumps(m.made_for.to_dict())
 
     def write(lora: LoRA, folder: Path, name: str) -> Exported:
-        made = uniform(lora, max_rank, form.ranks)
+        made = uniform(lora, max_rank, RANKS.get(to))
         version = f"{name}@{m.version[:VERSION_DIGITS]}"
-        path = form.write(Request(made, folder, name, version, base, about, config, base_gguf(base)))
+        path = WRITTEN[to](Request(made, folder, name, version, base, about, read_config))
         return Exported(path, made.rank, made.error)
 
     if not each_chunk:

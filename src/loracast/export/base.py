@@ -31,10 +31,7 @@ def write_base(name: str | None, out: Path, say: Callable[[str], None] = lambda 
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BaseModelError(f"{out} is there already and not an empty folder; give another one")
-    folder = pull(name, say=say)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir()):
-        shutil.copyfile(path, out / path.name)
+    shutil.copytree(pull(name, say=say), out, copy_function=shutil.copyfile, dirs_exist_ok=True)
     return sorted(out.iterdir())
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loracast.errors import AdapterError
 from loracast.files import write_atomically
 from loracast.lora.algebra import Uniform
 from loracast.lora.peft_format import write_peft_folder
@@ -39,24 +40,8 @@ class Request:
     """Name, folder or hub id of the base, as the user gave it."""
     about: Mapping[str, str]
     """Provenance: names, hashes, the base's fingerprints."""
-    config: Any = None
-    """The base's config, transformers' own; None for a format that does not need it."""
-    base_gguf: Path | None = None
-    """The base as a GGUF file, where it is an embedded base that has been fetched."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """How one format is written."""
-
-    write: Callable[[Request], Path]
-    """Writes the LoRA and returns the folder or file that the runtime loads."""
-    ranks: Sequence[int] | None = None
-    """The ranks that the runtime takes; None for any."""
-    needs_config: bool = False
-    """Whether `Request.config` must be there."""
-    holds_base: bool = False
-    """Whether the base is written beside each LoRA."""
+    read_config: Callable[[], Any]
+    """Reads the base's config, transformers' own. Raises BaseModelError where it cannot be read."""
 
 
 def write_peft(request: Request) -> Path:
@@ -90,14 +75,20 @@ The name carries the weights' hash: vLLM's prefix cache goes by names, so other 
     return out
 
 
-def too_much_lost(rank: int, max_rank: int, error: float) -> str:
-    """What to say of a LoRA that a server's rank is too small for, up to what to do about it."""
+def too_much_lost(rank: int, max_rank: int, error: float, remedy: str) -> AdapterError:
+    """The error for a LoRA that loses more than `MOST_LOST` at the rank of a server.
+
+    Args:
+        rank: of the LoRA.
+        error: the share that it loses.
+        remedy: what to do instead of starting the server with a higher rank.
+    """
     enough = next((size for size in VLLM_RANKS if size >= rank), None)
     advice = f"start vLLM with --max-lora-rank {enough}"
     if enough is None:
         advice = f"vLLM takes {max(VLLM_RANKS)} at most, so ask fewer chunks at once"
     lost = f"this LoRA has the rank {rank}, and the vLLM server takes {max_rank}, at which {error:.0%} of it is lost"
-    return f"{lost}: {advice}"
+    return AdapterError(f"{lost}: {advice}, or {remedy}")
 
 
 def write_mlx(request: Request) -> Path:
@@ -108,11 +99,11 @@ def write_mlx(request: Request) -> Path:
     """
     from safetensors.torch import save
 
-    made, out = request.made, request.out
-    text = request.config.get_text_config()
-    shapes, n_layers = module_shapes(request.config), text.num_hidden_layers
+    made, out, config = request.made, request.out, request.read_config()
+    text = config.get_text_config()
+    shapes, n_layers = module_shapes(config), text.num_hidden_layers
     # mlx-lm keeps the decoder of a base that reads images too in a model of its own.
-    layers = "model.layers" if text is request.config else "language_model.model.layers"
+    layers = "model.layers" if text is config else "language_model.model.layers"
     place = {name: _place(name) for name in made.lora.factors}
     kinds = sorted({path for _, path in place.values()})
     first = min(layer for layer, _ in place.values())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from loracast.errors import AdapterError
+from loracast.export.base import base_gguf
 from loracast.export.formats import Request
 from loracast.files import write_atomically, write_with
 
@@ -44,7 +45,7 @@ def write_ollama(request: Request) -> Path:
 
     Raises AdapterError for a base that Ollama cannot read from where it lies.
     """
-    out, gguf = request.out, request.base_gguf
+    out, gguf = request.out, base_gguf(request.base)
     base = f"./{_OLLAMA_BASE}" if gguf is not None else _ollama_folder(request.base)
     _write_file(request, out / _OLLAMA_ADAPTER)
     if gguf is not None:
@@ -63,7 +64,7 @@ def _write_file(request: Request, out: Path) -> None:
     """Write a LoRA for llama.cpp as a file of any name."""
     import gguf
 
-    made, text = request.made, request.config.get_text_config()
+    made, text = request.made, request.read_config().get_text_config()
     architecture = _ARCHITECTURES.get(text.model_type)
     if architecture is None:
         raise AdapterError(f"loracast does not know what llama.cpp calls a base of type {text.model_type!r}")

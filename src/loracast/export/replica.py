@@ -12,15 +12,14 @@ import re
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 from loracast.errors import AdapterError, ConfigError, LoracastError, NoSuchAdapterError
 from loracast.export.adapter import export_adapter
-from loracast.export.formats import MOST_LOST, too_much_lost
+from loracast.export.formats import MOST_LOST, VLLM_RANKS, too_much_lost
 from loracast.files import move_unless_there, tidy, try_lock, work_folder
 from loracast.library.adapter import Adapter
 from loracast.library.library import Library
@@ -38,36 +37,26 @@ _GRACE_S = 10.0
 """Files stay so long after a request: the server may begin a step with it while its client is leaving."""
 
 
-class Source(Protocol):
-    """Where a replica finds adapters."""
-
-    def versions(self, name: str) -> list[str]:
-        """The versions of a name, newest first; none where there is no such name."""
-
-    @contextmanager
-    def opened(self, name: str, version: str, work: Path) -> Iterator[Adapter]:
-        """An adapter with its files on this machine; `work` is a folder for them."""
-
-
 class FromLibrary:
-    """A library on this machine, shared or not."""
+    """Finds adapters in a library on this machine, shared or not."""
 
     def __init__(self, library: Library):
         self._library = library
 
     def versions(self, name: str) -> list[str]:
+        """The versions of a name, newest first; none where there is no such name."""
         try:
             return [entry.version for entry in self._library.versions(name)]
         except NoSuchAdapterError:
             return []
 
-    @contextmanager
-    def opened(self, name: str, version: str, work: Path) -> Iterator[Adapter]:
-        yield self._library.open(f"{name}@{version}")
+    def open(self, name: str, version: str, folder: Path) -> Adapter:
+        """An adapter with its files on this machine; `folder` is a new one for those that are fetched."""
+        return self._library.open(f"{name}@{version}")
 
 
 class FromStore:
-    """A store that libraries share, read without a library: a name costs two requests every few seconds.
+    """Finds adapters in a store that libraries share, without a library: a name costs two requests every few seconds.
 
     Where the store cannot be reached, a name keeps the versions known last.
     """
@@ -80,6 +69,7 @@ class FromStore:
         due, known = self._known.get(name, (0.0, None))
         if known is not None and time.monotonic() < due:
             return known
+        wait_s = REFRESH_S
         try:
             number = self._store.newest([name]).get(name)
             named = () if number is None else self._store.read(name, number).versions
@@ -87,20 +77,37 @@ class FromStore:
         except LoracastError:
             if known is None:
                 raise
-            self._known[name] = time.monotonic() + _RETRY_S, known
-            return known
+            found, wait_s = known, _RETRY_S
+        self._known.pop(name, None)
         if found:
-            self._known[name] = time.monotonic() + REFRESH_S, found
-        else:
-            self._known.pop(name, None)
+            self._known[name] = time.monotonic() + wait_s, found
         return found
 
-    @contextmanager
-    def opened(self, name: str, version: str, work: Path) -> Iterator[Adapter]:
-        fetched = fetch_whole(self._store, version, work / "fetched")
+    def open(self, name: str, version: str, folder: Path) -> Adapter:
+        fetched = fetch_whole(self._store, version, folder)
         fetched.name = name
-        yield fetched
-        shutil.rmtree(work / "fetched")
+        return fetched
+
+
+Source = FromLibrary | FromStore
+
+
+def export_for_vllm(adapter: Adapter, folder: Path, max_rank: int | None = None) -> None:
+    """Export all of an adapter for vLLM into a folder, so that nobody sees half of it.
+
+    Args:
+        max_rank: of the server; None for the largest that vLLM takes.
+
+    Raises:
+        AdapterError: too much would be lost at that rank.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(folder.parent, "new") as work:
+        (made,) = export_adapter(adapter, "vllm", work / folder.name, max_rank=max_rank)
+        if made.error > MOST_LOST:
+            remedy = "ask through `loracast serve --engine`, which gives a question its chunks"
+            raise too_much_lost(adapter.lora(dense=False).rank, max_rank or max(VLLM_RANKS), made.error, remedy)
+        move_unless_there(made.path, folder)
 
 
 class Kept:
@@ -143,13 +150,13 @@ class Replica:
         self._locked = try_lock(folder)
         if self._locked is None and os.name == "posix":
             raise ConfigError(f"another server uses {folder}: give each one a LORACAST_HOME of its own")
-        tidy(folder)
         for other in folder.glob("rank-*"):
             if other.name != f"rank-{max_rank}":
                 shutil.rmtree(other)
-        self._source, self._work, self._folder = source, folder, folder / f"rank-{max_rank}"
+        self._source, self._folder = source, folder / f"rank-{max_rank}"
         self._max_bytes, self._max_rank, self._on_drop = max_bytes, max_rank, on_drop
         self._folder.mkdir(exist_ok=True)
+        tidy(self._folder)
         there = [path for path in self._folder.iterdir() if _KEPT.fullmatch(path.name)]
         there.sort(key=lambda path: path.stat().st_mtime)
         self._kept = OrderedDict((path.name, Kept(path.name, path)) for path in there)
@@ -215,17 +222,10 @@ class Replica:
                 self._kept.pop(one.name, None)
 
     def _export(self, one: Kept, name: str, version: str) -> None:
-        with work_folder(self._work, "new") as work, self._source.opened(name, version, work) as adapter:
-            (made,) = export_adapter(adapter, "vllm", work / one.name, max_rank=self._max_rank)
-            if made.error > MOST_LOST:
-                problem = too_much_lost(adapter.lora(dense=False).rank, self._max_rank, made.error)
-                raise AdapterError(
-                    f"{problem}, or ask through `loracast serve --engine`, which gives a question its chunks"
-                )
-            n_bytes = size_of(made.path)
-            move_unless_there(made.path, one.folder)
+        with work_folder(self._folder, "new") as work:
+            export_for_vllm(self._source.open(name, version, work / "fetched"), one.folder, self._max_rank)
         with self._lock:
-            one.n_bytes = n_bytes
+            one.n_bytes = size_of(one.folder)
 
     def _drop_over_budget(self) -> None:
         with ExitStack() as graves, self._lock:  # files are deleted once the lock is free again
@@ -234,7 +234,7 @@ class Replica:
                 if over > 0 and not one.n_users and one.free_at <= now:
                     del self._kept[one.name]
                     self._on_drop(one.name)
-                    os.replace(one.folder, graves.enter_context(work_folder(self._work, "rm")) / one.name)
+                    os.replace(one.folder, graves.enter_context(work_folder(self._folder, "rm")) / one.name)
                     over -= one.n_bytes
 
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loracast.errors import AdapterError, ConfigError, LoracastError
 from loracast.export.replica import FromLibrary, FromStore, Kept, Replica
@@ -28,15 +30,12 @@ STORE_VARIABLE, BYTES_VARIABLE = "LORACAST_STORE", "LORACAST_REPLICA_BYTES"
 _DEFAULT_BYTES = 10 * 2**30
 _THREADS = 16
 """How many adapters are looked up or fetched at once."""
-_Scope = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class LibraryMiddleware:
     """ASGI middleware. It acts when the endpoint reads the body, so after vLLM has checked the request's key."""
 
-    def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]]):
+    def __init__(self, app: ASGIApp):
         self._app = app
         self._replica: Replica | None = None
         self._loaded: dict[str, Any] = {}
@@ -44,41 +43,40 @@ class LibraryMiddleware:
         self._made, self._loading = Lock(), asyncio.Lock()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="loracast-replica")
 
-    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self._app(scope, receive, send)
         kept: list[Kept] = []
         is_read, failed = False, None
 
-        async def read() -> MutableMapping[str, Any]:
+        async def read() -> Message:
             nonlocal is_read, failed
             if is_read:
                 return await receive()
-            is_read, parts, goes_on = True, [], True
+            is_read, body, goes_on = True, b"", True
             while goes_on:
                 message = await receive()
                 if message["type"] != "http.request":  # the client has left
                     return message
-                parts.append(message.get("body", b""))
+                body += message.get("body", b"")
                 goes_on = message.get("more_body", False)
             try:
-                body = await self._named(b"".join(parts), scope["app"].state, kept)
+                body = await self._named(body, scope["app"].state, kept)
             except (LoracastError, OSError) as error:
                 body, failed = b"{", error  # no endpoint takes that
             return {"type": "http.request", "body": body, "more_body": False}
 
-        async def answer(message: MutableMapping[str, Any]) -> None:
+        async def answer(message: Message) -> None:
             if failed is None:
                 await send(message)
             elif message["type"] == "http.response.start":
-                for part in _error_messages(failed):
-                    await send(part)
+                await _error_response(failed)(scope, receive, send)
 
         try:
             await self._app(scope, read, answer)
         finally:
             for one in kept:
-                self._existing().give_back(one)
+                self._give_back(one)
 
     async def _named(self, body: bytes, state: Any, kept: list[Kept]) -> bytes:
         """The body with an adapter's version in place of its name, loaded; as it is where it names no adapter."""
@@ -117,22 +115,22 @@ class LibraryMiddleware:
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:  # the client left; the thread goes on
-            taking.add_done_callback(self._give_back)
+            taking.add_done_callback(self._give_back_taken)
             raise
 
-    def _give_back(self, taken: asyncio.Future[Kept | None]) -> None:
-        if not taken.cancelled() and taken.exception() is None and (one := taken.result()) is not None:
-            self._existing().give_back(one)
+    def _give_back_taken(self, taken: asyncio.Future[Kept | None]) -> None:
+        if not taken.cancelled() and taken.exception() is None:
+            self._give_back(taken.result())
+
+    def _give_back(self, one: Kept | None) -> None:
+        if one is not None and self._replica is not None:
+            self._replica.give_back(one)
 
     def _take(self, name: str, state: Any) -> Kept | None:
         with self._made:
             if self._replica is None:
                 self._replica = self._make(state)
         return self._replica.take(name)
-
-    def _existing(self) -> Replica:
-        assert self._replica is not None
-        return self._replica
 
     def _make(self, state: Any) -> Replica:
         config = state.vllm_config.lora_config
@@ -157,13 +155,7 @@ class LibraryMiddleware:
         )
 
 
-def _error_messages(error: Exception) -> list[dict[str, Any]]:
+def _error_response(error: Exception) -> JSONResponse:
     """An answer with an error in OpenAI's form."""
-    status = 400 if isinstance(error, AdapterError) else 503
-    kind = "BadRequestError" if status == 400 else "ServiceUnavailableError"
-    body = json.dumps({"error": {"message": str(error), "type": kind, "param": "model", "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    return [
-        {"type": "http.response.start", "status": status, "headers": headers},
-        {"type": "http.response.body", "body": body},
-    ]
+    status, kind = (400, "BadRequestError") if isinstance(error, AdapterError) else (503, "ServiceUnavailableError")
+    return JSONResponse({"error": {"message": str(error), "type": kind, "param": "model", "code": status}}, status)

@@ -154,7 +154,12 @@ class _Copy(NamedTuple):
     def is_of(self, module: nn.Linear, factors: Factors) -> bool:
         """Whether it is of these factors, and of the weight that the module has now."""
         own = module._parameters["weight"]
-        return self.module is module and self.own is own and self.state == _state(own) and _equal(self.factors, factors)
+        return (
+            self.module is module
+            and self.own is own
+            and self.state == _state(own)
+            and equal_factors(self.factors, factors)
+        )
 
 
 _KEPT: WeakKeyDictionary[nn.Module, dict[str, _Copy]] = WeakKeyDictionary()
@@ -199,7 +204,7 @@ def static_added(model: nn.Module, loras: Sequence[WithStatic | None]) -> Iterat
 
 
 def _has_static_of(other: WithStatic, first: WithStatic) -> bool:
-    return first.static <= other.static and all(_equal(first.factors[n], other.factors[n]) for n in first.static)
+    return first.static <= other.static and all(equal_factors(first.factors[n], other.factors[n]) for n in first.static)
 
 
 def _copy(module: nn.Linear, factors: Factors) -> _Copy:
@@ -215,10 +220,11 @@ def _state(weight: Tensor) -> tuple[object, ...]:
     return weight.data_ptr(), weight._version, weight.dtype, weight.device
 
 
-def _equal(one: Factors, other: Factors) -> bool:
+def equal_factors(one: Factors, other: Factors) -> bool:
+    """Whether two pairs of factors hold the same numbers."""
     return one is other or all(
         (x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.shape == y.shape and x.dtype == y.dtype)
-        or torch.equal(x, y)
+        or (x.dtype == y.dtype and torch.equal(x, y))
         for x, y in zip(one, other, strict=True)
     )
 

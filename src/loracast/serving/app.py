@@ -11,29 +11,24 @@ import platform
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from loracast import __version__
+from loracast.answering.model import Model
+from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.serving.errors import add_handlers
+from loracast.serving.generation import Engine, EngineConfig
 from loracast.serving.guard import Guard
 from loracast.serving.learning import Learning, Watcher
 from loracast.serving.routes import adapters, completions, files, server, vector_stores
 from loracast.serving.service import Service
 from loracast.serving.settings import ServerSettings
-
-if TYPE_CHECKING:
-    from types import FrameType
-
-    from loracast.answering.model import Model
-    from loracast.base.load import Base
-    from loracast.serving.engine import Engine
-
 
 _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -122,25 +117,14 @@ def bound(settings: ServerSettings) -> Iterator[socket.socket]:
 
 def make_engine(base: Base, settings: ServerSettings) -> Engine:
     """The engine that the settings name. Raises ConfigError, or EngineFailed, where there is no such vLLM server."""
-    from loracast.serving.generation import EngineConfig
-
     sizes = EngineConfig(adapter_bytes=settings.adapter_memory_bytes, prefix_bytes=settings.prompt_cache_bytes)
     if settings.engine == "local":
         from loracast.serving.engine import LocalEngine
 
         return LocalEngine(base, sizes)
-    from loracast.serving.vllm_server import VllmReplicas, vllm_engine
+    from loracast.serving.vllm_server import vllm_engine
 
-    urls = settings.engine.split(",")
-    if len(urls) == 1:
-        return vllm_engine(settings.engine, base, sizes)
-    with ExitStack() as made:
-        engines = []
-        for url in urls:
-            engines.append(vllm_engine(url.strip(), base, sizes))
-            made.callback(engines[-1].close)
-        made.pop_all()
-        return VllmReplicas(engines)
+    return vllm_engine(settings.engine, base, sizes)
 
 
 def run(

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -36,9 +37,8 @@ Layer = tuple[Tensor, Tensor]
 class OwnCache:
     """Keys and values of one row; allocated when the first token is written."""
 
-    def __init__(self, n_layers: int, capacity: int):
-        self.n_layers, self.capacity = n_layers, capacity
-        self.sides: Sequence[Tensor] = ()
+    def __init__(self, n_layers: int, capacity: int, sides: Sequence[Tensor] = ()):
+        self.n_layers, self.capacity, self.sides = n_layers, capacity, sides
         """Keys and values, [layers, kv heads, capacity, head size] each."""
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> Layer:
@@ -52,9 +52,12 @@ class OwnCache:
         all_keys, all_values = self.sides
         return all_keys[layer, :, :end], all_values[layer, :, :end]
 
-    def copy(self, n_tokens: int, capacity: int) -> OwnCache:
-        """The first tokens in a block of another capacity."""
-        return _copied(self.sides, n_tokens, capacity)
+    def copy(self, n_tokens: int, capacity: int | None = None) -> OwnCache:
+        """The first tokens in a block of their own, of another capacity than they need if there is one."""
+        made = OwnCache(self.n_layers, capacity or n_tokens)
+        for layer, (keys, values) in enumerate(zip(*self.sides, strict=True)):
+            made.write(layer, 0, keys[:, :n_tokens], values[:, :n_tokens])
+        return made
 
     @property
     def n_bytes(self) -> int:
@@ -75,6 +78,11 @@ class SlotCache:
         """Keys and values of a layer, [slots, kv heads, capacity, head size] each."""
         keys, values = self._sides
         return keys[:, layer], values[:, layer]
+
+    def row(self, slot: int) -> OwnCache:
+        """The keys and values of one slot, which are not copied."""
+        sides = [slots[slot] for slots in self._sides]
+        return OwnCache(len(sides[0]), self.capacity, sides)
 
     def adopt(self, slot: int, row: OwnCache, n_tokens: int) -> None:
         """Copy a row's tokens into a slot."""
@@ -101,10 +109,6 @@ class SlotCache:
         for slots in self._sides:
             slots[slot, :, :, :n_tokens] = 0
 
-    def copy(self, slot: int, n_tokens: int) -> OwnCache:
-        """The tokens of a slot in a block of their own."""
-        return _copied([slots[slot] for slots in self._sides], n_tokens, n_tokens)
-
     def _allocate(self, sides: Sequence[Tensor]) -> None:
         """Zeros for all slots, each in pages of its own."""
         like = sides[0]
@@ -128,14 +132,6 @@ def _split(block: Tensor, shapes: Sequence[tuple[int, ...]]) -> Sequence[Tensor]
     """Views [..., *shape] of a block [..., n], one after the other."""
     parts = block.split([prod(shape) for shape in shapes], -1)
     return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _copied(sides: Sequence[Tensor], n_tokens: int, capacity: int) -> OwnCache:
-    """The first tokens of keys and values [layers, kv heads, tokens, head size] in a block of their own."""
-    made = OwnCache(len(sides[0]), capacity)
-    for layer, (keys, values) in enumerate(zip(*sides, strict=True)):
-        made.write(layer, 0, keys[:, :n_tokens], values[:, :n_tokens])
-    return made
 
 
 _Ids = tuple[int, ...]
@@ -220,8 +216,9 @@ class RowBatch:
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.n_batched, self.alone = _split_rows(self.lengths)
-        """The longest number of tokens that the batched call sees, and the slots whose rows are longer."""
+        self.n_batched, alone = _split_rows(self.lengths)
+        """The longest number of tokens that the batched call sees."""
+        self.runs = [*self.runs, *(Run(slot, 1, self.lengths[slot], self.slots.row(slot)) for slot in alone)]
         self._positions = torch.tensor(self.lengths)
         self._slots = torch.arange(len(self.lengths))
 
@@ -252,17 +249,11 @@ class RowBatch:
             keys, values = self.slots.layer(layer)
             keys[slots, :, at] = key[:, :n].transpose(0, 1)
             values[slots, :, at] = value[:, :n].transpose(0, 1)
-            grouped = query[:, :n].transpose(0, 1).reshape(n, n_kv, heads // n_kv, size)
-            end = self.n_batched
-            if len(self.alone) < n:
+            if end := self.n_batched:
+                grouped = query[:, :n].transpose(0, 1).reshape(n, n_kv, heads // n_kv, size)
                 mask = self._slot_mask(window, query)
                 given = _attention(grouped, (keys[:n, :, :end], values[:n, :, :end]), mask, scale, softcap)
                 out[:n] = given.reshape(n, heads, -1)
-            for slot in self.alone:
-                end = self.lengths[slot] + 1
-                begin = 0 if window is None else max(0, end - window)
-                row = keys[slot : slot + 1, :, begin:end], values[slot : slot + 1, :, begin:end]
-                out[slot] = _attention(grouped[slot : slot + 1], row, None, scale, softcap).reshape(heads, -1)
         for run in self.runs:
             keys, values = run.cache.write(layer, run.start, key[:, run.tokens], value[:, run.tokens])
             begin = 0 if window is None else max(0, run.start + 1 - window)
@@ -306,15 +297,10 @@ def _split_rows(lengths: Sequence[int]) -> tuple[int, list[int]]:
     The batched call takes the time of its longest row for each row; a long row beside many short ones is cheaper alone.
     """
     order = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
-    best_cost, best, paid = float("inf"), 0, 0
-    for n_alone in range(len(order) + 1):
-        longest = lengths[order[n_alone]] + 1 if n_alone < len(order) else 0
-        cost = paid + len(order) * longest
-        if cost < best_cost:
-            best_cost, best = cost, n_alone
-        if n_alone < len(order):
-            paid += longest + _CALL_COST
-    return lengths[order[best]] + 1 if best < len(order) else 0, order[:best]
+    spans = [*(lengths[slot] + 1 for slot in order), 0]  # tokens of the call, by the number of rows left out
+    paid = [0, *accumulate(span + _CALL_COST for span in spans[:-1])]
+    best = min(range(len(spans)), key=lambda n_alone: paid[n_alone] + len(order) * spans[n_alone])
+    return spans[best], order[:best]
 
 
 def _attention(query: Tensor, row: Layer, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -6,7 +6,7 @@ that came in since, so that a long prompt holds nobody up for longer than a piec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -17,52 +17,35 @@ from loracast.base.load import Base
 from loracast.errors import AdapterError, BaseModelError
 from loracast.lora.target import layer_shapes
 from loracast.serving.attention import OwnCache, PrefixCache, RowBatch, Run, SlotCache, row_attention
-from loracast.serving.generation import AnswerText, EngineConfig, Finish, GenerationRequest, Ticket, Token
+from loracast.serving.generation import AnswerWriter, EngineConfig, EngineStats, GenerationRequest, Ticket
 from loracast.serving.packed_lora import LoRABatcher, PackedLoRA, Place
 
 
 class Sampler:
-    """The rules of one request, applied in the order of transformers' `generate`."""
+    """Chooses the tokens of one request by the rules that transformers' `generate` would apply."""
 
-    def __init__(self, base: Base, sampling: Sampling, prompt: Sequence[int]):
-        from transformers import (
-            LogitsProcessorList,
-            MinNewTokensLengthLogitsProcessor,
-            NoRepeatNGramLogitsProcessor,
-            RepetitionPenaltyLogitsProcessor,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
+    def __init__(self, base: Base, sampling: Sampling, n_prompt: int):
+        from transformers import LogitsProcessorList
+
+        model = base.model
+        config, _ = model._prepare_generation_config(None, min_new_tokens=sampling.min_new_tokens, **sampling.options)
+        config._eos_token_tensor = torch.tensor(list(base.end_ids), device=base.device)
+        self._bonus: Tensor | None = None
+        self._rules = model._get_logits_processor(
+            config, n_prompt, logits_processor=LogitsProcessorList([self._add_bonus]), device=str(base.device)
         )
-
-        defaults, device = base.model.generation_config, str(base.device)
-        penalty = _first(sampling.repetition_penalty, defaults.repetition_penalty, 1.0)
-        n_gram = int(_first(sampling.no_repeat_ngram_size, defaults.no_repeat_ngram_size, 0))
-        rules = LogitsProcessorList()
-        if penalty != 1.0:
-            rules.append(RepetitionPenaltyLogitsProcessor(penalty))
-        if n_gram:
-            rules.append(NoRepeatNGramLogitsProcessor(n_gram))
-        if sampling.min_new_tokens:
-            ends = list(base.end_ids)
-            rules.append(MinNewTokensLengthLogitsProcessor(len(prompt), sampling.min_new_tokens, ends, device))
-        drawing = LogitsProcessorList()
         self._generator: torch.Generator | None = None
         if not sampling.is_greedy:
-            if sampling.temperature != 1:
-                drawing.append(TemperatureLogitsWarper(sampling.temperature))
-            if sampling.top_k:
-                drawing.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1:
-                drawing.append(TopPLogitsWarper(sampling.top_p))
-            self._generator = torch.Generator(device)
+            self._generator = torch.Generator(base.device)
             if sampling.seed is None:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(sampling.seed)
-        self._rules, self._drawing = rules, drawing
-        self.takes_likeliest = not rules and self._generator is None
+        self.takes_likeliest = len(self._rules) == 1 and self._generator is None
         """Whether the token is that of the highest logit: no rule changes the logits, and nothing is drawn."""
+
+    def _add_bonus(self, ids: Tensor, scores: Tensor) -> Tensor:
+        return scores if self._bonus is None else scores + self._bonus.to(scores)
 
     def choose(self, logits: Tensor, ids: Sequence[int], bonus: Tensor | None = None) -> int:
         """The next token from logits [vocabulary], after the token ids of the prompt and of the answer so far.
@@ -70,20 +53,11 @@ class Sampler:
         Args:
             bonus: what is added to the logits of the likeliest answers [vocabulary] (base/copying.py).
         """
-        so_far = torch.tensor([ids], device=logits.device) if self._rules or self._drawing else None
-        if self._rules:
-            logits = self._rules(so_far, logits[None].float().clone())[0]  # type: ignore[arg-type]
-        if bonus is not None:
-            logits = logits + bonus.to(logits)
-        if self._drawing:
-            logits = self._drawing(so_far, logits[None].float().clone())[0]  # type: ignore[arg-type]
+        self._bonus = bonus
+        scores = self._rules(torch.tensor([ids], device=logits.device), logits[None].float().clone())[0]
         if self._generator is None:
-            return int(logits.argmax())
-        return int(torch.multinomial(logits.float().softmax(-1), 1, generator=self._generator))
-
-
-def _first(*values: float | int | None) -> float | int:
-    return next(value for value in values if value is not None)
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
 def top_logprobs(logits: Tensor, chosen: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
@@ -96,42 +70,36 @@ def top_logprobs(logits: Tensor, chosen: int, n: int) -> tuple[float, tuple[tupl
 class _Row:
     """One request that runs."""
 
-    def __init__(self, base: Base, ticket: Ticket, place: Place | None, prefix_key: str | None):
+    def __init__(self, base: Base, ticket: Ticket, place: Place | None, prefix_key: str | None, cache: OwnCache):
         request = ticket.request
         self.ticket, self.place, self.prefix_key = ticket, place, prefix_key
         self.ids = list(request.prompt)
         self.n_done = 0
         """Tokens whose keys and values are stored."""
-        self.cache: OwnCache | None = None
+        self.cache: OwnCache | None = cache
         """None for a row in a slot."""
-        self.sampler = Sampler(base, request.sampling, request.prompt)
-        self.text = AnswerText(base.tokenizer, request.stop, request.strips)
+        self.sampler = Sampler(base, request.sampling, len(request.prompt))
+        self.writer = AnswerWriter(base.tokenizer, ticket)
         self.ends = base.end_ids
 
-    def bonus(self, logits: Tensor) -> Tensor | None:
-        """What is added to the logits of the next token [vocabulary] for what the answer may copy."""
-        copying, n_prompt = self.ticket.request.copying, self.ticket.n_prompt_tokens
-        return None if copying is None else copying.bonus(self.ids[n_prompt:], logits)
+    @property
+    def is_read(self) -> bool:
+        """Whether the prompt has been read to its end."""
+        return self.n_done >= self.ticket.n_prompt_tokens
 
     def take(self, chosen: int, logits: Tensor) -> bool:
         """Hand over the next token; whether the answer is complete."""
         request, ticket = self.ticket.request, self.ticket
         logprobs = () if request.n_logprobs is None else top_logprobs(logits, chosen, request.n_logprobs)
         if chosen in self.ends:
-            return self._end("stop", *logprobs[:1])
-        self.ids.append(chosen)
-        piece, is_stopped = self.text.add(chosen)
-        ticket.put(Token(chosen, piece, *logprobs))
-        if is_stopped:
-            ticket.end("stop")
+            self.writer.end("stop", *logprobs[:1])
             return True
-        return ticket.n_tokens >= request.sampling.max_new_tokens and self._end("length")
-
-    def _end(self, finish: Finish, logprob: float | None = None) -> bool:
-        if rest := self.text.rest():
-            self.ticket.put(Token(None, rest))
-        self.ticket.end(finish, logprob=logprob)
-        return True
+        self.ids.append(chosen)
+        if self.writer.put(chosen, *logprobs):
+            return True
+        if is_long := ticket.n_tokens >= request.sampling.max_new_tokens:
+            self.writer.end("length")
+        return is_long
 
 
 def tokens_needed(request: GenerationRequest) -> int:
@@ -152,23 +120,23 @@ class Batch:
     def __init__(self, base: Base, config: EngineConfig):
         _check_base(base)
         self.base, self.config = base, config
-        self.n_steps = self.n_decoded_rows = self.n_generated = self.n_prompt = self.n_cached = self.n_reserved = 0
+        self.counts = EngineStats(config.n_slots)
+        self.n_reserved = 0
         self.prefixes = PrefixCache(config.prefix_bytes)
         self._max_tokens = config.kv_bytes // token_bytes(base)
         self._loras = LoRABatcher(base.model, config.n_slots)
         self._slots = SlotCache(config.n_slots, config.slot_tokens)
         self._n_layers = base.model.config.get_text_config().num_hidden_layers
         self._in_slots: list[_Row] = []  # in the order of their slots
-        self._long: list[_Row] = []  # with caches of their own
-        self._reading: list[_Row] = []  # whose prompt is not read to its end
+        self._own: list[_Row] = []  # with caches of their own: prompts that are being read, and long requests
 
     @property
     def rows(self) -> list[_Row]:
-        return [*self._in_slots, *self._long, *self._reading]
+        return [*self._in_slots, *self._own]
 
     @property
     def n_rows(self) -> int:
-        return len(self._in_slots) + len(self._long) + len(self._reading)
+        return len(self._in_slots) + len(self._own)
 
     def has_room(self, request: GenerationRequest) -> bool:
         """Whether a request can start now."""
@@ -176,9 +144,9 @@ class Batch:
 
     def is_reading(self, request: GenerationRequest, prefix_key: str | None) -> bool:
         """Whether the same prompt is being read, so that it is worth waiting for its keys and values."""
+        prompt = list(request.prompt)
         return prefix_key is not None and any(
-            row.prefix_key == prefix_key and list(row.ticket.request.prompt) == list(request.prompt)
-            for row in self._reading
+            row.prefix_key == prefix_key and not row.is_read and row.ids == prompt for row in self._own
         )
 
     def add(self, ticket: Ticket, packed: PackedLoRA | None, prefix_key: str | None) -> None:
@@ -187,21 +155,21 @@ class Batch:
         Args:
             prefix_key: names the LoRA in the prefix cache; None keeps the request out of it.
         """
-        request = ticket.request
-        row = _Row(self.base, ticket, None, prefix_key)
-        row.place = None if packed is None else self._loras.add(packed)
-        needed = tokens_needed(request)
-        is_long = needed > self.config.slot_tokens
-        row.cache = OwnCache(self._n_layers, needed if is_long else len(request.prompt))
+        needed = tokens_needed(ticket.request)
+        prompt = ticket.request.prompt
+        cache = OwnCache(self._n_layers, needed if needed > self.config.slot_tokens else len(prompt))
+        n_cached, held = 0, None
         if prefix_key is not None:
-            row.n_done, held = self.prefixes.find(prefix_key, row.ids, len(row.ids) - 1)
-            if held is not None:
-                row.cache = held.copy(row.n_done, row.cache.capacity)
-        ticket.n_cached_tokens = row.n_done
-        self.n_cached += row.n_done
-        self.n_prompt += len(row.ids)
+            n_cached, held = self.prefixes.find(prefix_key, prompt, len(prompt) - 1)
+        if held is not None:
+            cache = held.copy(n_cached, cache.capacity)
+        row = _Row(self.base, ticket, None, prefix_key, cache)
+        row.place = None if packed is None else self._loras.add(packed)
+        row.n_done = ticket.n_cached_tokens = n_cached
+        self.counts.n_cached_tokens += n_cached
+        self.counts.n_prompt_tokens += len(prompt)
         self.n_reserved += needed
-        self._reading.append(row)
+        self._own.append(row)
 
     def fail(self, error: BaseException) -> None:
         """End all rows with an error."""
@@ -213,38 +181,32 @@ class Batch:
         """Free the slots of requests that nobody waits for."""
         for row in [row for row in self.rows if row.ticket.is_cancelled]:
             self._remove(row)
-            row.ticket.end(None)
 
     @torch.no_grad()
     def step(self) -> None:
         """Take every row one token further, and read pieces of prompts."""
-        decoded = [*self._in_slots, *self._long]
-        n_slots = len(self._in_slots)
-        runs = [self._run(row, n_slots + i, 1) for i, row in enumerate(self._long)]
+        decoded = [*self._in_slots, *(row for row in self._own if row.is_read)]
+        spans = [(row, 1) for row in decoded]
         left = self.config.prefill_tokens if decoded else self.config.prefill_tokens_alone
-        first, read = len(decoded), []
-        for row in self._reading:
-            n_tokens = min(left, len(row.ids) - row.n_done)
-            if not n_tokens:
-                break
-            runs.append(self._run(row, first, n_tokens))
-            read.append((row, n_tokens))
-            first, left = first + n_tokens, left - n_tokens
-        spans = [(row, 1) for row in decoded] + read
-        ids = [id_ for row, n in spans for id_ in row.ids[row.n_done : row.n_done + n]]
-        positions = [i for row, n in spans for i in range(row.n_done, row.n_done + n)]
-        lasts, asking = [], []
-        at = 0
+        for row in self._own:
+            if not row.is_read and (n := min(left, len(row.ids) - row.n_done)):
+                spans.append((row, n))
+                left -= n
+        ids, positions, lasts, asking = list[int](), list[int](), list[int](), list[_Row]()
+        runs, of_runs = list[Run](), list[tuple[slice, Place | None]]()
         for row, n in spans:
-            at += n
+            if row.cache is not None:
+                runs.append(Run(len(ids), n, row.n_done, row.cache))
+                if len(ids) >= len(decoded):
+                    of_runs.append((runs[-1].tokens, row.place))
+            ids += row.ids[row.n_done : row.n_done + n]
+            positions += range(row.n_done, row.n_done + n)
             if row.n_done + n == len(row.ids):
-                lasts.append(at - 1)
+                lasts.append(len(ids) - 1)
                 asking.append(row)
         batch = RowBatch(self._slots, [row.n_done for row in self._in_slots], runs)
-        places = [row.place for row in decoded]
-        of_runs = [(run.tokens, row.place) for run, (row, _) in zip(runs[len(self._long) :], read, strict=True)]
         device = self.base.device
-        with row_attention(self.base.model), self._loras.applied(places, of_runs):
+        with row_attention(self.base.model), self._loras.applied([row.place for row in decoded], of_runs):
             given = self.base.model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
@@ -252,40 +214,35 @@ class Batch:
                 logits_to_keep=torch.tensor(lasts, dtype=torch.long, device=device),
                 rows=batch,
             )
-        self.n_steps += 1
-        self.n_decoded_rows += len(asking)
+        self.counts.n_steps += 1
+        self.counts.n_decoded_rows += len(asking)
         for row, n in spans:
             row.n_done += n
         self._choose(asking, given.logits[0])
-
-    @staticmethod
-    def _run(row: _Row, first: int, n_tokens: int) -> Run:
-        assert row.cache is not None
-        return Run(first, n_tokens, row.n_done, row.cache)
 
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Choose the next token of each row from logits [rows, vocabulary], and let go of the rows that are done."""
         highest = logits.max(-1)
         likeliest, is_finite = highest.indices.tolist(), highest.values.isfinite().tolist()
-        read = [row for row in rows if row in self._reading]
-        done, failed = [], []
+        done, failed = list[_Row](), list[_Row]()
         for i, row in enumerate(rows):
+            request, n_prompt = row.ticket.request, row.ticket.n_prompt_tokens
             try:
                 if not is_finite[i]:
                     raise AdapterError("the base's logits are not finite with this LoRA: lower its strength")
-                bonus = row.bonus(logits[i])
+                bonus = None if request.copying is None else request.copying.bonus(row.ids[n_prompt:], logits[i])
                 of_row = logits[i] if bonus is None else logits[i] + bonus.to(logits)
                 is_known = bonus is None and row.sampler.takes_likeliest
                 chosen = likeliest[i] if is_known else row.sampler.choose(logits[i], row.ids, bonus)
-                before = row.ticket.n_tokens
+                n_before = row.ticket.n_tokens
                 if row.take(chosen, of_row):
                     done.append(row)
-                self.n_generated += row.ticket.n_tokens - before
+                self.counts.n_generated_tokens += row.ticket.n_tokens - n_before
             except Exception as error:  # the other rows go on
                 row.ticket.end(None, error)
                 failed.append(row)
-        for row in read:
-            if row not in failed:
+        for row in rows:
+            if row.n_done == row.ticket.n_prompt_tokens and row not in failed:
                 self._read_to_end(row)
         for row in done:
             self._remove(row, keep=True)
@@ -293,46 +250,42 @@ class Batch:
             self._remove(row)
 
     def _read_to_end(self, row: _Row) -> None:
-        """Move a row whose prompt was read to those that are decoded, and keep the prompt's keys and values."""
-        self._reading.remove(row)
+        """Move a row whose prompt was read into a slot, unless it is long, and keep the prompt's keys and values."""
         assert row.cache is not None
         cache, n_prompt = row.cache, row.ticket.n_prompt_tokens
         if tokens_needed(row.ticket.request) > self.config.slot_tokens:
-            self._long.append(row)
-            if row.prefix_key is not None and n_prompt * token_bytes(self.base) <= self.prefixes.max_bytes:
-                self.prefixes.put(row.prefix_key, row.ids[:n_prompt], cache.copy(n_prompt, n_prompt))
+            self._keep(row, n_prompt, lambda: cache.copy(n_prompt))
             return
         self._slots.adopt(len(self._in_slots), cache, n_prompt)
         self._in_slots.append(row)
+        self._own.remove(row)
         row.cache = None
-        if row.prefix_key is not None:
-            self.prefixes.put(row.prefix_key, row.ids[:n_prompt], cache)
+        self._keep(row, n_prompt, lambda: cache)
 
     def _remove(self, row: _Row, keep: bool = False) -> None:
         """Let go of a row; its keys and values stay for prompts that go on from its answer if they are to be kept."""
         self.n_reserved -= tokens_needed(row.ticket.request)
         if row.place is not None:
             self._loras.remove(row.place)
-        keep = keep and row.prefix_key is not None
-        if row in self._in_slots:
-            slot = self._in_slots.index(row)
+        if (cache := row.cache) is not None:
             if keep:
-                self._keep(row, self._slots.copy(slot, row.n_done))
-            last = self._in_slots.pop()
-            self._slots.free(slot, row.n_done)
-            if last is not row:
-                self._slots.move(len(self._in_slots), slot, last.n_done)
-                self._in_slots[slot] = last
-        else:
-            rows = self._long if row in self._long else self._reading
-            if keep and row.cache is not None and row.n_done * token_bytes(self.base) <= self.prefixes.max_bytes:
-                self._keep(row, row.cache.copy(row.n_done, row.n_done))
-            rows.remove(row)
-        row.cache = None
+                self._keep(row, row.n_done, lambda: cache.copy(row.n_done))
+            self._own.remove(row)
+            row.cache = None
+            return
+        slot = self._in_slots.index(row)
+        if keep:
+            self._keep(row, row.n_done, lambda: self._slots.row(slot).copy(row.n_done))
+        last = self._in_slots.pop()
+        self._slots.free(slot, row.n_done)
+        if last is not row:
+            self._slots.move(len(self._in_slots), slot, last.n_done)
+            self._in_slots[slot] = last
 
-    def _keep(self, row: _Row, cache: OwnCache) -> None:
-        assert row.prefix_key is not None
-        self.prefixes.put(row.prefix_key, row.ids[: row.n_done], cache)
+    def _keep(self, row: _Row, n_tokens: int, copy: Callable[[], OwnCache]) -> None:
+        """Keep the keys and values of a row's first tokens for other prompts, unless they are too many."""
+        if row.prefix_key is not None and n_tokens * token_bytes(self.base) <= self.prefixes.max_bytes:
+            self.prefixes.put(row.prefix_key, row.ids[:n_tokens], copy())
 
 
 def _check_base(base: Base) -> None:

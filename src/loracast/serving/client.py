@@ -10,11 +10,11 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partialmethod
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -217,6 +217,9 @@ class Client:
     Raises NoServer or Refused.
     """
 
+    no_server: Callable[[str, Exception], LoracastError] = NoServer
+    """Makes the error that is raised where nobody answers, from the address and its cause."""
+
     def __init__(self, url: str, key: str = ""):
         self.url = url
         self._key = {"Authorization": f"Bearer {key}"} if key else {}
@@ -285,16 +288,17 @@ class Client:
         address = urlsplit(self.url)
         headers = {"Connection": "close", **self._key} | ({} if body is None else {"Content-Type": kind})
         sent = json.dumps(body).encode() if isinstance(body, Mapping) else body
-        connection = HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
+        connect = HTTPSConnection if address.scheme == "https" else HTTPConnection
+        connection = connect(address.hostname or "", address.port, timeout=timeout_s)
         try:
             with closing(connection):
-                connection.request(method, path, sent, headers)
+                connection.request(method, address.path.rstrip("/") + path, sent, headers)
                 response = connection.getresponse()
                 if response.status >= 400:
                     raise Refused(response.status, _error_in(response.read()))
                 yield response
         except (OSError, HTTPException, ValueError) as error:
-            raise NoServer(self.url, error) from error
+            raise self.no_server(self.url, error) from error
 
 
 def _error_in(body: bytes) -> dict[str, Any]:

@@ -22,7 +22,8 @@ import math
 import threading
 import time
 from collections import deque
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple
 
 from cachetools import LRUCache, cached
 
@@ -30,14 +31,7 @@ from loracast.base.load import Base
 from loracast.errors import BaseModelError
 from loracast.lora.inject import check_fits
 from loracast.serving.batch import Batch, token_bytes, tokens_needed
-from loracast.serving.generation import (
-    EngineConfig,
-    EngineStats,
-    EngineStopped,
-    GenerationRequest,
-    RequestQueue,
-    Ticket,
-)
+from loracast.serving.generation import Engine, EngineConfig, EngineStats, EngineStopped, GenerationRequest, Ticket
 from loracast.serving.packed_lora import PackedLoRA, SharedParts
 
 _MAX_HOLD_S = 2.0
@@ -46,39 +40,14 @@ _BASE_ALONE = "base"
 """Key of the prefix cache for requests without a LoRA."""
 
 
-class Engine(Protocol):
-    """The back end that generates the answers of a server."""
-
-    takes_copying: bool
-    """Whether it adds the bonus for what an answer may copy from documents (`GenerationRequest.copying`)."""
-
-    def submit(self, request: GenerationRequest) -> Ticket:
-        """Queue a request.
-
-        Raises:
-            EngineBusy: too many requests wait already.
-            EngineStopped: the engine takes no more requests.
-            BaseModelError: the prompt is empty or too long.
-            AdapterError: the LoRA does not fit the base.
-        """
-
-    def stats(self) -> EngineStats: ...
-
-    def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait until all others are done; whether they were in time."""
-
-    def close(self) -> None:
-        """Stop at once: requests that are not done fail with EngineStopped."""
-
-
 class _Queued(NamedTuple):
     ticket: Ticket
     packed: PackedLoRA | None
     prefix_key: str | None
 
 
-class LocalEngine(RequestQueue):
-    """An engine on a base in this process; methods as in `Engine`."""
+class LocalEngine(Engine):
+    """An engine on a base in this process."""
 
     takes_copying = True
 
@@ -121,7 +90,7 @@ class LocalEngine(RequestQueue):
             )
 
     def _n_waiting(self) -> int:
-        return len(self._queue)
+        return sum(not queued.ticket.is_cancelled for queued in self._queue)
 
     def _is_idle(self) -> bool:
         return not self._queue and not self._batch.n_rows
@@ -142,21 +111,11 @@ class LocalEngine(RequestQueue):
     def stats(self) -> EngineStats:
         batch, prefixes = self._batch, self._batch.prefixes
         with self._changed:
-            return EngineStats(
-                n_slots=self.config.n_slots,
-                n_queued=len(self._queue),
-                n_running=batch.n_rows,
-                n_steps=batch.n_steps,
-                n_decoded_rows=batch.n_decoded_rows,
-                n_generated_tokens=batch.n_generated,
-                n_prompt_tokens=batch.n_prompt,
-                n_cached_tokens=batch.n_cached,
-                n_prefix_hits=prefixes.n_hits,
-                n_prefix_misses=prefixes.n_misses,
-                prefix_bytes=prefixes.n_bytes,
-                n_adapters_in_memory=len(self._adapters),
-                adapter_bytes=int(self._adapters.currsize),
-            )
+            return replace(
+                batch.counts, n_queued=self._n_waiting(), n_running=batch.n_rows, n_prefix_hits=prefixes.n_hits,
+                n_prefix_misses=prefixes.n_misses, prefix_bytes=prefixes.n_bytes,
+                n_adapters_in_memory=len(self._adapters), adapter_bytes=int(self._adapters.currsize),
+            )  # fmt: skip
 
     def close(self) -> None:
         with self._changed:
@@ -198,47 +157,32 @@ class LocalEngine(RequestQueue):
         batch = self._batch
         try:
             batch.drop_cancelled()
-            self._drop_cancelled()
             self._admit()
             if not batch.n_rows:
                 return False
             running = [row.ticket for row in batch.rows]
             batch.step()
             for ticket in running:
-                if ticket.total_s is not None:
-                    self._count_time(ticket.total_s)
+                if ticket.has_ended:
+                    self._count_time(ticket)
         except Exception as error:  # whoever runs gets the error, and the engine goes on with the next requests
             batch.fail(error)
         return True
 
-    def _drop_cancelled(self) -> None:
-        """Take waiting requests that nobody waits for out of the queue."""
-        with self._changed:
-            gone = [queued for queued in self._queue if queued.ticket.is_cancelled]
-            if gone:
-                self._queue = deque(queued for queued in self._queue if not queued.ticket.is_cancelled)
-        for queued in gone:
-            queued.ticket.end(None)
-
     def _admit(self) -> None:
-        """Start waiting requests, first come, first served."""
+        """Start waiting requests, first come, first served, and forget those that nobody waits for."""
         batch, waits = self._batch, deque[_Queued]()
-        while True:
-            with self._changed:
-                if not self._queue:
-                    break
-                queued = self._queue.popleft()
-            if queued.ticket.is_cancelled:
-                queued.ticket.end(None)
-            elif batch.is_reading(queued.ticket.request, queued.prefix_key):
-                waits.append(queued)  # for the keys and values of the same prompt
-            elif batch.has_room(queued.ticket.request):
-                try:
-                    batch.add(*queued)
-                except Exception as error:
-                    queued.ticket.end(None, error)
-            else:
-                waits.append(queued)
-                break
         with self._changed:
-            self._queue.extendleft(reversed(waits))
+            queue = deque(queued for queued in self._queue if not queued.ticket.is_cancelled)
+            while queue:
+                ticket, _, prefix_key = queue[0]
+                if batch.is_reading(ticket.request, prefix_key):
+                    waits.append(queue.popleft())  # for the keys and values of the same prompt
+                elif batch.has_room(ticket.request):
+                    try:
+                        batch.add(*queue.popleft())
+                    except Exception as error:
+                        ticket.end(None, error)
+                else:
+                    break
+            self._queue = waits + queue

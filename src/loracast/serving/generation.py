@@ -8,15 +8,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from loracast.base.copying import Copying
 from loracast.base.generate import Sampling, confidence
+from loracast.base.load import Base
 from loracast.errors import BaseModelError, ConfigError, LoracastError
 from loracast.lora.algebra import LoRA
-
-if TYPE_CHECKING:
-    from loracast.base.load import Base
 
 Finish = Literal["stop", "length"]
 """Why an answer ended: at an end token or a stop string, or at `Sampling.max_new_tokens`."""
@@ -109,21 +107,21 @@ class EngineConfig:
     """Keys and values that are kept of prompts and answers."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineStats:
     """What an engine is doing, and what it has done since it started."""
 
     n_slots: int
-    n_queued: int
-    n_running: int
-    n_generated_tokens: int
-    n_prompt_tokens: int
-    n_cached_tokens: int
+    n_queued: int = 0
+    n_running: int = 0
+    n_generated_tokens: int = 0
+    n_prompt_tokens: int = 0
+    n_cached_tokens: int = 0
     """Tokens of prompts that came from the prefix cache."""
-    n_prefix_hits: int
-    n_prefix_misses: int
-    n_adapters_in_memory: int
-    adapter_bytes: int
+    n_prefix_hits: int = 0
+    n_prefix_misses: int = 0
+    n_adapters_in_memory: int = 0
+    adapter_bytes: int = 0
     prefix_bytes: int = 0
     n_steps: int = 0
     """Forward passes in this process."""
@@ -200,8 +198,8 @@ def _overlap(text: str, stop: str) -> int:
 class Ticket:
     """What a caller holds of one request: its tokens, in order, as the engine makes them.
 
-    Thread-safe; every iteration begins with the first token. A request that was cancelled ends without an error and
-    with `finish` None.
+    Thread-safe; every iteration begins with the first token. A request that is cancelled ends at once, without an error
+    and with `finish` None; the engine notices it before its next step.
     """
 
     def __init__(self, request: GenerationRequest):
@@ -223,7 +221,6 @@ class Ticket:
         self._logprobs: list[float] = []
         self._started = time.perf_counter()
         self._tokens: list[Token] = []
-        self._has_ended = False
         self._error: BaseException | None = None
         self._changed = Condition()
         self._listeners: list[Callable[[], object]] = []
@@ -233,7 +230,7 @@ class Ticket:
         n_seen = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda n=n_seen: len(self._tokens) > n or self._has_ended)  # type: ignore[misc]
+                self._changed.wait_for(lambda n=n_seen: len(self._tokens) > n or self.has_ended)  # type: ignore[misc]
             tokens, has_ended = self._since(n_seen)
             yield from tokens
             n_seen += len(tokens)
@@ -266,6 +263,10 @@ class Ticket:
             with self._changed:
                 self._listeners.remove(wake)
 
+    @property
+    def has_ended(self) -> bool:
+        return self.total_s is not None
+
     def text(self) -> str:
         """The whole answer; waits until it is complete."""
         return "".join(token.text for token in self)
@@ -278,11 +279,12 @@ class Ticket:
     def cancel(self) -> None:
         """Stop the generation: the request leaves the queue, or its slot before the next step."""
         self.is_cancelled = True
+        self.end(None)
 
     def _since(self, n_seen: int) -> tuple[list[Token], bool]:
         """The tokens after the first `n_seen`, and whether they are the last; raises what failed after them."""
         with self._changed:
-            tokens, has_ended = self._tokens[n_seen:], self._has_ended
+            tokens, has_ended = self._tokens[n_seen:], self.has_ended
         if has_ended and not tokens and self._error is not None:
             raise self._error
         return tokens, has_ended and (self._error is None or not tokens)
@@ -290,31 +292,60 @@ class Ticket:
     # ---- what the engine does
 
     def put(self, token: Token) -> None:
-        """Hand over the next token."""
-        if token.id is not None:
-            self.n_tokens += 1
-        if token.logprob is not None:
-            self._logprobs.append(token.logprob)
-        if self.first_token_s is None:
-            self.first_token_s = time.perf_counter() - self._started
+        """Hand over the next token, unless the answer has ended."""
         with self._changed:
+            if self.has_ended:
+                return
+            if token.id is not None:
+                self.n_tokens += 1
+            if token.logprob is not None:
+                self._logprobs.append(token.logprob)
+            if self.first_token_s is None:
+                self.first_token_s = time.perf_counter() - self._started
             self._tokens.append(token)
             self._notify()
 
     def end(self, finish: Finish | None, error: BaseException | None = None, logprob: float | None = None) -> None:
-        """End the answer: with an error where it failed, with the logprob of the token that ended it where known."""
-        self.finish, self._error = finish, error
-        if logprob is not None:
-            self._logprobs.append(logprob)
-        self.total_s = time.perf_counter() - self._started
+        """End the answer, unless it has ended.
+
+        Args:
+            error: what failed, if anything.
+            logprob: of the token that ended it, where that is known.
+        """
         with self._changed:
-            self._has_ended = True
+            if self.has_ended:
+                return
+            if logprob is not None:
+                self._logprobs.append(logprob)
+            self.finish, self._error, self.total_s = finish, error, time.perf_counter() - self._started
             self._notify()
 
     def _notify(self) -> None:
         self._changed.notify_all()
         for wake in self._listeners:
             wake()
+
+
+class AnswerWriter:
+    """Hands the tokens of one answer to its ticket, with their text."""
+
+    def __init__(self, tokenizer: Any, ticket: Ticket):
+        self._ticket = ticket
+        self._text = AnswerText(tokenizer, ticket.request.stop, ticket.request.strips)
+
+    def put(self, token: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> bool:
+        """Hand over the next token; whether a stop string has ended the answer."""
+        piece, is_stopped = self._text.add(token)
+        self._ticket.put(Token(token, piece, logprob, top))
+        if is_stopped:
+            self._ticket.end("stop")
+        return is_stopped
+
+    def end(self, finish: Finish, logprob: float | None = None) -> None:
+        """End the answer with the text that was held back, and the logprob of the token that ended it where known."""
+        if rest := self._text.rest():
+            self._ticket.put(Token(None, rest))
+        self._ticket.end(finish, logprob=logprob)
 
 
 def finished_ticket(text: str) -> Ticket:
@@ -325,9 +356,11 @@ def finished_ticket(text: str) -> Ticket:
     return ticket
 
 
-class RequestQueue:
-    """What the engines have in common: they check requests, refuse them while too many wait, and drain."""
+class Engine:
+    """A back end that generates the answers of a server: it checks requests, and refuses them while too many wait."""
 
+    takes_copying: bool
+    """Whether it adds the bonus for what an answer may copy from documents (`GenerationRequest.copying`)."""
     window_of = "the base's window"
     """What the message of a prompt that is too long calls the window."""
 
@@ -340,6 +373,30 @@ class RequestQueue:
         self._changed = Condition()
         self._is_draining = False
         self._mean_s = 1.0  # of a request from its start to its end
+
+    def submit(self, request: GenerationRequest) -> Ticket:
+        """Queue a request.
+
+        Raises:
+            EngineBusy: too many requests wait already.
+            EngineStopped: the engine takes no more requests.
+            BaseModelError: the prompt is empty or too long.
+            AdapterError: the LoRA does not fit the base.
+        """
+        raise NotImplementedError
+
+    def stats(self) -> EngineStats:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop at once: requests that are not done fail with EngineStopped."""
+        raise NotImplementedError
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait until all others are done; whether they were in time."""
+        with self._changed:
+            self._is_draining = True
+            return self._changed.wait_for(self._is_idle, timeout_s)
 
     def _n_waiting(self) -> int:
         """Requests that wait for a slot."""
@@ -365,12 +422,6 @@ class RequestQueue:
         if (n := self._n_waiting()) >= self.config.max_queued:
             raise EngineBusy(n, max(1.0, self._mean_s * n / self.config.n_slots))
 
-    def _count_time(self, seconds: float) -> None:
+    def _count_time(self, ticket: Ticket) -> None:
         """Let a request's time count in the mean, by which it is guessed when it is worth another try."""
-        self._mean_s += 0.1 * (seconds - self._mean_s)
-
-    def drain(self, timeout_s: float) -> bool:
-        """As `Engine.drain`."""
-        with self._changed:
-            self._is_draining = True
-            return self._changed.wait_for(self._is_idle, timeout_s)
+        self._mean_s += 0.1 * ((ticket.total_s or 0.0) - self._mean_s)

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loracast.library.adapter import Adapter
 from loracast.serving.errors import ApiError, error_response
 from loracast.serving.settings import SCOPES, KeyScope, ServerSettings, granted
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from loracast.library.adapter import Adapter
 
 
 def needs(scope: KeyScope) -> Any:
@@ -82,13 +79,14 @@ class Guard:
 
     def _checked(self, scope: Scope, receive: Receive) -> Receive:
         """Raise ApiError for a request that is refused; else what receives its body, up to the limits."""
-        headers, method = Headers(scope=scope), scope["method"]
-        if not self.settings.allows_host(headers.get("host", "")):
+        headers, method, settings = Headers(scope=scope), scope["method"], self.settings
+        if not settings.allows_host(headers.get("host", "")):
             raise ApiError(
                 421, "this server is not called by that name (Host header); --allowed-host permits another one"
             )
         origin = headers.get("origin")
-        if origin is not None and method not in _SAFE and not self._is_own(origin, headers["host"]):
+        is_own = origin in (None, *settings.cors_origins) or str(origin).partition("://")[2] == headers["host"]
+        if method not in _SAFE and not is_own:
             raise ApiError(403, "pages of other origins may not call this server; --cors-origin permits one")
         is_preflight = method == "OPTIONS"  # a browser asks without the key whether it may send one
         scope.setdefault("state", {})["scope"] = None if is_preflight else self._scope(scope["path"], headers)
@@ -97,14 +95,10 @@ class Guard:
         has_body = length not in ("", "0") or "transfer-encoding" in headers
         if has_body and kind not in ("application/json", "multipart/form-data"):
             raise ApiError(415, "send the body as application/json, or files as multipart/form-data")
-        settings = self.settings
         most = settings.max_upload_bytes if kind == "multipart/form-data" else settings.max_body_bytes
         if length.isdigit() and int(length) > most:
             raise _too_large(most)
         return _limited(receive, most, settings.body_timeout_s)
-
-    def _is_own(self, origin: str, host: str) -> bool:
-        return origin in self.settings.cors_origins or origin.partition("://")[2] == host
 
     def _scope(self, path: str, headers: Headers) -> str | None:
         """What the request's key allows. Raises ApiError where a key is needed and none is known."""

@@ -2,9 +2,8 @@
 
 A LoRA as the engine keeps it: what it shares with others apart, ready to be copied into a batch.
 
-All documents of a hypernetwork have a static LoRA in common. `SharedParts` finds it by comparing LoRAs number by
-number, so that a batch reads it once and applies it to all rows together. The rows of B of an associative memory are
-the same in all of its layers, and are kept once too.
+All documents of a hypernetwork have a static LoRA in common (`LoRA.static`). A batch reads it once and applies it to
+all rows together. The rows of B of an associative memory are the same in all of its layers, and are kept once too.
 
 The factors of the LoRAs in use lie stacked, module by module, and a LoRA is copied into its place when its first row
 comes, not at every step: decoding reads each factor once a step and copies none. LoRAs of the same ranks are in one
@@ -14,23 +13,21 @@ plain ones. What all LoRAs share is applied to all tokens at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from threading import Lock
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from loracast.lora.algebra import LoRA
 from loracast.lora.factors import Factors
-
-_MAX_BLOCKS = 4
-"""Shared parts of one module that are remembered."""
-_PROBE = 4
-"""Numbers of a row of A that are compared before the whole row is."""
+from loracast.lora.inject import equal_factors
 
 
 @dataclass(frozen=True)
@@ -44,17 +41,19 @@ class Pair:
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def some(self, which: Tensor) -> Pair:
-        return Pair(self.a[which], self.b[which])
-
 
 class SharedLoRA:
-    """What many LoRAs have in common, by module, on the base's device and in its type."""
+    """A static LoRA, on the base's device and in its type."""
 
-    def __init__(self, pairs: Mapping[str, Pair], device: torch.device, dtype: torch.dtype):
-        self.blocks = pairs
-        """As they were found, which keeps their identity."""
-        self.pairs = {name: Pair(*(side.to(device, dtype) for side in (p.a, p.b))) for name, p in pairs.items()}
+    def __init__(self, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype):
+        self.factors = factors
+        """As they came."""
+        pairs = {name: _pair(pair) for name, pair in factors.items()}
+        self.pairs = {name: Pair(pair.a.to(device, dtype), pair.b.to(device, dtype)) for name, pair in pairs.items()}
+
+    def is_of(self, factors: Mapping[str, Factors]) -> bool:
+        is_same = self.factors.keys() == factors.keys()
+        return is_same and all(equal_factors(pair, factors[name]) for name, pair in self.factors.items())
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,7 @@ class PackedLoRA:
 
 
 class SharedParts:
-    """Finds the components that LoRAs have in common. Thread-safe.
-
-    A part becomes known when two LoRAs have it in common; the first of them keeps it as its own.
-    """
+    """Finds the static LoRAs that LoRAs have in common. Thread-safe."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         """
@@ -93,99 +89,42 @@ class SharedParts:
         """
         self._device, self._dtype = device, dtype
         self._lock = Lock()
-        self._interned: WeakValueDictionary[tuple[int, ...], SharedLoRA] = WeakValueDictionary()
-        self._blocks: dict[str, list[Pair]] = {}
-        self._seen: dict[str, Pair] = {}
+        self._known: WeakSet[SharedLoRA] = WeakSet()
 
     def pack(self, lora: LoRA) -> PackedLoRA:
         """Split a LoRA into what it shares and its own."""
-        own: dict[str, Pair] = {}
-        blocks: dict[str, Pair] = {}
+        pairs = {name: _pair(factors) for name, factors in lora.factors.items() if name not in lora.static}
+        own = {name: pair for name, pair in pairs.items() if pair.rank}
+        static = {name: lora.factors[name] for name in lora.factors if name in lora.static}
         with self._lock:
-            for name, factors in lora.factors.items():
-                rest, block = self._split(name, _pair(factors))
-                if rest.rank:
-                    own[name] = rest
-                if block is not None:
-                    blocks[name] = block
-            shared = self._intern(blocks) if blocks else None
+            shared = next((one for one in self._known if one.is_of(static)), None)
+            if shared is None and static:
+                shared = SharedLoRA(static, self._device, self._dtype)
+                self._known.add(shared)
         return PackedLoRA(own, shared, dict(lora.dense), _equal_sides(own))
-
-    def _intern(self, blocks: Mapping[str, Pair]) -> SharedLoRA:
-        key = tuple(id(block) for block in blocks.values())  # of one module each: an id says the module too
-        if (known := self._interned.get(key)) is None:
-            known = self._interned[key] = SharedLoRA(blocks, self._device, self._dtype)
-        return known
-
-    def _split(self, name: str, pair: Pair) -> tuple[Pair, Pair | None]:
-        """A module's pair without the largest known block that it contains, and that block."""
-        blocks = self._blocks.setdefault(name, [])
-        found = [(block, where) for block in blocks if (where := _find(pair, block)) is not None]
-        if not found and (before := self._seen.get(name)) is not None:
-            common = _common(pair, before)
-            if len(common):
-                blocks.insert(0, Pair(pair.a[common].clone(), pair.b[common].clone()))
-                del blocks[_MAX_BLOCKS:]
-                found = [(blocks[0], common)]
-        if not found:
-            self._seen[name] = pair
-            return pair, None
-        block, where = max(found, key=lambda one: one[0].rank)
-        is_own = torch.ones(pair.rank, dtype=torch.bool)
-        is_own[where] = False
-        return pair.some(is_own), block
 
 
 def _pair(factors: Factors) -> Pair:
     """The factors of a module with B's columns as rows, without components that are zero."""
     pair = Pair(factors.a.cpu(), factors.b.mT.contiguous().cpu())
     counts = (pair.b != 0).any(1)
-    return pair if counts.all() else pair.some(counts)
-
-
-def _matches(one: Pair, other: Pair) -> Tensor:
-    """Which components of two pairs are equal [r of one, r of other]."""
-    if one.a.shape[1:] != other.a.shape[1:] or one.b.shape[1:] != other.b.shape[1:]:
-        return torch.zeros(one.rank, other.rank, dtype=torch.bool)
-    same = (one.a[:, None, :_PROBE] == other.a[None, :, :_PROBE]).all(-1)
-    for i, j in same.nonzero().tolist():
-        same[i, j] = torch.equal(one.a[i], other.a[j]) and torch.equal(one.b[i], other.b[j])
-    return same
-
-
-def _common(one: Pair, other: Pair) -> Tensor:
-    """The components of one pair that another has too."""
-    return _matches(one, other).any(1).nonzero()[:, 0]
-
-
-def _find(pair: Pair, block: Pair) -> Tensor | None:
-    """Where a pair has the components of a block; None unless it has all of them, each in another place."""
-    if block.rank > pair.rank:
-        return None
-    same = _matches(block, pair)
-    if not same.any(1).all():
-        return None
-    places = same.int().argmax(1)
-    return places if len(places.unique()) == block.rank else None
+    return pair if counts.all() else Pair(pair.a[counts], pair.b[counts])
 
 
 def _equal_sides(own: Mapping[str, Pair]) -> dict[str, str]:
     """By module, the first module whose B is equal."""
-    firsts: dict[tuple[int, ...], list[str]] = {}
+    firsts: dict[torch.Size, str] = {}
     found = {}
     for name, pair in own.items():
-        known = firsts.setdefault(tuple(pair.b.shape), [])
-        equal = (one for one in known[:1] if torch.equal(own[one].b, pair.b))
-        found[name] = next(equal, name)
-        if found[name] == name:
-            known.append(name)
+        first = firsts.setdefault(pair.b.shape, name)
+        found[name] = first if torch.equal(own[first].b, pair.b) else name
     return found
 
 
 _GroupKey = tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]
 """Of the LoRAs of a group: the rounded rank of each module, and the first module with the same B."""
 Where = slice | Tensor
-"""Tokens of the flat batch."""
+"""Tokens of the flat batch, each once."""
 
 
 @dataclass
@@ -236,9 +175,6 @@ class Group:
             self.places[place.index] = last
             last.index = place.index
 
-    def pair(self, name: str, index: int) -> tuple[Tensor, Tensor]:
-        return self.a[name][index], self.b[self.same_b[name]][index]
-
 
 @dataclass(frozen=True)
 class _Decoded:
@@ -273,28 +209,22 @@ class _Step:
     shared: list[tuple[Where, SharedLoRA]] = field(default_factory=list)
     dense: list[tuple[Where, Place]] = field(default_factory=list)
 
-    def apply(self, name: str, x: Tensor, out: Tensor) -> None:
-        """Add the deltas of a module to its output [tokens, out], from its input [tokens, in]."""
+    def apply(self, name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A forward hook that adds the deltas of a module to its output [1, tokens, out]."""
+        x, out = inputs[0][0], output[0]
         for where, shared in self.shared:
             if (pair := shared.pairs.get(name)) is not None:
-                _add(out, where, (x[where] @ pair.a.mT) @ pair.b)
+                out[where] += (x[where] @ pair.a.mT) @ pair.b
         for decoded in self.decoded:
             if name in decoded.group.ranks:
                 decoded.apply(name, x, out)
         for where, place in self.runs:
             if name in place.group.ranks:
-                a, b = place.group.pair(name, place.index)
-                _add(out, where, (x[where] @ a.mT) @ b)
+                group, index = place.group, place.index
+                out[where] += (x[where] @ group.a[name][index].mT) @ group.b[group.same_b[name]][index]
         for where, place in self.dense:
             if (delta := place.dense.get(name)) is not None:
-                _add(out, where, x[where] @ delta.mT)
-
-
-def _add(out: Tensor, where: Where, what: Tensor) -> None:
-    if isinstance(where, slice):
-        out[where] += what
-    else:
-        out.index_add_(0, where, what)
+                out[where] += x[where] @ delta.mT
 
 
 class LoRABatcher:
@@ -337,7 +267,7 @@ class LoRABatcher:
         """
         step = self._step(decoded, runs)
         names = {name for place in self._places.values() for name in place.packed.names}
-        handles = [self._model.get_submodule(name).register_forward_hook(_hook(name, step)) for name in names]
+        handles = [self._model.get_submodule(name).register_forward_hook(partial(step.apply, name)) for name in names]
         try:
             yield
         finally:
@@ -374,25 +304,14 @@ class LoRABatcher:
         first = of_places[0][0] if of_places[0] else 0
         if width == 1 and [list(tokens) for tokens in of_places] == [[i] for i in range(first, first + n)]:
             return _Decoded(group, 1, slice(first, first + n), None, None)
-        at, targets, sources = [0] * (n * width), [], []
-        for index, tokens in enumerate(of_places):
-            for i, token in enumerate(tokens):
-                at[index * width + i] = token
-                targets.append(token)
-                sources.append(index * width + i)
-        return _Decoded(
-            group, width, *(torch.tensor(numbers, device=self._device) for numbers in (at, targets, sources))
-        )
+        targets = torch.tensor([*chain(*of_places)], device=self._device)
+        sources = [index * width + i for index, tokens in enumerate(of_places) for i in range(len(tokens))]
+        at = torch.zeros(n * width, dtype=torch.long, device=self._device)
+        at[sources] = targets
+        return _Decoded(group, width, at, targets, torch.tensor(sources, device=self._device))
 
 
 def _rounded(rank: int) -> int:
     """The rank of the stack that a LoRA goes into: at most half as much again, so that few stacks serve many ranks."""
     power = 1 << max(rank - 1, 3).bit_length()
     return next(size for size in (power // 2, power * 3 // 4, power) if size >= rank)
-
-
-def _hook(name: str, step: _Step) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-    def add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        step.apply(name, inputs[0][0], output[0])
-
-    return add

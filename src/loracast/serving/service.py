@@ -4,28 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from functools import cached_property, partial
+from typing import Annotated
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from loracast.answering.model import Model
+from loracast.serving.generation import Engine, Ticket
 from loracast.serving.learning import Learning, Watcher
 from loracast.serving.resolve import Names
 from loracast.serving.settings import ServerSettings
 
-if TYPE_CHECKING:
-    from prometheus_client.metrics_core import Metric
-
-    from loracast.answering.model import Model
-    from loracast.serving.engine import Engine
-    from loracast.serving.generation import Ticket
-
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (1, 2, 5, 10, 20, 30, 50, 75, 100, 200, 500, 1000)
+
+
+_FIGURES = (
+    (GaugeMetricFamily, "queued_requests", "Requests that wait for a slot", "n_queued"),
+    (GaugeMetricFamily, "running_requests", "Requests that are being answered: the size of the batch", "n_running"),
+    (GaugeMetricFamily, "slots", "Requests that can be answered at the same time", "n_slots"),
+    (GaugeMetricFamily, "adapters_in_memory", "LoRAs in memory", "n_adapters_in_memory"),
+    (GaugeMetricFamily, "adapter_bytes", "Bytes of the LoRAs in memory", "adapter_bytes"),
+    (GaugeMetricFamily, "prefix_cache_bytes", "Bytes of the cached prompts", "prefix_bytes"),
+    (CounterMetricFamily, "engine_steps", "Forward passes of the base", "n_steps"),
+    (CounterMetricFamily, "decoded_rows", "Rows of all forward passes; over engine_steps: the mean batch",
+     "n_decoded_rows"),
+    (CounterMetricFamily, "generated_tokens", "Tokens generated", "n_generated_tokens"),
+    (CounterMetricFamily, "prompt_tokens", "Tokens of prompts", "n_prompt_tokens"),
+    (CounterMetricFamily, "prompt_tokens_saved", "Tokens of prompts that the prefix cache had", "n_cached_tokens"),
+    (CounterMetricFamily, "prefix_cache_hits", "Prompts whose beginning was in the prefix cache", "n_prefix_hits"),
+    (CounterMetricFamily, "prefix_cache_misses", "Prompts whose beginning was not in the prefix cache",
+     "n_prefix_misses"),
+)  # fmt: skip
+"""Kind, name and description of each figure of an engine, and the field of its statistics."""
 
 
 class _EngineCollector(Collector):
@@ -36,49 +52,27 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
-        gauges = {
-            "queued_requests": ("Requests that wait for a slot", stats.n_queued),
-            "running_requests": ("Requests that are being answered: the size of the batch", stats.n_running),
-            "slots": ("Requests that can be answered at the same time", stats.n_slots),
-            "adapters_in_memory": ("LoRAs in memory", stats.n_adapters_in_memory),
-            "adapter_bytes": ("Bytes of the LoRAs in memory", stats.adapter_bytes),
-            "prefix_cache_bytes": ("Bytes of the cached prompts", stats.prefix_bytes),
-        }
-        counters = {
-            "engine_steps": ("Forward passes of the base", stats.n_steps),
-            "decoded_rows": ("Rows of all forward passes; over engine_steps: the mean batch", stats.n_decoded_rows),
-            "generated_tokens": ("Tokens generated", stats.n_generated_tokens),
-            "prompt_tokens": ("Tokens of prompts", stats.n_prompt_tokens),
-            "prompt_tokens_saved": ("Tokens of prompts that the prefix cache had", stats.n_cached_tokens),
-            "prefix_cache_hits": ("Prompts whose beginning was in the prefix cache", stats.n_prefix_hits),
-            "prefix_cache_misses": ("Prompts whose beginning was not in the prefix cache", stats.n_prefix_misses),
-        }
-        for name, (what, value) in gauges.items():
-            yield GaugeMetricFamily(f"loracast_{name}", what, value)
-        for name, (what, value) in counters.items():
-            yield CounterMetricFamily(f"loracast_{name}", what, value)
+        for kind, name, what, field in _FIGURES:
+            yield kind(f"loracast_{name}", what, getattr(stats, field))
 
 
 class Metrics:
     """The figures of one server."""
 
     def __init__(self, engine: Engine):
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine))
+        registry = self._registry = CollectorRegistry()
+        registry.register(_EngineCollector(engine))
         self._requests = Counter(
-            "loracast_requests", "Requests by route and status", ["route", "status"], registry=self._registry
+            "loracast_requests", "Requests by route and status", ["route", "status"], registry=registry
         )
-        self._first_token_s = Histogram(
-            "loracast_first_token_seconds", "From a request to its first token", buckets=_SECONDS,
-            registry=self._registry,
-        )  # fmt: skip
-        self._total_s = Histogram(
-            "loracast_answer_seconds", "From a request to its last token", buckets=_SECONDS, registry=self._registry
+        histogram = partial(Histogram, registry=registry)
+        self._first_token_s = histogram(
+            "loracast_first_token_seconds", "From a request to its first token", buckets=_SECONDS
         )
-        self._rate = Histogram(
-            "loracast_tokens_per_second", "Tokens per second of an answer, after its first", buckets=_RATES,
-            registry=self._registry,
-        )  # fmt: skip
+        self._total_s = histogram("loracast_answer_seconds", "From a request to its last token", buckets=_SECONDS)
+        self._rate = histogram(
+            "loracast_tokens_per_second", "Tokens per second of an answer, after its first", buckets=_RATES
+        )
 
     def count_request(self, route: str, status: int) -> None:
         """Count a request by its route's pattern, such as /v1/models/{id}, and the status of its response."""

@@ -1,16 +1,8 @@
-"""Makes a vLLM engine: connects to the servers at URLs, or starts one, and checks that they serve the same base.
-
-An engine on several vLLM servers, each of which gets the LoRAs that are its own; methods as in `Engine`.
-
-Rendezvous hashing (Thaler and Ravishankar 1998) gives every LoRA an order of the servers: its own is the first one that
-does not fail, so that a server that goes or comes back moves no LoRA but those that were its own.
-"""
+"""Makes a vLLM engine: connects to the servers at URLs, or starts one, and checks that they serve the same base."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
 import os
 import secrets
 import shutil
@@ -19,9 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -32,80 +23,8 @@ from loracast.base.load import Base
 from loracast.errors import ConfigError, LoracastError
 from loracast.export.formats import KEY_VARIABLE
 from loracast.files import cache_dir, tidy, work_folder
-from loracast.serving.generation import EngineConfig, EngineFailed, EngineStats, GenerationRequest, Ticket
-from loracast.serving.vllm import MAX_LOADED, PREFIX, LoadedLoRAs, VllmClient, VllmEngine, VllmTicket
-
-_DOWN_S = 5.0
-"""A server that failed is the last choice for so long."""
-_log = logging.getLogger(__name__)
-
-
-class VllmReplicas:
-    """Several vLLM servers as one engine."""
-
-    takes_copying = False
-
-    def __init__(self, engines: Sequence[VllmEngine]):
-        self._engines = list(engines)
-        self._down_until = dict.fromkeys((engine.url for engine in engines), 0.0)
-        for engine in engines:
-            engine.hand_over = lambda ticket, failed=engine: self._hand_over(ticket, failed)  # type: ignore[misc]
-
-    def submit(self, request: GenerationRequest) -> Ticket:
-        """As `Engine.submit`. Raises EngineFailed where all servers fail."""
-        ticket = VllmTicket(request)
-        self._enter(ticket)
-        return ticket
-
-    def _enter(self, ticket: VllmTicket) -> None:
-        """Queue a request at the first server that takes it. Raises EngineFailed where none is left to try."""
-        failures = []
-        for engine in self._in_order(ticket.request):
-            if ticket.n_failed == len(self._engines):
-                break
-            try:
-                return engine.enter(ticket)
-            except EngineFailed as error:
-                failures.append(str(error))
-                self._note(ticket, engine)
-        raise EngineFailed(f"none of {len(self._engines)} vLLM servers answers: {'; '.join(failures)}")
-
-    def _hand_over(self, ticket: VllmTicket, failed: VllmEngine) -> bool:
-        self._note(ticket, failed)
-        try:
-            self._enter(ticket)
-        except Exception as error:  # its own server's error is reported
-            _log.warning("%s", error)
-            return False
-        return True
-
-    def _note(self, ticket: VllmTicket, engine: VllmEngine) -> None:
-        ticket.n_failed += 1
-        self._down_until[engine.url] = time.monotonic() + _DOWN_S
-
-    def _in_order(self, request: GenerationRequest) -> list[VllmEngine]:
-        """The servers for a LoRA, its own first; without a LoRA, those for the beginning of the prompt."""
-        key, now = request.lora_key or str(request.prompt[:32]), time.monotonic()
-
-        def place(engine: VllmEngine) -> tuple[bool, bytes]:
-            return self._down_until[engine.url] > now, hashlib.sha256(f"{engine.url} {key}".encode()).digest()
-
-        return sorted(self._engines, key=place)
-
-    def stats(self) -> EngineStats:
-        """The sums over all servers."""
-        found = [engine.stats() for engine in self._engines]
-        return EngineStats(**{f.name: sum(getattr(one, f.name) for one in found) for f in fields(EngineStats)})
-
-    def drain(self, timeout_s: float) -> bool:
-        until = time.monotonic() + timeout_s
-        drained = [engine.drain(max(0.0, until - time.monotonic())) for engine in self._engines]
-        return all(drained)
-
-    def close(self) -> None:
-        for engine in self._engines:
-            engine.close()
-
+from loracast.serving.generation import EngineConfig, EngineFailed
+from loracast.serving.vllm import MAX_LOADED, PREFIX, LoadedLoRAs, VllmClient, VllmEngine
 
 _MAX_RANK = 128
 """Rank of a server that is started: what most questions take of two chunks of the shipped hypernetwork."""
@@ -121,30 +40,34 @@ _MOST_APART = 0.3
 
 
 def vllm_engine(where: str, base: Base, config: EngineConfig = EngineConfig()) -> VllmEngine:
-    """An engine on a vLLM server.
+    """An engine on vLLM servers.
 
     Args:
-        where: the server's URL; or the Python of an environment with vLLM, to start one ("vllm": this Python).
+        where: the URLs of servers, separated by commas; or the Python of an environment with vLLM, to start one there
+            ("vllm": this Python).
 
     Raises:
-        ConfigError: no such Python; the server has another base, or takes no LoRAs.
-        EngineFailed: the server does not answer.
+        ConfigError: no such Python; a server has another base, or takes no LoRAs.
+        EngineFailed: a server does not answer.
         LoracastError: it does not start.
     """
     exports = cache_dir("exports")
     exports.mkdir(parents=True, exist_ok=True)
     tidy(exports)
     with ExitStack() as ends:
-        folder = ends.enter_context(work_folder(exports, "vllm"))
-        if "://" in where:
-            client = VllmClient(where, os.environ.get(KEY_VARIABLE, ""))
-        else:
-            client = ends.enter_context(_started(where, base, config, folder))
-        for name, root in client.loaded.items():  # of engines that were killed
-            if name.startswith(PREFIX) and not Path(root).is_dir():
-                client.unload(name)
-        _check_base(base, client)
-        return VllmEngine(base, client, LoadedLoRAs(base, client, folder), config, ends.pop_all().close)
+        servers = []
+        for place in where.split(","):
+            folder = ends.enter_context(work_folder(exports, "vllm"))
+            if "://" in place:
+                client = VllmClient(place.strip(), os.environ.get(KEY_VARIABLE, ""))
+            else:
+                client = ends.enter_context(_started(place, base, config, folder))
+            for name, root in client.loaded.items():  # of engines that were killed
+                if name.startswith(PREFIX) and not Path(root).is_dir():
+                    client.unload(name)
+            _check_base(base, client)
+            servers.append(LoadedLoRAs(base, client, folder))
+        return VllmEngine(base, servers, config, ends.pop_all().close)
 
 
 def _check_base(base: Base, client: VllmClient) -> None:

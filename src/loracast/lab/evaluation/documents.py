@@ -23,7 +23,7 @@ from loracast.answering.model import Model
 from loracast.answering.options import Chosen
 from loracast.base.chat import ChatFormat, without_middle
 from loracast.base.generate import Sampling
-from loracast.cast.document import CachedRecast, Place, learn_chunks, split_document
+from loracast.cast.document import CachedRecast, Place, learn_document, split_document
 from loracast.documents import Chunk, Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
@@ -200,9 +200,10 @@ class DocumentSetup(EvaluatedModel):
         document = Document.from_text(document, title) if isinstance(document, str) else document
         longest, name = self.config.chunk_tokens, next(self._names)
         chunks = split_document(self.base, document, longest)
-        learn_chunks(
-            self.documents, self.base, document, chunks, self.library, name, max_chunk_tokens=longest, storage="text"
-        )
+        learn_document(
+            self.documents, self.base, document, self.library, name, chunks=chunks, max_chunk_tokens=longest,
+            storage="text",
+        )  # fmt: skip
         kept = LearnedDocument(document, chunks, self.adapter(name))
         self.learned[kept.adapter.manifest.version] = kept
         return kept

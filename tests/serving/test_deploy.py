@@ -14,8 +14,8 @@ from json_handler import JsonHandler
 from loracast.answering.model import load
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
-from loracast.export.deploy import deploy
 from loracast.library.library import Library
+from loracast.serving.deploy import deploy
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ class _Handler(JsonHandler):
     def do_GET(self) -> None:
         if self._is_refused():
             return
-        models = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in self.server.loaded)]
+        models = [{"id": "base", "parent": None, "max_model_len": 256}]
+        models += [{"id": name, "root": path, "parent": "base"} for name, path in self.server.loaded.items()]
         self.answer(200, {"data": models})
 
     def do_POST(self) -> None:
@@ -64,6 +65,9 @@ class _Handler(JsonHandler):
         if "lora_adapter" in self.path and not self.server.allows_updates:
             self.answer(404, {"error": {"message": "Not Found"}})
         elif self.path == "/v1/load_lora_adapter":
+            if not asked["lora_name"]:
+                self.answer(400, {"error": {"message": "Both 'lora_name' and 'lora_path' must be provided."}})
+                return
             if not (Path(asked["lora_path"]) / "adapter_config.json").is_file():
                 self.answer(400, {"error": {"message": "no such adapter"}})
                 return
@@ -101,7 +105,7 @@ def test_an_adapter_is_loaded_and_its_effect_seen_even_where_no_word_changes(lib
     config = json.loads((Path(server.loaded[name]) / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 8
     assert deploy(adapter, server.url, tmp_path) == name  # again: it is there already
-    assert server.calls.count("/v1/load_lora_adapter") == 1
+    assert server.calls.count("/v1/load_lora_adapter") == 3  # each time it is asked whether it takes LoRAs
 
 
 def test_an_adapter_without_an_effect_is_an_error_and_does_not_stay(library, serve, tmp_path):
@@ -111,19 +115,20 @@ def test_an_adapter_without_an_effect_is_an_error_and_does_not_stay(library, ser
     assert not server.loaded
 
 
-def test_a_server_that_is_none_of_openais_is_said_to_be_none(library, tmp_path, monkeypatch):
-    monkeypatch.setattr("loracast.export.deploy._call", lambda url, path, body=None: "<html>It works!</html>")
-    with pytest.raises(LoracastError, match="no server with OpenAI's API"):
-        deploy(Library(library).open("lamp"), "http://localhost:8000", tmp_path)
+def test_a_server_that_is_none_of_openais_is_said_to_be_none(library, serve, tmp_path, monkeypatch):
+    for answered in ("<html>It works!</html>", [], {}):
+        monkeypatch.setattr(_Handler, "do_GET", lambda handler, answered=answered: handler.answer(200, answered))
+        with pytest.raises(LoracastError, match="no server with OpenAI's API"):
+            deploy(Library(library).open("lamp"), serve().url, tmp_path)
 
 
 def test_what_the_server_refuses_is_said(library, serve, tmp_path):
     adapter = Library(library).open("lamp")
-    with pytest.raises(LoracastError, match="start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
+    with pytest.raises(LoracastError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
         deploy(adapter, serve(allows_updates=False).url, tmp_path)
     with pytest.raises(LoracastError, match=r"400 .*no such adapter"):
         deploy(adapter, serve().url, tmp_path, path_there="/elsewhere")
-    with pytest.raises(LoracastError, match="no server answers"):
+    with pytest.raises(LoracastError, match="does not answer"):
         deploy(adapter, "http://127.0.0.1:9", tmp_path)
     for url in ("file:///etc", "myhost", "localhost:8000", "http://"):
         with pytest.raises(AdapterError, match="no server's address"):
