@@ -18,9 +18,10 @@ NOT_SAID = "The document does not say."
 LEAST_CONFIDENCE = 0.5
 """Of a strict answer (`Answer.confidence`), however likely the documents hold it. Chosen on dev, as are the next ones
 (docs/notebook/2026-12-01.md)."""
-_LOGIT, _SLOPE = 4.8, 0.75  # the least confidence's logit is this, less the slope times that of `Route.about`,
-_SLOPE_NOWHERE = 0.75  # and more by this slope times that of `Route.nowhere`
-_LEAST_NOWHERE, _ANY_NOWHERE = 0.001, 0.03  # the second one where nobody looked
+_LOGIT, _SLOPE, _SLOPE_NOWHERE = 4.8, 0.75, 0.75
+"""logit(least confidence) = _LOGIT - _SLOPE * logit(Route.about) + _SLOPE_NOWHERE * logit(Route.nowhere)."""
+_LEAST_NOWHERE, _UNKNOWN_NOWHERE = 0.001, 0.03
+"""The smallest `Route.nowhere` that counts, and the one of a route that does not say it."""
 
 AnsweredBy = Literal["adapter", "base", "outline", "refusal"]
 """What gave an answer: the model with an adapter, the plain base (no adapter was used), the outline that a document
@@ -84,7 +85,7 @@ def least_confidence(routes: Sequence[Route]) -> float:
         routes: what the question gets of each document.
     """
     about = max((route.about for route in routes if route.about is not None), default=None)
-    nowhere = min((route.nowhere for route in routes if route.nowhere is not None), default=_ANY_NOWHERE)
+    nowhere = min((route.nowhere for route in routes if route.nowhere is not None), default=_UNKNOWN_NOWHERE)
     if about is None:
         return LEAST_CONFIDENCE
     logit = _LOGIT - _SLOPE * _logit(about) + _SLOPE_NOWHERE * _logit(max(nowhere, _LEAST_NOWHERE))

@@ -178,9 +178,9 @@ class QuestionAnswering(ABC):
         routed = scaled(routed, scales)
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return without_model(NOT_SAID, "refusal", routed=routed)
-        documents = routes_of_documents(routed)  # a task's adapter beside them wants a model that answers its way
-        is_copied = outlines and len(documents) == len(routed)
-        likely = candidates_together([route.candidates for route in documents]) if is_copied else ()
+        documents = routes_of_documents(routed)
+        may_copy = outlines and len(documents) == len(routed)  # a task's adapter beside them may want other words
+        likely = candidates_together([route.candidates for route in documents]) if may_copy else ()
         least = least_confidence([route for _, route in routed]) if strict else 0.0
         return Prepared(prompt, routed, sources(routed), likely=likely, least_confidence=least)
 

@@ -72,7 +72,7 @@ class RunningAnswer:
     """The answer once it has ended; or the refusal of one that is too unsure for a strict request."""
 
     async def pieces(self) -> AsyncIterator[Token]:
-        """The tokens as they come; those of an answer that may yet be refused at its end."""
+        """The tokens as they come; an answer that may yet be refused is held back until its end."""
         ticket, tokens = self.ticket, []
         async for token in ticket:
             tokens.append(token)
@@ -230,6 +230,9 @@ class Call:
         request, service, sampling = self.request, self.service, self.request.sampling
         longest = min(DEFAULT_MAX_TOKENS, service.settings.max_tokens, self._room(prepared.prompt))
         seed = None if sampling.seed is None else (sampling.seed + i) % 2**63
+        n_logprobs = request.n_logprobs
+        if prepared.least_confidence and n_logprobs is None:
+            n_logprobs = 0  # the log-probabilities of the chosen tokens are needed for the confidence
         key = routing_key(prepared.routed)
         return GenerationRequest(
             prepared.prompt,
@@ -238,7 +241,7 @@ class Call:
             replace(sampling, max_new_tokens=sampling.max_new_tokens or longest, seed=seed),
             service.model.copying(prepared) if service.engine.takes_copying else None,
             request.stop,
-            0 if prepared.least_confidence and request.n_logprobs is None else request.n_logprobs,
+            n_logprobs,
             strips=not request.prompts,
         )
 
