@@ -185,7 +185,8 @@ def test_a_stage_of_the_evaluation_is_what_refining_for_its_steps_gives(base, ca
     assert stages["24"].n_steps > stages["2"].n_steps == 2 and stages["0 s"].n_steps == 0
 
 
-def test_the_evaluation_compares_starts_at_the_same_time(base, caster, suite, tmp_path):
+def test_the_evaluation_compares_starts_at_the_same_time(base, caster, suite, tmp_path, monkeypatch):
+    monkeypatch.setattr("loracast.cast.refine._PATIENCE", 1)  # descents end sooner
     (plain,) = caster.loras([SENTENCE])
     config = RefiningConfig(tasks=str(suite), rows=2, seeds=(0, 1), seconds=(60,), steps=(2,))
     report = evaluate_refining(TaskSetup(base, caster, multitask=plain), config, tmp_path)
