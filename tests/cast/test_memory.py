@@ -15,12 +15,11 @@ from adapters import write
 from loracast.base.generate import Sampling
 from loracast.cast import memory as module
 from loracast.cast.document import CachedRecast, cast_chunks
-from loracast.cast.memory import Memory
+from loracast.cast.memory import Memory, statements_in
 from loracast.cli import app
 from loracast.documents import Document
 from loracast.errors import AdapterError
 from loracast.reading.routing import pick
-from loracast.reading.spoken import statements_in
 
 SAID = [
     "My dog is called Bella and she hates the stairs.",

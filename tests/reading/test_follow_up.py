@@ -7,7 +7,7 @@ import pytest
 from loracast.answering.answers import NOT_SAID
 from loracast.answering.model import Model
 from loracast.documents import Document
-from loracast.reading.spoken import queries, stands_alone
+from loracast.reading.search import queries, stands_alone
 
 BEFORE = ["One", "Two", "Three"]
 

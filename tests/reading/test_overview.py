@@ -18,8 +18,7 @@ from adapters import some_chunks, write
 from loracast.cli import app
 from loracast.documents import Document
 from loracast.library.adapter import Adapter
-from loracast.reading.outline import Outline, central, read_outline
-from loracast.reading.overview import overview, wanted_of
+from loracast.reading.outline import Outline, central, overview, read_outline, wanted_of
 from loracast.reading.relevance import shipped_words, stem_words
 
 FORMAT_1 = Path(__file__).parents[1] / "files" / "adapter-format-1" / "bf16"

@@ -142,7 +142,7 @@ def test_sentences_are_found_in_other_words(tmp_path, question, chunk):
 def test_of_a_long_document_only_the_best_chunks_are_compared(tmp_path):
     texts = [f"Prose number {i} is about nothing much." for i in range(40)] + ["The warranty lasts two years."]
     write_index(tmp_path / "i.sqlite", [Chunk(text, 0, len(text), "", 9) for text in texts])
-    found = matches(tmp_path / "i.sqlite", "How long is the warranty?", 41)
+    found = matches(tmp_path / "i.sqlite", "How long is the warranty?", 1)
     assert len(found.sentences) == 16 and next(iter(found.chunks)) == 40 and found.sentences[40] == (1.0,)
 
 

@@ -18,11 +18,10 @@ from loracast.library.adapter import Adapter
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, concat
 from loracast.reading.matching import candidates_together
-from loracast.reading.overview import Overview, overview
+from loracast.reading.outline import Overview, overview
 from loracast.reading.routing import DEFAULT_ROUTE, Route
-from loracast.reading.spoken import queries
+from loracast.reading.search import queries
 from loracast.reading.wide_route import (
-    are_silent,
     loras_together,
     patterns_in,
     route_adapters,
@@ -176,9 +175,11 @@ class QuestionAnswering(ABC):
             if not all(route.is_empty for route in routes_of_documents(routed)):
                 break
         routed = scaled(routed, scales)
-        if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
-            return without_model(NOT_SAID, "refusal", routed=routed)
         documents = routes_of_documents(routed)
+        if strict and not documents and not patterns_in(listed(adapter), tag):
+            raise ConfigError("a strict answer comes from documents: choose one with -a NAME, or all with --all")
+        if strict and all(route.is_empty for route in documents):
+            return without_model(NOT_SAID, "refusal", routed=routed)
         may_copy = outlines and len(documents) == len(routed)  # a task's adapter beside them may want other words
         likely = candidates_together([route.candidates for route in documents]) if may_copy else ()
         least = least_confidence([route for _, route in routed]) if strict else 0.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from weakref import WeakValueDictionary
 from loracast.base.load import Base
 from loracast.cast.document import CachedRecast, learn_document, split_document
 from loracast.documents import Chunk, Document
+from loracast.documents.clean import normalise
+from loracast.documents.units import sentence_spans
 from loracast.errors import AdapterError
 from loracast.files import exclusively
 from loracast.hypernets.protocol import Caster
@@ -28,7 +31,6 @@ from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import MEMORY_SOURCE, check_name
-from loracast.reading.spoken import MESSAGE_GAP, messages_in, statements_in
 
 MOST_CHUNKS = 256
 """Chunks of a memory, which are messages unless those are long; the oldest messages go when more come."""
@@ -39,6 +41,19 @@ _BACKGROUND = ThreadPoolExecutor(1, "loracast-memory")
 _PENDING: WeakValueDictionary[tuple[Path, str], Future[Adapter | None]] = WeakValueDictionary()
 """By library and name, the last message given to `remember_later`, until it is kept."""
 _TITLE = "What the user said"
+_MESSAGE_GAP = "\n\n"  # between two messages in the text; none has one inside
+_MIN_STATEMENT_WORDS = 3
+_GREETING = re.compile(
+    r"^(?:hi|hello|hey|thanks|ok|okay|(?:good )?(?:morning|evening|afternoon|day))(?: there| again)?\s*[,!.:]\s*", re.I
+)
+_REQUEST = re.compile(
+    r"(?:please|write|tell|give|show|explain|describe|list|summari[sz]e|translate|make|help|let's|let us|thanks?|"
+    r"(?:what|who|whose|which|why|how)(?:'s|'re)?|is|are|am|do|does|did|can|could|would|should|"
+    r"(?:when|where) (?:is|are|am|was|were|do|does|did|can|could|will|would|should)|"
+    r"will (?:you|i|we|it|he|she|they|there|the|my))\b",
+    re.I,
+)
+"""How a sentence begins that states nothing, also where its question mark is missing."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ class Memory:
     def messages(self) -> list[str]:
         """What has been said, the oldest first: only sentences that state something."""
         adapter = self._newest()
-        return [] if adapter is None else messages_in(read_chunks(adapter.index))
+        return [] if adapter is None else _messages_in(read_chunks(adapter.index))
 
     def remember(self, message: str) -> Adapter | None:
         """Add a message to the memory, as a new version; None where it states nothing or has been said already.
@@ -144,21 +159,21 @@ class Memory:
         return Forgotten(message, len(holding) - len(still_in), still_in)
 
     def _messages_of(self, version: str) -> list[str]:
-        return messages_in(read_chunks(self.library.open(f"{self.name}@{version}").index))
+        return _messages_in(read_chunks(self.library.open(f"{self.name}@{version}").index))
 
     def _learn(self, messages: Sequence[str]) -> Adapter:
         each = [self._split(message) for message in messages]
         while sum(map(len, each)) > MOST_CHUNKS and len(each) > 1:
             del each[0]
         messages = messages[-len(each) :]
-        text = MESSAGE_GAP.join(messages)
+        text = _MESSAGE_GAP.join(messages)
         data = text.encode()
         document = Document(_TITLE, text, MEMORY_SOURCE, "text/plain", hashlib.sha256(data).hexdigest(), len(data))
         chunks: list[Chunk] = []
         start = 0
         for message, alone in zip(messages, each, strict=True):
             chunks += [replace(one, start=start + one.start, end=start + one.end, heading="") for one in alone]
-            start += len(message) + len(MESSAGE_GAP)
+            start += len(message) + len(_MESSAGE_GAP)
         return learn_document(
             self.caster, self.base, document, self.library, self.name, chunks=chunks, storage="text", replace=True
         )
@@ -170,3 +185,27 @@ class Memory:
 def _log_failure(future: Future[Adapter | None]) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
         logging.getLogger(__name__).error("a message could not be remembered: %s", type(error).__name__)
+
+
+def statements_in(message: str) -> str:
+    """The sentences of a message that state something, on one line; "" where it only asks, requests or greets.
+
+    A question that was remembered would be found in place of its answer.
+    """
+    message = normalise(message)
+    sentences = [_GREETING.sub("", message[start:end], count=1) for start, end in sentence_spans(message)]
+    stated = [one for one in sentences if not one.rstrip("\"'”’)").endswith("?") and not _REQUEST.match(one)]
+    return " ".join(" ".join(one.split()) for one in stated if len(one.split()) >= _MIN_STATEMENT_WORDS)
+
+
+def _messages_in(chunks: Sequence[Chunk]) -> list[str]:
+    """The messages of a memory, the oldest first; a long one has several chunks."""
+    messages: list[str] = []
+    end = -len(_MESSAGE_GAP)
+    for chunk in chunks:
+        if chunk.start - end >= len(_MESSAGE_GAP):
+            messages.append(chunk.text)
+        else:
+            messages[-1] += " " * (chunk.start - end) + chunk.text
+        end = chunk.end
+    return messages

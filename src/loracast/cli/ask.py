@@ -20,7 +20,7 @@ from loracast.cli.terminal import Stream, print_json, printable, say
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
 from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.reading.overview import overview
+from loracast.reading.outline import overview
 from loracast.reading.wide_route import check_patterns, patterns_in
 from loracast.text import is_unicode
 

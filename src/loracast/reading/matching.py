@@ -10,8 +10,8 @@ Cafe Burmbi before 19:10".
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,7 +48,7 @@ def about_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> 
     Args:
         chunks: of each, the heading and the sentences.
     """
-    if not (asked := names_in(question)):
+    if not (names := names_in(question)):
         return [[False] * len(sentences) for _, sentences in chunks]
     question_terms = terms_of(question)
     flags: list[list[bool]] = []
@@ -59,7 +59,7 @@ def about_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> 
         for sentence in map(_read, sentences):
             if sentence.is_heading:
                 above = of_chunk | sentence.words
-            has_one = any(name <= sentence.words | above for name in asked)
+            has_one = any(name <= sentence.words | above for name in names)
             is_named |= has_one
             is_other = not (sentence.names <= question_terms or has_one or sentence.is_heading)
             flags[-1].append(flags[-1][-1] if sentence.goes_on and flags[-1] and not has_one else is_other)
@@ -90,130 +90,8 @@ _OTHER_SHARE = 0.3  # of the score of a sentence about another subject than the 
 _HEADING_SHARE = 0.3  # of the score of a heading, whose words say what the sentences below it are about
 _CHUNKS_COMPARED = 16
 """Chunks, the best ones, whose sentences are told apart by subject, which takes most of the time."""
-_PLACES_KEPT = 64
-_LEAST_PROBABILITY = 0.001  # of a place; those below change no answer (base/copying.py)
-
-
-@dataclass(frozen=True)
-class Matches:
-    """How well a document matches a question, 1 for the best."""
-
-    chunks: Mapping[int, float]
-    """Those that match, the best first."""
-    sentences: Mapping[int, tuple[float, ...]] | None
-    """By chunk, its sentences, 0 where nothing matches. None where none does."""
-    places: tuple[Place, ...] = ()
-    """Where the answer may begin, the likeliest first."""
-    nowhere: float | None = None
-    """The probability that it stands nowhere."""
-
-
-class Place(NamedTuple):
-    """A word of a document at which the answer to a question may begin."""
-
-    chunk: int
-    text: str
-    """From the word to the end of its sentence, in normal form (NFC)."""
-    probability: float
-
-
-def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Matches:
-    """Match a question with a document; an index without sentences is matched by the words of its chunks alone.
-
-    Args:
-        n_wanted: chunks that must be among those whose sentences are matched, as far as they match.
-    """
-    import numpy as np
-
-    with open_index(index) as database:
-        found = search(database, question, n_chunks)
-        by_words = {chunk: score / found[0][1] for chunk, score in found}
-        read = read_index(index)
-        if read is None:
-            return Matches(by_words, None)
-        scores = sentence_scores(database, question)
-        vectors = shipped_vectors()
-        answer_places = vectors.places(question, read.text)
-        if scores is None and (answer_places is None or not phrases(question)):  # nothing to go by
-            return Matches(by_words, None)
-        alike: NDArray[Any] = np.zeros(len(read.text.starts)) if answer_places is None else answer_places.sentences
-        top = max(scores or [1.0])
-        both: NDArray[Any] = alike + [vectors.bm25 * score / top for score in scores] if scores else alike
-        best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
-        n_most = max(_CHUNKS_COMPARED, n_wanted)
-        chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(by_words)[:n_most]})
-        adjusted = _adjusted(question, read, chosen, scores or [0.0] * len(alike))
-        top = max((score for of_chunk in adjusted for score in of_chunk), default=0.0) or 1.0
-        words = {chunk: [score / top for score in of_chunk] for chunk, of_chunk in zip(chosen, adjusted, strict=True)}
-        by_bm25 = {chunk: [vectors.bm25 * x for x in of_chunk] for chunk, of_chunk in words.items()}
-        meant = {chunk: alike[slice(*read.chunks[chunk])] + of_chunk for chunk, of_chunk in by_bm25.items()}
-        better = _better(by_words, words, meant)
-        return better if answer_places is None else _with_places(better, answer_places, read, by_bm25)
-
-
-def _with_places(
-    matched: Matches, answer: Likelihoods, read: ReadIndex, added: Mapping[int, Sequence[float]]
-) -> Matches:
-    """The matches with the likeliest places of the answer among those of some chunks.
-
-    Args:
-        answer: at which words of the document it begins.
-        added: by chunk, what is added to the logits of the words of each of its sentences.
-    """
-    import numpy as np
-
-    text, plus = read.text, np.full(len(answer.sentences), -np.inf)
-    for chunk, of_chunk in added.items():
-        plus[slice(*read.chunks[chunk])] = of_chunk
-    words = np.flatnonzero(plus[text.sentences] > -np.inf)
-    sentences = text.sentences[words]
-    logits = np.append(answer.words[words] + plus[sentences], answer.nowhere)
-    shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
-    places = list[Place]()
-    for i in np.argsort(-shares[:-1], kind="stable")[:_PLACES_KEPT]:
-        if shares[i] >= _LEAST_PROBABILITY:
-            chunk, start, end = read.places[sentences[i]]
-            sentence = normalize("NFC", read.prompts[chunk][start:end])
-            places.append(Place(chunk, sentence[text.characters[words[i]] :], float(shares[i])))
-    return replace(matched, places=tuple(places), nowhere=float(shares[-1]))
-
-
-def _better(
-    by_words: Mapping[int, float], words: Mapping[int, Sequence[float]], logits: Mapping[int, NDArray[Any]]
-) -> Matches:
-    import numpy as np
-
-    highest = max(float(some.max()) for some in logits.values())
-    meaning = {chunk: np.exp(some - highest) for chunk, some in logits.items()}
-    chunks = {chunk: max(by_words.get(chunk, 0.0), float(some.max())) for chunk, some in meaning.items()}
-    ordered = dict(sorted(chunks.items(), key=lambda pair: (-pair[1], pair[0])))
-    return Matches(ordered, {c: tuple(np.maximum(words[c], some).tolist()) for c, some in meaning.items()})
-
-
-def _adjusted(
-    question: str, read: ReadIndex, chunks: Sequence[int], scores: Sequence[float]
-) -> list[tuple[float, ...]]:
-    """The scores of some chunks' sentences, chunk by chunk, lower for headings and where another subject is meant.
-
-    Args:
-        scores: of all sentences of the document.
-    """
-    others = about_others(question, [(read.headings[chunk], read.sentences(chunk)) for chunk in chunks])
-    found = list[tuple[float, ...]]()
-    for chunk, of_subject in zip(chunks, others, strict=True):
-        sentences, heading = slice(*read.chunks[chunk]), len(read.headings[chunk])
-        found.append(
-            tuple(
-                score * (_HEADING_SHARE if end <= heading else _OTHER_SHARE if is_other else 1.0)
-                for (_, _, end), is_other, score in zip(
-                    read.places[sentences], of_subject, scores[sentences], strict=True
-                )
-            )
-        )
-    return found
-
-
+_CANDIDATES_KEPT = 64
+_MIN_PROBABILITY = 0.001  # of a candidate; those below change no answer (base/copying.py)
 _CANDIDATE_CHARACTERS = 48
 """Of a text: answers from the words of a document are short."""
 
@@ -222,20 +100,100 @@ class Candidate(NamedTuple):
     """A text of a document with which the answer to a question may begin; it goes on beyond the answer's end."""
 
     text: str
+    """At most to the end of its sentence, in normal form (NFC)."""
     probability: float
 
 
-def answer_candidates(places: Sequence[Place], chunks: Container[int]) -> tuple[Candidate, ...]:
-    """The texts from some places on, each to the end of its sentence at most; places of other chunks are left out."""
-    return tuple(
-        Candidate(_shortened(place.text.rstrip()), place.probability) for place in places if place.chunk in chunks
-    )
+@dataclass(frozen=True)
+class Matches:
+    """How well a document matches a question, 1 for the best."""
+
+    chunks: dict[int, float]
+    """Those that match, the best first."""
+    sentences: Mapping[int, tuple[float, ...]] | None
+    """By chunk, its sentences, 0 where nothing matches. None where none does."""
+    candidates: tuple[tuple[int, Candidate], ...] = ()
+    """With what the answer may begin, each with its chunk, the most probable first."""
+    nowhere: float | None = None
+    """The probability that the answer stands nowhere in the document."""
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= _CANDIDATE_CHARACTERS:
-        return text
-    return text[:_CANDIDATE_CHARACTERS].rpartition(" ")[0] or text[:_CANDIDATE_CHARACTERS]
+def matches(index: Index, question: str, n_wanted: int | None) -> Matches:
+    """Match a question with a document; an index without sentences is matched by the words of its chunks alone.
+
+    Args:
+        n_wanted: chunks that must be among those whose sentences are matched, as far as they match; None for all.
+    """
+    import numpy as np
+
+    with open_index(index) as database:
+        by_words = search(database, question)
+        chunk_scores = {chunk: score / by_words[0][1] for chunk, score in by_words}
+        read = read_index(index)
+        scores_by_words = sentence_scores(database, question)
+    if read is None:
+        return Matches(chunk_scores, None)
+    vectors = shipped_vectors()
+    answer = vectors.places(question, read.text)
+    if scores_by_words is None and (answer is None or not phrases(question)):  # nothing to go by
+        return Matches(chunk_scores, None)
+    n_sentences = len(read.places)
+    scores = np.zeros(n_sentences) if scores_by_words is None else np.array(scores_by_words)
+    meanings = np.zeros(n_sentences) if answer is None else answer.sentences
+    both = meanings + vectors.bm25 * scores / (scores.max() or 1.0)
+    best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
+    n_most = None if n_wanted is None else max(_CHUNKS_COMPARED, n_wanted)
+    chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(chunk_scores)[:n_most]})
+    shares = np.zeros(n_sentences)  # of the scores by words; 0 in chunks that are not chosen
+    others = about_others(question, [(read.headings[chunk], read.sentences(chunk)) for chunk in chosen])
+    for chunk, of_others in zip(chosen, others, strict=True):
+        sentences = slice(*read.chunks[chunk])
+        is_heading = [place.end <= len(read.headings[chunk]) for place in read.places[sentences]]
+        shares[sentences] = np.where(is_heading, _HEADING_SHARE, np.where(of_others, _OTHER_SHARE, 1.0))
+    scores *= shares
+    scores /= scores.max() or 1.0
+    added = np.where(shares > 0, vectors.bm25 * scores, -np.inf)
+    logits = meanings + added
+    likelihoods = np.exp(logits - logits.max())
+    better = np.maximum(scores, likelihoods)
+    for chunk in chosen:
+        best = float(likelihoods[slice(*read.chunks[chunk])].max())
+        chunk_scores[chunk] = max(chunk_scores.get(chunk, 0.0), best)
+    chunks = sorted(((chunk, chunk_scores[chunk]) for chunk in chosen), key=lambda pair: (-pair[1], pair[0]))
+    of_sentences = {chunk: tuple(better[slice(*read.chunks[chunk])].tolist()) for chunk in chosen}
+    if answer is None:
+        return Matches(dict(chunks), of_sentences)
+    return Matches(dict(chunks), of_sentences, *_candidates(answer, read, added))
+
+
+def _candidates(
+    answer: Likelihoods, read: ReadIndex, added: NDArray[Any]
+) -> tuple[tuple[tuple[int, Candidate], ...], float]:
+    """The most probable beginnings of an answer, each with its chunk, and the probability that it stands nowhere.
+
+    Args:
+        answer: at which words of the document it begins.
+        added: to the logits of the words of each sentence; minus infinity where none of them counts.
+    """
+    import numpy as np
+
+    text = read.text
+    words = np.flatnonzero(added[text.sentences] > -np.inf)
+    sentences = text.sentences[words]
+    logits = np.append(answer.words[words] + added[sentences], answer.nowhere)
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    candidates = list[tuple[int, Candidate]]()
+    for i in np.argsort(-probabilities[:-1], kind="stable")[:_CANDIDATES_KEPT]:
+        if probabilities[i] >= _MIN_PROBABILITY:
+            chunk, start, end = read.places[sentences[i]]
+            sentence = normalize("NFC", read.prompts[chunk][start:end])
+            beginning = sentence[text.characters[words[i]] :].rstrip()
+            if len(beginning) > _CANDIDATE_CHARACTERS:
+                beginning = beginning[:_CANDIDATE_CHARACTERS]
+                beginning = beginning.rpartition(" ")[0] or beginning
+            candidates.append((chunk, Candidate(beginning, float(probabilities[i]))))
+    return tuple(candidates), float(probabilities[-1])
 
 
 def candidates_together(of_each: Sequence[Sequence[Candidate]]) -> tuple[Candidate, ...]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter, SentenceWeights
-from loracast.library.index import Index, open_index, read_sentences
-from loracast.reading.matching import Candidate, Matches, answer_candidates, matches
+from loracast.library.index import Index, read_sentences
+from loracast.reading.matching import Candidate, Matches, matches
 from loracast.reading.relevance import THRESHOLD, about
 from loracast.reading.search import search
 
@@ -29,7 +29,7 @@ _LEAST_SENTENCE_WEIGHT = 0.05
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
 """A chunk picked from many weighs (score / best score) to this power."""
-_LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
+_MIN_CHUNK_WEIGHT = 0.3  # of a chunk of a document that is given whole
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,17 @@ class Route:
 
 def sentence_weights(index: Index, question: str) -> list[float] | None:
     """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
-    with open_index(index) as database:
-        (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
-    found = matches(index, question, n_chunks, n_chunks).sentences
-    return None if found is None else [_weight(score) for chunk in range(n_chunks) for score in found[chunk]]
+    by_chunk = matches(index, question, None).sentences
+    return None if by_chunk is None else [_weight(score) for scores in by_chunk.values() for score in scores]
 
 
 def route_adapter(
     adapter: Adapter, question: str, k: int | None = DEFAULT_ROUTE, threshold: float = THRESHOLD, name: str = ""
 ) -> Route:
     """What a question gets of an adapter: some chunks and sentences of a document, and all of anything else.
+
+    A memory gives nothing where no word of the question was ever said: a short document is given whole, but a memory
+    holds something else in every sentence.
 
         from loracast.reading.routing import route_adapter
         manual = model.adapter("manual")
@@ -96,8 +97,12 @@ def route_adapter(
     """
     if adapter.manifest.kind != "document":
         return Route(reason=f"{adapter.manifest.kind}: always whole")
-    if adapter.manifest.is_memory:
-        return route_memory(adapter.open_index, adapter.manifest.n_chunks, question, k, threshold)
+    if adapter.manifest.is_memory and threshold > 0:
+        if not search(adapter.open_index, question, 1):
+            return Route((), reason="no word of the question was ever said")
+        if not _SPEAKER.search(question):
+            threshold = _IMPERSONAL_THRESHOLD
+        name = ""
     return route_question(adapter.open_index, adapter.manifest.n_chunks, question, k, threshold, name)
 
 
@@ -119,26 +124,12 @@ def route_question(
     return Route((), reason=reason, about=probability)
 
 
-def route_memory(index: Index, n_chunks: int, question: str, k: int | None, threshold: float) -> Route:
-    """What a question gets of a memory: as of any document, but nothing where no word of it was ever said.
-
-    A document that is short is given whole then; a memory holds something else in every sentence.
-
-    Args:
-        threshold: as in `route_question`; higher for questions without a word for their speaker.
-    """
-    if threshold > 0 and not search(index, question, 1):
-        return Route((), reason="no word of the question was ever said")
-    is_personal = threshold <= 0 or _SPEAKER.search(question)
-    return route_question(index, n_chunks, question, k, threshold if is_personal else _IMPERSONAL_THRESHOLD)
-
-
 def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:
     """What a fixed set of questions gets of a document: each chunk and sentence at the highest weight of any question.
 
     So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
     """
-    routes = [_picked(index, n_chunks, question, k)[0] for question in questions]
+    routes = [pick(index, n_chunks, question, k) for question in questions]
     if any(route.chunks is None and route.sentences is None for route in routes):
         return Route(reason="a question gets all chunks")
     counts = Counter(place.chunk for place in read_sentences(index))
@@ -162,42 +153,33 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     a least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError
     for k < 1.
     """
-    picked, found = _picked(index, n_chunks, question, k)
-    if found is None:
-        return picked
-    chunks = range(n_chunks) if picked.chunks is None else picked.chunks
-    return replace(picked, candidates=answer_candidates(found.places, chunks), nowhere=found.nowhere)
-
-
-def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> tuple[Route, Matches | None]:
-    """The chunks and sentences that a question gets, and the matches by which they were picked."""
     if k is None:
-        return Route(), None
+        return Route()
     if k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
-    found = matches(index, question, n_chunks, k)
+    matched = matches(index, question, k)
     if n_chunks == 1:
-        route = Route(sentences=_weighed(found, [0], [1.0]), reason="the document has only one chunk")
-        return route, found
-    if not found.chunks:
-        return Route(reason="no word of the question occurs in the document: all chunks"), found
-    if n_chunks > k:
-        chunks, scores = zip(*[*found.chunks.items()][:k], strict=True)
-        weights: Sequence[float] = [score**SHARPNESS for score in scores]
-        reason = f"best {len(chunks)} by BM25 and word vectors"
+        route = Route(sentences=_weighed(matched, [0], [1.0]), reason="the document has only one chunk")
+    elif not matched.chunks:
+        return Route(reason="no word of the question occurs in the document: all chunks")
     else:
-        scored = {**found.chunks, **{chunk: 0.0 for chunk in range(n_chunks) if chunk not in found.chunks}}
-        chunks, scores = zip(*scored.items(), strict=True)
-        weights = [max(_LEAST_WEIGHT, score) for score in scores]
-        reason = f"all {n_chunks} chunks, weighed by BM25 and word vectors"
-    return Route(chunks, scores, tuple(weights), _weighed(found, chunks, weights), reason), found
+        if n_chunks > k:
+            chunks, scores = zip(*[*matched.chunks.items()][:k], strict=True)
+            weights = tuple(score**SHARPNESS for score in scores)
+            reason = f"best {len(chunks)} by BM25 and word vectors"
+        else:
+            unmatched = (chunk for chunk in range(n_chunks) if chunk not in matched.chunks)
+            chunks, scores = zip(*(matched.chunks | dict.fromkeys(unmatched, 0.0)).items(), strict=True)
+            weights = tuple(max(_MIN_CHUNK_WEIGHT, score) for score in scores)
+            reason = f"all {n_chunks} chunks, weighed by BM25 and word vectors"
+        route = Route(chunks, scores, weights, _weighed(matched, chunks, weights), reason)
+    candidates = tuple(one for chunk, one in matched.candidates if route.chunks is None or chunk in route.chunks)
+    return replace(route, candidates=candidates, nowhere=matched.nowhere)
 
 
-def _weighed(found: Matches, chunks: Sequence[int], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:
+def _weighed(matched: Matches, chunks: Sequence[int], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:
     """The weights of the sentences of some weighed chunks, 1 for the best of them; None where no sentence matches."""
-    if found.sentences is None:
-        return None
-    scores = [found.sentences[chunk] for chunk in chunks]
+    scores = [matched.sentences[chunk] for chunk in chunks] if matched.sentences is not None else []
     best = max((score for of_chunk in scores for score in of_chunk), default=0.0)
     if best <= 0:
         return None

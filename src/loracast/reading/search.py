@@ -1,8 +1,12 @@
-"""Finds the chunks and sentences of a document that share words with a question, by BM25 on its index."""
+"""Finds the chunks and sentences of a document that share words with a question, by BM25 on its index.
+
+A question that follows others may name what it is about only with them: `queries` says what is looked for.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from unicodedata import normalize
 
@@ -24,8 +28,8 @@ _STOP = frozenset(
 )
 
 
-def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
-    """The k chunks that match a question best, as (chunk, score), higher scores first; fewer where fewer match."""
+def search(index: Index, question: str, k: int | None = None) -> list[tuple[int, float]]:
+    """The k chunks, or all (None), that match a question, as (chunk, score), higher scores first."""
     with open_index(index) as database:
         (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
         scores = match_scores(database, "chunks", "bm25(chunks, 0.5, 1.0)", n_chunks, phrases(question))
@@ -34,8 +38,8 @@ def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
 
 def best_passages(index: Index, question: str, n_chunks: int, k: int) -> list[int]:
     """The k of a document's chunks that match a question best, in the document's order; all where none matches."""
-    found = search(index, question, k) if n_chunks > k else []
-    return sorted(chunk for chunk, _ in found) or list(range(n_chunks))
+    best = search(index, question, k) if n_chunks > k else []
+    return sorted(chunk for chunk, _ in best) or list(range(n_chunks))
 
 
 def sentence_scores(index: Index, question: str) -> list[float] | None:
@@ -63,3 +67,39 @@ def phrases(question: str) -> list[tuple[str, float]]:
     telling = [word for word in dict.fromkeys(words) if word not in _STOP]
     pairs = [(one, other) for one, other in dict.fromkeys(pairwise(words)) if _STOP.isdisjoint((one, other))]
     return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
+
+
+# ---- questions that follow others
+
+_ALONE_WORDS = 7
+"""A question of so many words stands alone."""
+_LEADS = frozenset({"and", "but", "or", "so", "then", "also"})
+_REFERRING = frozenset(
+    _WORD.findall("it its he him his she her they them their this that these those there one ones same other")
+)
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")  # kana and Chinese characters, two of which count as a word
+_QUESTIONS_BEFORE = 2  # that go along
+
+
+def queries(question: str, before: Sequence[str]) -> list[str]:
+    """What routing looks for, in turn, until a document has something.
+
+    A question that stands alone is looked up alone, so that the questions before it make it neither more nor less
+    about a document. Any other one ("And in winter?", "How heavy is it?") goes with those before it, and alone if that
+    finds nothing. Each of those before it is a line of its own.
+    """
+    if not before or stands_alone(question):
+        return [question]
+    return ["\n".join([*(" ".join(one.split()) for one in before[-_QUESTIONS_BEFORE:]), question]), question]
+
+
+def stands_alone(question: str) -> bool:
+    """Whether a question says by itself what it is about: it is long, or names two things and refers to nothing."""
+    words = [word.lower() for word in _WORD.findall(question)]
+    n_unspaced = len(_UNSPACED.findall(question)) // 2
+    if max(len(question.split()), n_unspaced) >= _ALONE_WORDS:
+        return True
+    if not words or words[0] in _LEADS or words[:2] in (["what", "about"], ["how", "about"]):
+        return False
+    n_telling = sum(" " not in phrase for phrase, _ in phrases(question))
+    return _REFERRING.isdisjoint(words) and max(n_telling, n_unspaced) >= 2

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from loracast.documents.units import find_headings
-from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
+from loracast.errors import AdapterError, NoSuchAdapterError
 from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.index import read_chunks, read_sentences
 from loracast.library.library import Library
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 Document = TypeVar("Document")
 """An adapter of a document, or a document in memory."""
-_LEAST_WEIGHT = 0.1
+_MIN_DOCUMENT_WEIGHT = 0.1
 """Weight of another document beside the best one from which on it gets a place (dev: level from 0 to 0.3)."""
 
 
@@ -91,20 +92,18 @@ def route_adapters(
     chosen = list(chosen)
     patterns = patterns_in(chosen, tag)
     opened = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
-    by_version: dict[str, Adapter] = {}  # two names of one document count once
+    versions: dict[str, Adapter] = {}  # two names of one document count once
     for adapter in opened:
-        by_version.setdefault(adapter.manifest.version, adapter)
-    named = [*by_version.values()]
-    n_documents = sum(adapter.manifest.kind == "document" for adapter in named)
+        versions.setdefault(adapter.manifest.version, adapter)
+    n_documents = sum(adapter.manifest.kind == "document" for adapter in versions.values())
     threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents, strict)
-    routed = [(adapter, route_adapter(adapter, question, k, threshold)) for adapter in named]
+    routed = [(adapter, route_adapter(adapter, question, k, threshold)) for adapter in versions.values()]
     if patterns:
         if k is None:
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
         check_patterns(library, patterns, tag)
-        versions = {adapter.manifest.version for adapter in named}
         with library.reading() as register:
-            others = register.best_chunks(phrases(question), k, patterns, tag, versions)
+            others = register.best_chunks(phrases(question), k, patterns, tag, versions.keys())
         routed += share_out(others, question, k, threshold, lambda match: open_named(match.reference), route_adapter)
     return routed
 
@@ -112,14 +111,6 @@ def route_adapters(
 def routes_of_documents(routed: Iterable[tuple[Adapter, Route]]) -> list[Route]:
     """What a question gets of those adapters that are documents."""
     return [route for adapter, route in routed if adapter.manifest.kind == "document"]
-
-
-def are_silent(routed: Iterable[tuple[Adapter, Route]], patterns: Sequence[str] = ()) -> bool:
-    """Whether a question gets nothing of any document. Raises ConfigError without documents and patterns."""
-    documents = routes_of_documents(routed)
-    if not documents and not patterns:
-        raise ConfigError("a strict answer comes from documents: choose one with -a NAME, or all with --all")
-    return all(route.is_empty for route in documents)
 
 
 def check_patterns(library: Library, patterns: Sequence[str], tag: str = "") -> None:
@@ -154,13 +145,15 @@ def share_out(
         route_document: what the question gets of one document, as `route_adapter` says it.
     """
     weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
-    close = [match for match in matches if weights[match] >= _LEAST_WEIGHT]
-    found: list[tuple[Document, Route]] = []
+    close = [match for match in matches if weights[match] >= _MIN_DOCUMENT_WEIGHT]
+    routed: list[tuple[Document, Route]] = []
     best = 1.0
     for version in dict.fromkeys(match.version for match in close):
         own = [match for match in close if match.version == version]
-        document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(close))
-        name = own[0].name if _names(question, own[0].name) else ""
+        document, n_places = open_document(own[0]), len(own) + (0 if routed else k - len(close))
+        # A word of the adapter's name, which the document itself need not hold.
+        is_called = not set(re.split(r"[-._]+", own[0].name)).isdisjoint(word for word, _ in phrases(question))
+        name = own[0].name if is_called else ""
         least = min(threshold, THRESHOLD) if name else threshold
         route = route_document(document, question, n_places, least, name)
         if route.is_empty:
@@ -168,15 +161,10 @@ def share_out(
         if route.chunks is None and own[0].n_chunks > n_places:
             chunks = tuple(range(n_places))
             route = Route(chunks, weights=(1.0,) * n_places, reason="only the document's name matches: its beginning")
-        best = weights[own[0]] if not found else best
+        best = best if routed else weights[own[0]]
         weight = weights[own[0]] / best
-        found.append((document, route if weight == 1.0 else _weighed(route, own[0].n_chunks, weight)))
-    return found
-
-
-def _names(question: str, name: str) -> bool:
-    """Whether a question has a word of an adapter's name, which the document itself need not hold."""
-    return not set(re.split(r"[-._]+", name)).isdisjoint(word for word, _ in phrases(question))
+        routed.append((document, route if weight == 1.0 else _weighed(route, own[0].n_chunks, weight)))
+    return routed
 
 
 def _weighed(route: Route, n_chunks: int, weight: float) -> Route:
@@ -192,7 +180,7 @@ def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float])
 
     A factor of 0 takes an adapter out. The static LoRA of documents keeps its weight of 1, as in combinations.
     """
-    found = []
+    weighed = []
     for adapter, route in picked:
         scale = scales.get(adapter.manifest.version, 1.0)
         if scale == 0:
@@ -202,43 +190,34 @@ def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float])
             share = min(scale, 1.0) if scale > 0 else 0.0
             candidates = tuple(Candidate(text, p * share) for text, p in route.candidates) if share else ()
             route = replace(route, candidates=candidates)
-        found.append((adapter, route))
-    return found
+        weighed.append((adapter, route))
+    return weighed
 
 
 def sources(picked: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
     """The chunks that were picked from documents, those with most weight first; none of documents taken as a whole."""
-    found = []
+    of_chunks = []
     for adapter, route in picked:
-        if (
-            adapter.manifest.kind == "document"
-            and not route.is_empty
-            and (route.chunks or adapter.manifest.n_chunks == 1)
-        ):
-            chunks = route.chunks or (0,)
-            weights = route.weights or (1.0,)
-            best = _best_sentences(adapter, route, chunks)
-            for i, weight, chunk in zip(chunks, weights, read_chunks(adapter.index, chunks), strict=True):
-                place = (adapter.manifest.title, _heading(chunk, best.get(i)), i, chunk.start, chunk.end)
-                found.append(Source(adapter.name, *place, weight, adapter.manifest.version))
-    return tuple(sorted(found, key=lambda source: -source.weight))
+        manifest = adapter.manifest
+        chunks = (0,) if route.chunks is None and manifest.n_chunks == 1 else route.chunks
+        if manifest.kind != "document" or not chunks:
+            continue
+        starts: dict[int, list[int]] = defaultdict(list)
+        for place in read_sentences(adapter.index, chunks) if route.sentences else ():
+            starts[place.chunk].append(place.start)
+        for n, (number, chunk) in enumerate(zip(chunks, read_chunks(adapter.index, chunks), strict=True)):
+            heading = chunk.heading
+            if route.sentences and number in starts:
+                weights = route.sentences[n]
+                heading = _heading(chunk, starts[number][weights.index(max(weights))])
+            weight = route.weights[n] if route.weights else 1.0
+            span = (chunk.start, chunk.end)
+            of_chunks.append(Source(adapter.name, manifest.title, heading, number, *span, weight, manifest.version))
+    return tuple(sorted(of_chunks, key=lambda source: -source.weight))
 
 
-def _best_sentences(adapter: Adapter, route: Route, chunks: Sequence[int]) -> dict[int, int]:
-    """By chunk, where the sentence that matches a question best begins in the chunk's prompt."""
-    if route.sentences is None:
-        return {}
-    starts: dict[int, list[int]] = {}
-    for place in read_sentences(adapter.index, chunks):
-        starts.setdefault(place.chunk, []).append(place.start)
-    weights = dict(zip(chunks, route.sentences, strict=True))
-    return {i: max(zip(weights[i], starts[i], strict=True), key=lambda pair: pair[0])[1] for i in chunks if i in starts}
-
-
-def _heading(chunk: Chunk, at: int | None) -> str:
+def _heading(chunk: Chunk, at: int) -> str:
     """The heading above a place in a chunk's prompt: the last one in the chunk's text, or else the chunk's own."""
-    if at is None:
-        return chunk.heading
     above = [one for one in find_headings(chunk.text) if one.start <= at - (len(chunk.prompt) - len(chunk.text))]
     if not above:
         return chunk.heading
