@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,25 +102,31 @@ def as_examples(given: Sequence[ExampleLike]) -> tuple[Example, ...]:
     """Examples as the Python API takes them. Raises ConfigError for one that is none, which it names by its number."""
     if isinstance(given, (str, Mapping)):
         raise ConfigError(f"the examples are a {type(given).__name__}: give a list of (input, output)")
+    placed = ((f"example {number} is {str(one)[:80]!r}", one) for number, one in enumerate(given, 1))
+    return _examples(placed, "give (input, output), both of them text")
+
+
+def _examples(placed: Iterable[tuple[str, object]], remedy: str) -> tuple[Example, ...]:
+    """Examples from rows or pairs, each behind its place. Raises ConfigError, which names the place and the remedy."""
     examples = []
-    for number, one in enumerate(given, 1):
+    for place, given in placed:
         try:
-            examples.append(one if isinstance(one, Example) else as_example(one))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(
-                f"example {number} is {str(one)[:80]!r}: {reason(error)}; give (input, output), both of them text"
-            ) from None
+            examples.append(given if isinstance(given, Example) else _example(given))
+        except ValueError as error:
+            raise ConfigError(f"{place}: {error}; {remedy}") from None
     return tuple(examples)
 
 
-def as_example(given: object) -> Example:
-    """An example from (input, output) or a row with these two. Raises ValueError, TypeError or KeyError."""
+def _example(given: object) -> Example:
+    """An example from (input, output) or a row with these two. Raises ValueError."""
     if isinstance(given, str):
         raise ValueError("it is one text")
     if not isinstance(given, Mapping):
         if not isinstance(given, Sequence) or len(given) != 2:
             raise ValueError("it is no pair")
         given = dict(zip(("input", "output"), given, strict=True))
+    if missing := [key for key in ("input", "output") if key not in given]:
+        raise ValueError(f"there is no {missing[0]!r}")
     example = example_from({"input": given["input"], "output": given["output"]})
     stripped = Example(example.input.strip(), tuple(output.strip() for output in example.outputs))
     if not stripped.input or not all(stripped.outputs):
@@ -128,11 +134,6 @@ def as_example(given: object) -> Example:
     if not all(map(is_unicode, (stripped.input, *stripped.outputs))):
         raise ValueError("it is not valid Unicode")
     return stripped
-
-
-def reason(error: Exception) -> str:
-    """What is wrong with an example, for a message."""
-    return f"there is no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
 
 
 def example_from(row: Mapping[str, Any]) -> Example:
@@ -159,9 +160,6 @@ _DELIMITERS = "\t,;"
 _INPUTS = frozenset({"text", "sentence", "question", "prompt", "source", "instruction", "review", "message"})
 _OUTPUTS = frozenset({"label", "answer", "target", "completion", "response", "class", "category", "sentiment"})
 
-Lines = Sequence[tuple[int, str]]
-"""The lines of a file that are not blank, each with its number."""
-
 
 def read_examples(path: str | Path) -> tuple[Example, ...]:
     """Read examples from a file, or from standard input if the path is "-".
@@ -181,32 +179,25 @@ def read_examples(path: str | Path) -> tuple[Example, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the examples in {label}: {error}; give a text file in UTF-8") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # other separators of lines may stand within an example
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(f"{label}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"there is no example in {label}: {_HELP}")
-    suffix, first = Path(path).suffix.lower(), lines[0][1]
+    suffix, (place, first) = Path(path).suffix.lower(), lines[0]
     if suffix not in (".csv", ".tsv"):
-        if suffix in (".json", ".jsonl") or _is_json(text, first):
-            return tuple(_from_json(text, lines, label))
+        # The input of a line with an arrow may begin as JSON does.
+        begins_as_json = first.lstrip().startswith(("{", "["))
+        is_json = begins_as_json and (ARROW not in first or _parsed(first) is not None or _parsed(text) is not None)
+        if suffix in (".json", ".jsonl") or is_json:
+            return _examples(_from_json(text, lines, label), _HELP)
         if ARROW in first:
-            return tuple(_from_arrows(lines, label))
+            return _examples(_from_arrows(lines), _HELP)
         if all("->" in line for _, line in lines):
-            raise ConfigError(f"{label}, line 1: write {ARROW} in place of ->; {_HELP}")
-    return tuple(_from_table(text, first, label))
+            raise _fault(place, f"write {ARROW} in place of ->")
+    return _examples(_from_table(text, first, label), _HELP)
 
 
-def _example(where: str, given: object) -> Example:
-    try:
-        return as_example(given)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{where}: {reason(error)}; {_HELP}") from None
-
-
-def _is_json(text: str, first: str) -> bool:
-    """Whether a text that begins as JSON does is meant as JSON; the input of an arrow line may begin so too."""
-    if not first.lstrip().startswith(("{", "[")):
-        return False
-    return ARROW not in first or _parsed(first) is not None or _parsed(text) is not None
+def _fault(place: str, reason: str) -> ConfigError:
+    return ConfigError(f"{place}: {reason}; {_HELP}")
 
 
 def _parsed(text: str) -> Any:
@@ -217,77 +208,70 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _from_json(text: str, lines: Lines, label: str) -> Iterator[Example]:
+def _from_json(text: str, lines: Sequence[tuple[str, str]], label: str) -> Iterator[tuple[str, object]]:
     """A JSON array of rows or pairs, or such a row or pair a line."""
     whole = _parsed(text)
     if isinstance(whole, list) and not all(isinstance(one, str) for one in whole):
-        for number, one in enumerate(whole, 1):
-            yield _example(f"{label}, item {number}", one)
+        yield from ((f"{label}, item {number}", one) for number, one in enumerate(whole, 1))
         return
-    for number, line in lines:
+    for place, line in lines:
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{label}, line {number}: {error}; {_HELP}") from None
-        yield _example(f"{label}, line {number}", row)
+            yield place, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _fault(place, str(error)) from None
 
 
-def _from_arrows(lines: Lines, label: str) -> Iterator[Example]:
+def _from_arrows(lines: Sequence[tuple[str, str]]) -> Iterator[tuple[str, object]]:
     """The first arrow of a line stands between input and output."""
-    for number, line in lines:
-        input, arrow, output = line.partition(ARROW)
-        if not arrow:
-            raise ConfigError(f"{label}, line {number}: there is no {ARROW}; {_HELP}")
-        yield _example(f"{label}, line {number}", (input, output))
+    for place, line in lines:
+        if ARROW not in line:
+            raise _fault(place, f"there is no {ARROW}")
+        yield place, line.split(ARROW, 1)
 
 
-def _from_table(text: str, first_line: str, label: str) -> Iterator[Example]:
+def _from_table(text: str, first_line: str, label: str) -> Iterator[tuple[str, object]]:
     """Rows of CSV under a header that names the columns, or two columns without a header."""
-    numbered = _rows(text, first_line, label)
-    first, header = numbered[0]
+    rows = _rows(text, first_line, label)
+    place, header = rows[0]
     names = [cell.strip().lower() for cell in header]
-    where = f"{label}, line {first}: "
+    columns = [0, 1]
     if "input" in names and "output" in names:
-        columns = (names.index("input"), names.index("output"))
-        numbered = numbered[1:]
-        if not numbered:
-            raise ConfigError(f"{label} has a header and no row below it: {_HELP}")
-    elif len(names) == 2 and names[0] in _INPUTS and names[1] in _OUTPUTS:
-        raise ConfigError(f"{where}the columns are called {names[0]} and {names[1]}: call them input and output")
+        columns = [names.index("input"), names.index("output")]
+        rows = rows[1:]
+        if not rows:
+            raise _fault(place, "there is a header and no row below it")
     elif len(names) != 2:
-        raise ConfigError(
-            f"{where}there are {len(names)} columns and none are called input and output: name them in the first row; "
-            f"{_HELP}"
+        raise _fault(
+            place, f"there are {len(names)} columns and none are called input and output: name them in the first row"
         )
-    else:
-        columns = (0, 1)
-    for number, row in numbered:
+    elif names[0] in _INPUTS and names[1] in _OUTPUTS:
+        raise _fault(place, f"the columns are called {names[0]} and {names[1]}: call them input and output")
+    for place, row in rows:
         if len(row) <= max(columns) or any(cell.strip() for cell in row[len(names) :]):
-            raise ConfigError(
-                f"{label}, line {number}: it has {len(row)} columns, the first row has {len(names)}: put a cell with "
-                f"the sign between columns in quotation marks; {_HELP}"
-            )
-        yield _example(f"{label}, line {number}", (row[columns[0]], row[columns[1]]))
+            reason = f"it has {len(row)} columns, the first row has {len(names)}"
+            raise _fault(place, f"{reason}: put a cell with the sign between columns in quotation marks")
+        yield place, [row[column] for column in columns]
 
 
-def _rows(text: str, first: str, label: str) -> list[tuple[int, list[str]]]:
-    """The rows of a table that are not empty, each with its line.
+def _rows(text: str, first_line: str, label: str) -> list[tuple[str, list[str]]]:
+    """The rows of a table that are not empty, each behind its place.
 
     The delimiter is the first one under which all rows have as many cells as the first one, and at least two; if there
     is none, the first one that the first row has.
     """
-    unequal: list[list[tuple[int, list[str]]] | ConfigError] = []
-    for delimiter in [sign for sign in _DELIMITERS if sign in first] or [","]:
-        rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    unequal: list[list[tuple[str, list[str]]] | ConfigError] = []
+    for delimiter in [sign for sign in _DELIMITERS if sign in first_line] or [","]:
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
         try:
-            found = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
+            rows = [(f"{label}, line {reader.line_num}", row) for row in reader if any(map(str.strip, row))]
         except csv.Error as error:
-            unequal.append(ConfigError(f"{label}, line {rows.line_num}: {error}: is a quotation mark never closed?"))
+            place = f"{label}, line {reader.line_num}"
+            unequal.append(_fault(place, f"{error}: is a quotation mark never closed?"))
             continue
-        widths = {len(row) for _, row in found}
+        widths = {len(row) for _, row in rows}
         if len(widths) == 1 and widths != {1}:
-            return found
-        unequal.append(found)
+            return rows
+        unequal.append(rows)
     if isinstance(unequal[0], ConfigError):
         raise unequal[0]
     return unequal[0]
