@@ -63,19 +63,9 @@ def plain(term: str) -> str:
     return term.lower().replace("’", "'").removesuffix("'s").removesuffix("s")
 
 
-def is_value(term: str, place: int) -> bool:
-    """Whether the term at a place of a sentence is a number or a name."""
-    return has_digit(term) or is_name(term, place)
-
-
 def is_name(term: str, place: int) -> bool:
     """Whether the term at a place of a sentence is written as an English name, with a capital letter inside of it."""
     return place > 0 and term[0].isupper() and not _ONESELF.fullmatch(term)
-
-
-def has_digit(term: str) -> bool:
-    """Whether it is a number, or has one in it."""
-    return any(c.isdigit() for c in term)
 
 
 class _Stemmer(threading.local):
@@ -95,14 +85,14 @@ _MOST_STEMS = 50_000
 
 def stem_words(words: Sequence[str]) -> list[str]:
     """The stems of words as the index has them; "" for what it does not take for a word."""
-    found = {word: stem for word in set(words) if (stem := _STEMS.get(word)) is not None}
-    new = [word for word in dict.fromkeys(words) if word not in found]
+    stems = {word: stem for word in set(words) if (stem := _STEMS.get(word)) is not None}
+    new = [word for word in dict.fromkeys(words) if word not in stems]
     if new:
-        found |= zip(new, _stemmed(new), strict=True)
+        stems |= zip(new, _stemmed(new), strict=True)
         if len(_STEMS) > _MOST_STEMS:
             _STEMS.clear()
-        _STEMS.update((word, found[word]) for word in new)
-    return [found[word] for word in words]
+        _STEMS.update((word, stems[word]) for word in new)
+    return [stems[word] for word in words]
 
 
 def _stemmed(words: Sequence[str]) -> list[str]:
@@ -110,7 +100,7 @@ def _stemmed(words: Sequence[str]) -> list[str]:
     try:
         database.execute("BEGIN")
         database.executemany("INSERT INTO words (rowid, word) VALUES (?, ?)", enumerate(words))
-        found = dict(database.execute("SELECT doc, term FROM stems").fetchall())
+        by_number = dict(database.execute("SELECT doc, term FROM stems").fetchall())
     finally:
         database.rollback()  # no word stays for the next call, also after Ctrl-C
-    return [found.get(i, "") for i in range(len(words))]
+    return [by_number.get(i, "") for i in range(len(words))]

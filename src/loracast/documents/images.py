@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from loracast.documents.clean import bare_name, readable_stem
+from loracast.documents.clean import readable_stem
 from loracast.documents.file_types import Limits
 from loracast.documents.read import read_bytes
 from loracast.errors import DocumentError
@@ -45,10 +45,9 @@ def image_format(data: bytes) -> str | None:
     """The format of an image by its first bytes ("JPEG", "PNG", ...); None for anything else."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    found = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
-    if found == "BMP" and data[6:10] != b"\0\0\0\0":  # two letters alone may begin a text
+    if data.startswith(b"BM") and data[6:10] != b"\0\0\0\0":  # two letters alone may begin a text
         return None
-    return found
+    return next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
 
 
 def is_image_file(path: str | Path) -> bool:
@@ -74,9 +73,9 @@ def read_image_file(
     if kind is None:
         raise DocumentError(f"{label} is not an image that can be read: give a JPEG, PNG, WebP, GIF, BMP or TIFF file")
     return ImageFile(
-        title=readable_stem(bare_name(file_name)),
+        title=readable_stem(file_name),
         image=decode_image(data, kind, label),
-        file_name=bare_name(file_name),
+        file_name=file_name,
         media_type=f"image/{kind.lower()}",
         sha256=hashlib.sha256(data).hexdigest(),
         n_bytes=len(data),

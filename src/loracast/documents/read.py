@@ -140,22 +140,15 @@ def read_document(
 
 def read_bytes(source: str | Path | BinaryIO, file_name: str | None, limits: Limits) -> tuple[bytes, str | None, str]:
     """The bytes of a source as `read_document` takes it, its name without folders, and what to call it in errors."""
-    if source == "-":
-        label = _printable(file_name or "standard input")
-        data = _read_stream(sys.stdin.buffer, label, limits)
-    elif isinstance(source, str | Path):
-        label = _printable(file_name or str(source))
-        data = _read_path(Path(source), label, limits)
-        file_name = file_name or Path(source).name
-    else:
-        label = _printable(file_name or "the stream")
-        data = _read_stream(source, label, limits)
-    return data, bare_name(file_name), label
-
-
-def _printable(label: str) -> str:
+    is_path = isinstance(source, str | Path) and source != "-"
+    label = file_name or (str(source) if is_path else "standard input" if source == "-" else "the stream")
     # A name may come from an upload and end up in a log or a terminal.
-    return "".join(c if c.isprintable() else "?" for c in label[:300])
+    label = "".join(c if c.isprintable() else "?" for c in label[:300])
+    if isinstance(source, str | Path):
+        data = _read_path(Path(source), label, limits) if is_path else _read_stream(sys.stdin.buffer, label, limits)
+    else:
+        data = _read_stream(source, label, limits)
+    return data, bare_name(file_name or (Path(str(source)).name if is_path else None)), label
 
 
 def _read_path(path: Path, label: str, limits: Limits) -> bytes:

@@ -20,7 +20,7 @@ from unicodedata import normalize
 from loracast.library.index import Index, open_index
 from loracast.reading.search import phrases, search, sentence_scores
 from loracast.reading.word_vectors import Likelihoods, ReadIndex, read_index, shipped_vectors
-from loracast.text import is_name, is_value, plain, terms, terms_asked, terms_of
+from loracast.text import is_name, plain, terms, terms_asked, terms_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,9 +34,10 @@ _CONTINUING = frozenset(("he", "she", "it", "they", "this", "these", "his", "her
 
 def names_in(question: str) -> list[frozenset[str]]:
     """The names in a question, each with its words: "Node FH55". A number alone is none."""
-    words = terms_asked(question)
-    runs = [[(i, term) for i, term in run] for is_one, run in groupby(words, lambda x: is_value(x[1], x[0])) if is_one]
-    return [frozenset(plain(term) for _, term in run) for run in runs if any(is_name(term, i) for i, term in run)]
+    words = [(term, is_name(term, i)) for i, term in terms_asked(question)]
+    runs = groupby(words, lambda word: word[1] or any(map(str.isdigit, word[0])))
+    values = [list(run) for is_value, run in runs if is_value]  # names and numbers that stand together
+    return [frozenset(plain(term) for term, _ in run) for run in values if any(is_one for _, is_one in run)]
 
 
 def about_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> list[list[bool]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from loracast.documents.units import find_headings
 from loracast.library.adapter import Adapter
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences, write_index
-from loracast.reading.relevance import WordTable, shipped_words
+from loracast.reading.relevance import shipped_words
 from loracast.reading.wide_route import Source, patterns_in
 from loracast.text import stem_words
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from loracast.documents import Chunk
 
 SUMMARY_SENTENCES = 3
-MOST_HEADINGS = 40
+MAX_HEADINGS = 40
 _REPETITION = 0.5
 """What a sentence loses by its cosine with one that is picked, beside what it gains by that with the centroid."""
-_FEWEST_WORDS, _MOST_WORDS = 6, 40
+_MIN_WORDS, _MAX_WORDS = 6, 40
 """Words of a sentence of the summary: fewer say nothing alone, more are no summary."""
 _PROSE = re.compile(r"[^\W_a-z].*[.!?][\"'”’)]*", re.S)
 """A sentence from its capital or number to its full stop: no item of a list, no row of a table."""
@@ -46,7 +46,7 @@ class Outline:
     summary: tuple[tuple[int, str], ...]
     """Chunk and text of each sentence, in the document's order."""
 
-    def top_headings(self, most: int = MOST_HEADINGS) -> list[str]:
+    def top_headings(self, most: int = MAX_HEADINGS) -> list[str]:
         """The titles of the headings, of as many levels from the top as hold at most so many; never more than that."""
         for lowest in sorted({level for level, _ in self.headings}, reverse=True):
             kept = [title for level, title in self.headings if level <= lowest]
@@ -56,19 +56,23 @@ class Outline:
 
 
 def write_document_index(index: Index, chunks: Sequence[Chunk], title: str) -> None:
-    """Store what an adapter keeps of a document's text: its chunks, its sentences and its outline."""
+    """Store what an adapter keeps of a document's text: its chunks, its sentences and its outline.
+
+    Args:
+        title: of the document; headings that repeat it are left out.
+    """
     write_index(index, chunks)
-    write_outline(index, title)
-
-
-def write_outline(index: Index, title: str) -> None:
-    """Add the outline of a document of this title to the index that holds its chunks and sentences."""
-    chunks, sentences = read_chunks(index), read_sentences(index)
-    found = find_headings("\n\n".join(chunk.text for chunk in chunks))
-    headings = [(h.level, h.title) for h in found if h.title.casefold() != title.casefold()]
-    texts = {i: chunks[place.chunk].prompt[place.start : place.end] for i, place in enumerate(sentences)
-             if place.start >= len(chunks[place.chunk].prompt) - len(chunks[place.chunk].text)}  # fmt: skip
-    texts = {i: text for i, text in texts.items() if _stands_alone(text)}
+    headings = [
+        (heading.level, heading.title)
+        for heading in find_headings("\n\n".join(chunk.text for chunk in chunks))
+        if heading.title.casefold() != title.casefold()
+    ]
+    texts = {}
+    for number, (i, start, end) in enumerate(read_sentences(index)):
+        prompt = chunks[i].prompt
+        is_in_heading = start < len(prompt) - len(chunks[i].text)
+        if not is_in_heading and _stands_alone(prompt[start:end]):
+            texts[number] = prompt[start:end]
     numbers = list(texts)
     with changing_index(index) as database:
         database.execute("CREATE TABLE headings (number INTEGER PRIMARY KEY, level INTEGER, title TEXT)")
@@ -87,14 +91,15 @@ def read_outline(index: Index) -> Outline | None:
         places = database.execute(
             "SELECT chunk, start, stop FROM summary JOIN sentence_places USING (sentence) ORDER BY sentence"
         ).fetchall()
-        prompts = [chunk.prompt for chunk in read_chunks(database, [chunk for chunk, _, _ in places])]
-    texts = [prompt[start:end] for prompt, (_, start, end) in zip(prompts, places, strict=True)]
-    summary = ((place[0], " ".join(text.split())) for place, text in zip(places, texts, strict=True))
+        chunks = read_chunks(database, [chunk for chunk, _, _ in places])
+    summary = (
+        (i, " ".join(chunk.prompt[start:end].split())) for chunk, (i, start, end) in zip(chunks, places, strict=True)
+    )
     return Outline(tuple(headings), tuple(summary))
 
 
 def _stands_alone(sentence: str) -> bool:
-    return bool(_PROSE.fullmatch(sentence)) and _FEWEST_WORDS <= len(_WORD.findall(sentence)) <= _MOST_WORDS
+    return bool(_PROSE.fullmatch(sentence)) and _MIN_WORDS <= len(_WORD.findall(sentence)) <= _MAX_WORDS
 
 
 def central(sentences: Sequence[str], n: int) -> list[int]:
@@ -103,7 +108,7 @@ def central(sentences: Sequence[str], n: int) -> list[int]:
     A sentence that occurs several times, such as a page's footer, counts once.
     """
     distinct = list(dict.fromkeys(sentences))
-    vectors = tf_idf(distinct, shipped_words())
+    vectors = _tf_idf(distinct)
     total: Counter[str] = Counter()
     for vector in vectors:
         total.update(vector)
@@ -118,13 +123,13 @@ def central(sentences: Sequence[str], n: int) -> list[int]:
     return sorted(sentences.index(distinct[i]) for i in picked)
 
 
-def tf_idf(sentences: Sequence[str], table: WordTable) -> list[Vector]:
+def _tf_idf(sentences: Sequence[str]) -> list[Vector]:
     """A vector of length 1 for each sentence, by word stem; an empty one where it has function words alone."""
     words = [[word.lower() for word in _WORD.findall(sentence)] for sentence in sentences]
     distinct = list(dict.fromkeys(word for of_sentence in words for word in of_sentence))
     stems = dict(zip(distinct, stem_words(distinct), strict=True))
     counts = (Counter(stems[word] for word in of_sentence) for of_sentence in words)
-    return [_unit({stem: n * table.weight(stem) for stem, n in one.items()}) for one in counts]
+    return [_unit({stem: n * shipped_words().weight(stem) for stem, n in one.items()}) for one in counts]
 
 
 def _unit(vector: Vector) -> Vector:
@@ -233,15 +238,14 @@ def overview(question: str, chosen: Sequence[Adapter | str], open_named: Callabl
     documents = [one for one in named if one.manifest.kind == "document" and not one.manifest.is_memory]
     if not documents:
         return None
-    outlines = [(one, read_outline(one.index)) for one in documents]
-    text = "\n\n".join(_text_of(one, outline, wanted) for one, outline in outlines)
-    return Overview(text, tuple(_whole(one) for one, outline in outlines if outline is not None))
-
-
-def _whole(adapter: Adapter) -> Source:
-    end = read_chunks(adapter.index)[-1].end
-    manifest = adapter.manifest
-    return Source(adapter.name, manifest.title, "", chunk=None, start=0, end=end, weight=1.0, version=manifest.version)
+    texts, sources = [], []
+    for adapter in documents:
+        outline, manifest = read_outline(adapter.index), adapter.manifest
+        texts.append(_text_of(adapter, outline, wanted))
+        if outline is not None:
+            end = read_chunks(adapter.index)[-1].end
+            sources.append(Source(adapter.name, manifest.title, "", None, 0, end, 1.0, manifest.version))
+    return Overview("\n\n".join(texts), tuple(sources))
 
 
 def _text_of(adapter: Adapter, outline: Outline | None, wanted: Wanted) -> str:
