@@ -5,7 +5,8 @@
     model.ask("What is my dog called?", "me")
 
 Only the text is kept (storage `text`), so that a new version takes a few kilobytes and no pass of the base; a chunk is
-cast when a question first needs it (`CachedRecast`), or in the background once it has been said.
+cast when a question first needs it (`CachedRecast`), or in the background once it has been said. A memory is a document
+to every other part of the library; its text is one message after the other, with a blank line between them.
 """
 
 from __future__ import annotations
