@@ -101,6 +101,11 @@ def move_unless_there(folder: Path, target: Path) -> None:
             raise
 
 
+def bytes_in(folder: Path, pattern: str = "*") -> int:
+    """Bytes of all files in a folder and below it whose names match a pattern."""
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

@@ -12,7 +12,7 @@ from typing import Any
 from loracast.base.embedded import DEFAULT_BASE, embedded, embedded_folder
 from loracast.base.footprint import footprint
 from loracast.cast.load import DOC_FILE, OWN_FILES, SHIPPED, TEXT_FILES
-from loracast.files import cache_dir
+from loracast.files import bytes_in, cache_dir
 from loracast.hypernets.store import Modality
 
 WINDOW = 2048
@@ -111,7 +111,7 @@ def known_bases() -> list[KnownBase]:
                 sizes["bfloat16"].n_parameters,
                 {dtype: size.generating(WINDOW) for dtype, size in sizes.items()},
                 sizes["bfloat16"].weights,
-                0 if folder is None else _size(folder, "*" if is_embedded else "*.safetensors"),
+                0 if folder is None else bytes_in(folder, "*" if is_embedded else "*.safetensors"),
             )
         )
     return made
@@ -122,7 +122,7 @@ def known_hypernetworks() -> list[KnownHypernetwork]:
     made = []
     for modality, name in SHIPPED.items():
         folder = Path(str(files("loracast") / "pretrained" / name))
-        n, size = _numbers_in(folder / OWN_FILES[1]), _size(folder)
+        n, size = _numbers_in(folder / OWN_FILES[1]), bytes_in(folder)
         made.append(
             KnownHypernetwork(name, "shipped", modality, DEFAULT_BASE, (n, n), (size, size), size, converted=False)
         )
@@ -145,7 +145,3 @@ def _numbers_in(file: Path) -> int:
 
     with safe_open(file, "pt") as stored:
         return sum(prod(stored.get_slice(name).get_shape()) for name in stored.keys() if "int8_scale" not in name)  # noqa: SIM118
-
-
-def _size(folder: Path, pattern: str = "*") -> int:
-    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())

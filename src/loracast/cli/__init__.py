@@ -10,8 +10,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
@@ -19,7 +17,7 @@ import typer
 
 from loracast import LoracastError, __version__
 from loracast.cli.commands import CommandGroup, add
-from loracast.cli.terminal import EXIT_CODE, printable, prompt_interrupts
+from loracast.cli.terminal import EXIT_CODE, prompt_interrupts, say, warn
 
 
 class Program(CommandGroup):
@@ -28,30 +26,24 @@ class Program(CommandGroup):
     def invoke(self, ctx: Any) -> Any:
         is_debug = bool(ctx.params.get("verbose"))
         try:
-            with _own_warnings_only(is_debug):
+            with warnings.catch_warnings():
+                if not is_debug:
+                    _show_own_warnings_only()
                 return super().invoke(ctx)
         except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
             raise typer.Exit(EXIT_CODE) from None
         except (LoracastError, OSError) as error:
             if is_debug or isinstance(error, BrokenPipeError):
                 raise
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            say(f"error: {error}")
             raise typer.Exit(1) from None
 
 
-@contextmanager
-def _own_warnings_only(is_debug: bool) -> Iterator[None]:
+def _show_own_warnings_only() -> None:
     """Show loracast's warnings as lines on standard error; those of its dependencies are for developers."""
-
-    def show_warning(message: Warning | str, *where: object) -> None:
-        print(f"warning: {printable(str(message))}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        if not is_debug:
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", category=UserWarning, module=r"loracast\b")
-            warnings.showwarning = show_warning  # type: ignore[assignment]
-        yield
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", category=UserWarning, module=r"loracast\b")
+    warnings.showwarning = lambda message, *where, **more: warn(str(message))
 
 
 def _is_no_advice_to_torchao(record: logging.LogRecord) -> bool:

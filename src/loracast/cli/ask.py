@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loracast.cli.client import Client, ServedMemory, open_client, say_sources, say_unused
-from loracast.cli.options import Answering, Json, MaxTokens, Question, check_question, distinct
+from loracast.cli.options import Answering, Json, MaxTokens, Question, distinct
 from loracast.cli.terminal import Stream, print_json, printable, say
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
 from loracast.library.library import Library
@@ -35,16 +35,13 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     With --all, --tag or a pattern of names, the documents that match the question answer, and are named after the
     answer. Without any of them and without an adapter the plain base answers.
     """
-    check_question(question)
     started = time.perf_counter()
     client, chosen = open_client(answering)
     load_s = time.perf_counter() - started
 
-    stream = Stream()
+    stream, turns = Stream(), [{"role": "user", "content": question}]
     try:
-        reply = client.reply(
-            [{"role": "user", "content": question}], chosen, (lambda text: None) if as_json else stream
-        )
+        reply = client.reply(turns, chosen, (lambda text: None) if as_json else stream)
     finally:
         if not as_json:
             stream.end()
@@ -55,21 +52,13 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
         say_sources(reply, chosen)
         return
     names = Counter(used.name for used in reply.used)
-    facts = {
-        "question": question,
-        "answer": reply.text,
-        "answered_by": reply.answered_by,
-        "finished": reply.is_finished,
-        "adapters": {used.name if names[used.name] == 1 else used.version: used.facts for used in reply.used},
-        "sources": [asdict(source) for source in reply.sources],
-        "base": client.base,
-        "n_prompt_tokens": reply.n_prompt_tokens,
-        "n_tokens": reply.n_tokens,
-        "load_s": round(load_s, 3),
-        "first_token_s": round(reply.first_token_s, 3),
+    used = {one.name if names[one.name] == 1 else one.version: one.facts for one in reply.used}
+    print_json({
+        "question": question, "answer": reply.text, "answered_by": reply.answered_by, "finished": reply.is_finished,
+        "adapters": used, "sources": reply.sources, "base": client.base, "n_prompt_tokens": reply.n_prompt_tokens,
+        "n_tokens": reply.n_tokens, "load_s": round(load_s, 3), "first_token_s": round(reply.first_token_s, 3),
         "total_s": round(reply.total_s, 3),
-    }
-    print_json(facts)
+    })  # fmt: skip
 
 
 HELP = """\
@@ -88,10 +77,8 @@ class Chatting(Answering):
     """The options of `ask`, with room for longer answers."""
 
     max_tokens: MaxTokens = 256
-    remember: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Keep what you say under this name, and answer with it; /memory shows it."),
-    ] = None
+    remember: Annotated[str | None, typer.Option(metavar="NAME")] = None
+    """Keep what you say under this name, and answer with it; /memory shows it."""
 
 
 def chat(answering: Chatting) -> None:
@@ -118,7 +105,7 @@ def chat(answering: Chatting) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, line by line, until the end of input."""
+    """Yield the user's lines until the end of input."""
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line in another encoding must not end the conversation
     if not sys.stdin.isatty():
@@ -194,7 +181,7 @@ class Talk:
             say(f"({printable(line)}: no such command; /help lists them)")
 
     def _remembered(self) -> Memory | ServedMemory:
-        """The memory, with all that has been said. Raises LoracastError where there is none."""
+        """The memory, once all messages are kept in it. Raises LoracastError where there is none."""
         if self._memory is None:
             raise LoracastError("this chat keeps no memory; begin it with --remember NAME")
         if self._learning is not None:

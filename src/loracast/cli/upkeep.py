@@ -77,12 +77,10 @@ def import_(
     from loracast.library.save import import_lora
 
     name = naming.checked(library, name_from(folder.resolve().name))
-    loaded = load_base(base, device="cpu", say=say)
-    made = import_lora(loaded, folder, library, name, replace=naming.replace)
-    manifest = made.manifest
-    facts = {"name": name, "source": manifest.source, "ranks": manifest.ranks, "n_bytes": made.n_bytes}
-    text = f"imported {name} ({manifest.source})\nrank {manifest.rank_text}, {size(made.n_bytes)}"
-    print_result(as_json, facts, text)
+    made = import_lora(load_base(base, device="cpu", say=say), folder, library, name, replace=naming.replace)
+    m = made.manifest
+    facts = {"name": name, "source": m.source, "ranks": m.ranks, "n_bytes": made.n_bytes}
+    print_result(as_json, facts, f"imported {name} ({m.source})\nrank {m.rank_text}, {size(made.n_bytes)}")
 
 
 def _part(text: str) -> tuple[str, float]:
@@ -120,9 +118,7 @@ def is_terminal() -> bool:
 
 def gc(
     *,
-    keep: Annotated[
-        int | None, typer.Option(min=1, help="Keep only the newest N versions of each name; all by default.")
-    ] = None,
+    keep: Annotated[options.OptionalCount, "Keep only the newest N versions of each name; all by default."] = None,
     dry_run: Annotated[bool, "Only say what would be deleted."] = False,
     library: options.Library,
     as_json: options.Json = False,
@@ -138,14 +134,10 @@ def compact(
     names: Annotated[list[str], "Adapters."],
     *,
     storage: Annotated[
-        Storage,
-        typer.Option(
-            "-s", "--storage",
-            help="int8 takes half of bf16's space and int4 less; text keeps no factors: they are cast again.",
-        ),
+        Storage, "int8 takes half of bf16's space and int4 less; text keeps no factors: they are cast again."
     ] = DEFAULT_STORAGE,
     library: options.Library,
-) -> None:  # fmt: skip
+) -> None:
     """Keep adapters in less space, as new versions; `loracast gc --keep 1` deletes the larger ones."""
     from loracast.cast.compact import compact as make_compact
 
