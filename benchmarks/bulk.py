@@ -26,16 +26,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 def learn(documents: Path, out: Path, options: list[str], threads: int) -> dict:
     """Run the command; what it says, and the seconds that it took."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
-    what = ["learn", str(documents), "--out", str(out), "--device", "cpu", "--json"]
+    what = ["learn", str(documents), "--out", str(out), "--device", "cpu", "--json", *options]
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "loracast", *what, *options], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "loracast", *what], env=environment, stdout=subprocess.PIPE, text=True)
     assert done.returncode in (0, 1), "the command failed"
-    report = json.loads(done.stdout)
-    report["total_s"] = time.perf_counter() - started
-    report["adapters"] = len(list(out.glob("*/adapter_config.json")))
-    return report
+    total_s, n_adapters = time.perf_counter() - started, len(list(out.glob("*/adapter_config.json")))
+    return json.loads(done.stdout) | {"total_s": total_s, "adapters": n_adapters}
 
 
 def main() -> None:

@@ -59,9 +59,8 @@ def distances(library: Path, other: Path, name: str) -> tuple[float, float]:
     for chunk in range(pair[0].manifest.n_chunks):
         one, two = (adapter.lora([chunk], dense=False).to(dtype=torch.float32) for adapter in pair)
         for module in two.names:
-            by_module = max(
-                by_module, float(torch.dist(one.delta(module), two.delta(module)) / two.delta(module).norm())
-            )
+            delta = two.delta(module)
+            by_module = max(by_module, float(torch.dist(one.delta(module), delta) / delta.norm()))
     return by_tensor, by_module
 
 

@@ -83,7 +83,8 @@ class Rounds:
         tasks = for_base(make_task_hypernet(base, encoder, 4, 30.0), base.fingerprint)
         tasks.remember_seen(load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
         tasks.save_pretrained(folder / "tasks", storage="float32")
-        models = folder / "base", folder / "hypernetwork"
+        models = str(folder / "base"), str(folder / "hypernetwork")
+        self.models = ["--base", models[0], "--hypernetwork", models[1], "--device", "cpu"]
         self.model = loracast.answering.model.load(*models, library=self.library, device="cpu")
         for number, name in enumerate(NAMES):
             self.model.learn(loracast.Document.from_text(self.text(number)), name)
@@ -92,12 +93,6 @@ class Rounds:
             place.chmod(0o755)
         self.broken: list[str] = []
         self.n_took_effect = 0
-
-    @property
-    def models(self) -> list[str]:
-        """The options that name the models."""
-        base, hypernetwork = str(self.folder / "base"), str(self.folder / "hypernetwork")
-        return ["--base", base, "--hypernetwork", hypernetwork, "--device", "cpu"]
 
     def text(self, number: int) -> str:
         """A document that differs with its number."""
@@ -128,21 +123,20 @@ class Rounds:
 
     def warm(self) -> float:
         """Run every command once in this process, which imports what they need; how long the longest takes, in s."""
-        longest_s = 0.0
+        times_s = []
         for words, _ in self.commands():
             began = time.monotonic()
             done = CliRunner().invoke(app, words)
+            times_s.append(time.monotonic() - began)
             assert done.exit_code in (0, 1), done.output
-            longest_s = max(longest_s, time.monotonic() - began)
             self._mend(self.state())
-        return longest_s
+        return max(times_s)
 
     def run(self, words: list[str], fault: str, longest_s: float) -> int:
         """Run a command in a forked process with a fault; its exit status."""
         n_bytes, ahead = self.rng.choice((0, 100, 5_000, 40_000, 100_000)), self.rng.choice((-1, 1)) * YEARS_S
         if fault == "full disk" and self.is_mounted:
-            filler = max(0, shutil.disk_usage(self.disk).free - n_bytes)
-            (self.disk / "filler").write_bytes(bytes(filler))
+            (self.disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(self.disk).free - n_bytes)))
         with contextlib.closing(sqlite3.connect(self.library / register.FILE, isolation_level=None)) as database:
             if fault == "locked":
                 database.execute("BEGIN IMMEDIATE")
@@ -283,10 +277,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="it ends after so many seconds at the latest")
     parser.add_argument("--shared", metavar="URL", help="names of a library shared at a URL, in a folder, or at s3")
     given = parser.parse_args()
-    if given.shared:
-        counts = run_shared(given.shared, given.rounds, given.seed, given.seconds)
-    else:
-        counts = run(given.rounds, given.seed, given.seconds)
+    limits = given.rounds, given.seed, given.seconds
+    counts = run_shared(given.shared, *limits) if given.shared else run(*limits)
     print(json.dumps(counts, indent=1))
     sys.exit(bool(counts["broken"]))
 

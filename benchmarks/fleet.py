@@ -119,10 +119,8 @@ class Fleet:
     def bytes_of(self, tokens: Numbers) -> dict[str, Numbers]:
         """Bytes of documents in each storage, and of their keys and values in bf16."""
         chunks = np.ceil(tokens / self.tokens_per_chunk)
-        adapters = {
-            storage: (chunks * size + dict(self.static_bytes)[storage]).astype(np.int64)
-            for storage, size in self.chunk_bytes
-        }
+        static = dict(self.static_bytes)
+        adapters = {name: (chunks * size + static[name]).astype(np.int64) for name, size in self.chunk_bytes}
         return {**adapters, CACHED[1]: self.flops.cache_bytes(tokens)}
 
     def draw_lengths(self, rng: np.random.Generator) -> Numbers:
@@ -132,10 +130,9 @@ class Fleet:
     def learn_s(self, tokens: Any) -> Any:
         """Seconds to learn a document of so many tokens, between and beyond those that were measured."""
         (n_first, first), *_, (n_last, last) = self.learned
-        found = np.interp(tokens, *zip(*self.learned, strict=True))
-        return np.where(
-            tokens < n_first, tokens * first / n_first, np.where(tokens > n_last, tokens * last / n_last, found)
-        )
+        between = np.interp(tokens, *zip(*self.learned, strict=True))
+        cases = [tokens < n_first, tokens > n_last]
+        return np.select(cases, [tokens * first / n_first, tokens * last / n_last], between)
 
 
 def numbers_of_lora(config: Mapping[str, Any], route: int) -> int:
@@ -155,15 +152,11 @@ def read_fleet(figures: Path = FIGURES, **assumed: Any) -> Fleet:
     def rows(name: str) -> list[dict[str, Any]]:
         return json.loads((figures / f"{name}.json").read_text(encoding="utf-8"))["rows"]
 
-    asked = {
-        row["baseline"]: row["prompt_tokens"]
-        for row in rows("needle") + rows("needle-prompt")
-        if row["length"] == MEASURED_TOKENS
-    }
+    asked = [row for row in rows("needle") + rows("needle-prompt") if row["length"] == MEASURED_TOKENS]
     return Fleet(
         first_token_s={row["baseline"]: row["first_token_s"] for row in rows("first-token")},
         learned=tuple((row["n_tokens"], row["learn_s"]) for row in rows("learning")),
-        prompt_tokens=asked,
+        prompt_tokens={row["baseline"]: row["prompt_tokens"] for row in asked},
         lora_numbers=numbers_of_lora(json.loads(SHIPPED.read_text(encoding="utf-8"))["config"], Fleet.route),
         **assumed,
     )
@@ -273,14 +266,14 @@ def simulate(fleet: Fleet, tokens: Numbers, exponent: float, routing: str) -> Si
     rates = request_rates(fleet.documents, fleet.hot, fleet.hot_share, exponent)
     memories = [1e9 * memory for memory in fleet.memories]
     if routing == "any":
-        requests, owner, n_replicas = draw_requests(rng, rates, fleet.requests // fleet.replicas), None, 1
+        requests = draw_requests(rng, rates, fleet.requests // fleet.replicas)
+        owner = np.zeros(fleet.documents, int)
     else:
-        requests, n_replicas = draw_requests(rng, rates, fleet.requests), fleet.replicas
-        owner = rng.integers(n_replicas, size=fleet.documents)
+        requests = draw_requests(rng, rates, fleet.requests)
+        owner = rng.integers(fleet.replicas, size=fleet.documents)
     parts, hits, che, weights = [], [], [], []
-    for replica in range(n_replicas):
-        mine = np.arange(fleet.documents) if owner is None else np.flatnonzero(owner == replica)
-        asked = requests if owner is None else requests[owner[requests] == replica]
+    for replica in range(owner.max() + 1):
+        mine, asked = np.flatnonzero(owner == replica), requests[owner[requests] == replica]
         if not len(asked):
             continue
         before = mine[requests_before(rng, rates[mine], n_bytes[mine].min(1), max(memories))]
@@ -343,16 +336,10 @@ def ways(fleet: Fleet, tokens: Numbers, found: Simulated) -> list[Way]:
         if uses_adapter:
             operations = operations + (n_read + fleet.answer_tokens - 1) * 2 * fleet.lora_numbers
             seconds = timed["adapter"] + missing / (1e6 * fleet.network) + (cast_s or 0.0)
-        mean_s = 1000 * float(np.mean(seconds))
-        return Way(
-            label=label,
-            hits=None if is_hit is None else float(np.mean(is_hit)),
-            read_tokens=float(np.mean(n_read)),
-            gflop=None if cast_s else 1000 * float(np.mean(operations)) / 1e9,
-            seconds=mean_s,
-            joules=fleet.watts * mean_s,
-            fetched_gb=1000 * float(np.mean(missing)) / 1e9,
-        )
+        read, mean_s, fetched_gb = np.mean(n_read), 1000 * np.mean(seconds), 1000 * np.mean(missing) / 1e9
+        gflop = None if cast_s else 1000 * np.mean(operations) / 1e9
+        hits = None if is_hit is None else np.mean(is_hit)
+        return Way(label, hits, read, gflop, mean_s, fleet.watts * mean_s, fetched_gb)
 
     sizes, (has_adapter, has_kv) = fleet.bytes_of(tokens), found.is_hit.T
     cast_s = float(fleet.learn_s(fleet.route * fleet.tokens_per_chunk))
@@ -453,9 +440,8 @@ OPTIONS = (
 
 def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Fleet, Path | None]:
     """The fleet that a command line asks for, and the folder for its pictures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    shown_as_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown_as_is, allow_abbrev=False)
     for one in fields(Fleet):
         if one.name in OPTIONS:
             parser.add_argument(

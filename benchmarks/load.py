@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,15 @@ MIX = {
     "delete and learn": (3, "change"), "same name twice": (1, "same_name_twice"),
 }  # fmt: skip
 """Kinds of work: how often each is drawn, and the method of `Load` that does it."""
-LATEST_S = 300.0
+OPTIONS: tuple[tuple[str, float, str], ...] = (
+    ("--minutes", 10.0, ""), ("--clients", 8, ""), ("--adapters", 24, ""), ("--requests", 300_000, "most requests"),
+    ("--seed", 0, ""), ("--fault-every", 180.0, "most seconds between two faults"), ("--adapter-memory-mib", 8.0, ""),
+    ("--prompt-cache-mib", 4.0, ""),
+)  # fmt: skip
+"""Options with numbers: their defaults, and what they mean."""
+JOB_TIMEOUT_S = 300.0
 """How long after the run a job may end, in seconds."""
-KILLS_END = 1 / 3
+KILL_PHASE = 1 / 3
 """The share of the time in which the server is killed; its last life is long enough to show whether it grows."""
 _START_S = 120.0
 _DATABASES = (register.FILE, "serving/state.sqlite")
@@ -139,11 +145,8 @@ class Load:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=given.clients)
         self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
         needles = make_needles(self.rng, N_QUESTIONS, split="dev", kind="number4")
-        self.known = [
-            Known(f"doc-{i}", one.statement.replace(one.answer, "{}"), one.question)
-            for i in range(given.adapters)
-            for one in [needles[i % N_QUESTIONS]]
-        ]
+        asked = [(one.statement.replace(one.answer, "{}"), one.question) for one in needles]
+        self.known = [Known(f"doc-{i}", *asked[i % N_QUESTIONS]) for i in range(given.adapters)]
         # Any two numbers differ in two digits at least, so that a slip of one is not taken for another's number.
         numbers = [f"{n}{sum(map(int, str(n))) % 10}" for n in range(100, 1000)]
         self._numbers = itertools.cycle(self.rng.sample(numbers, len(numbers)))
@@ -184,10 +187,8 @@ class Load:
         Args:
             leave_after: the number of pieces after which the client leaves; 0 stays to the end.
         """
-        async with (
-            self.recorded(kind) as record,
-            self.http.stream("POST", "/v1/chat/completions", json=body) as response,
-        ):
+        asked = self.http.stream("POST", "/v1/chat/completions", json=body)
+        async with self.recorded(kind) as record, asked as response:
             record.status = response.status_code
             if response.is_error:
                 return None
@@ -228,11 +229,10 @@ class Load:
         """Ask for an adapter's number, by one of its names, and note what answers."""
         leave_after = self.rng.randint(1, 3) if kind == "disconnect" else 0
         one = self.rng.choice(self.known)
-        names = [one.name, f"{self.base}:{one.name}"]
         least, n_learned, n_deleted = len(one.versions) - 1, one.n_learned, one.n_deleted
         was_there, was_gone = one.is_there, one.is_gone
         body: dict[str, Any] = {
-            "model": self.rng.choice(names),
+            "model": self.rng.choice([one.name, f"{self.base}:{one.name}"]),
             "messages": [{"role": "user", "content": one.question}],
             "max_tokens": self.rng.choice([12, 16, 48]),
         }
@@ -248,11 +248,10 @@ class Load:
             self.run.answers.append(Answer(one.name, one.versions, max(least, 0), is_gone, content))
 
     async def base_chat(self, kind: str) -> None:
-        content = " ".join(self.rng.choices(PROSE, k=self.rng.choice([1, 4, 40]))) + " What is this about?"
-        body = {"model": self.base, "messages": [{"role": "user", "content": content}]}
-        content = await self.chat(
-            kind, {**body, "max_tokens": self.rng.choice([8, 32, 96]), "stream": self.rng.random() < 0.5}
-        )
+        text = " ".join(self.rng.choices(PROSE, k=self.rng.choice([1, 4, 40]))) + " What is this about?"
+        body: dict[str, Any] = {"model": self.base, "messages": [{"role": "user", "content": text}]}
+        body |= {"max_tokens": self.rng.choice([8, 32, 96]), "stream": self.rng.random() < 0.5}
+        content = await self.chat(kind, body)
         if content is not None and content["adapters"]:
             self.run.broken.append("an adapter answered a question to the base")
 
@@ -277,7 +276,7 @@ class Load:
         """A job when it has ended, with the status "lost" where it is gone, or goes on long after the run."""
         while job["status"] in ("queued", "running"):
             await asyncio.sleep(0.2)
-            if self.now_s > self.run.seconds + LATEST_S:
+            if self.now_s > self.run.seconds + JOB_TIMEOUT_S:
                 self.run.broken.append(f"the job to learn {job['adapter']} does not end")
                 return {**job, "status": "lost", "error": None}
             response = await self.send("look at a job", "GET", f"/v1/jobs/{job['id']}")
@@ -390,15 +389,13 @@ class Load:
         """Kill the server and hold its databases in turn, at random moments, until the load is over."""
         rng = random.Random(self.given.seed + 1)
         for is_kill in itertools.cycle((True, False)):
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self.is_over.wait(), self.given.fault_every * rng.uniform(0.3, 1.0))
                 return
-            except TimeoutError:
-                pass
             if not is_kill:
                 await asyncio.to_thread(_hold, library / rng.choice(_DATABASES), rng.uniform(0.5, 3.0))
                 self.run.n_held += 1
-            elif self.now_s < self.run.seconds * KILLS_END:
+            elif self.now_s < self.run.seconds * KILL_PHASE:
                 await self.restart()
 
     async def go(self, library: Path) -> Run:
@@ -410,17 +407,15 @@ class Load:
             self.started = time.perf_counter()
             self.run.records.clear()
             watching = asyncio.create_task(self.watch())
-            faults = asyncio.create_task(self.cause_faults(library)) if self.given.faults else None
+            faults = [asyncio.create_task(self.cause_faults(library))] if self.given.faults else []
             await asyncio.gather(*(self.client() for _ in range(self.given.clients)))
             self.is_over.set()
-            if faults is not None:
-                await faults
+            await asyncio.gather(*faults)
             self.run.seconds_taken = self.now_s
             watching.cancel()
             self.note_size()
             # The figures of the engine in the server's last life, without those of requests by route.
-            text = (await self.http.get("/metrics")).text
-            found = re.findall(r"^loracast_(\w+) (\S+)$", text, re.MULTILINE)
+            found = re.findall(r"^loracast_(\w+) (\S+)$", (await self.http.get("/metrics")).text, re.MULTILINE)
             self.run.engine = {name: float(value) for name, value in found}
             await self.check_kept()
         return self.run
@@ -437,26 +432,17 @@ class Load:
 def main(words: list[str] | None = None) -> None:
     """Run the program with the words of a command line, those of this process by default."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--adapters", type=int, default=24)
-    parser.add_argument("--requests", type=int, default=300_000, help="most requests")
-    parser.add_argument("--seed", type=int, default=0)
+    for option, default, about in OPTIONS:
+        parser.add_argument(option, type=type(default), default=default, help=about)
     parser.add_argument("--faults", action="store_true", help="kill the server in the first third, hold its databases")
-    parser.add_argument("--fault-every", type=float, default=180.0, help="most seconds between two faults")
     parser.add_argument("--base", help="as of `loracast serve`")
     parser.add_argument("--hypernetwork", help="as of `loracast serve`")
-    parser.add_argument("--adapter-memory-mib", type=float, default=8.0)
-    parser.add_argument("--prompt-cache-mib", type=float, default=4.0)
     parser.add_argument("--json", type=Path, help="file for the figures")
     given = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         home, log_path = Path(folder) / "home", Path(folder) / "log"
         home.mkdir()
-        for cache in (
-            cache_dir("bases"),
-            cache_dir("encoders"),
-        ):  # they are fetched already, and the rest is of this run alone
+        for cache in map(cache_dir, ("bases", "encoders")):  # fetched already; the rest is of this run alone
             if cache.exists():
                 (home / cache.name).symlink_to(cache)
         serve = [

@@ -12,9 +12,9 @@ import numpy as np
 
 from loracast.lab.evaluation.report import markdown
 
-MOST_GROWTH = 1.05
+MAX_GROWTH = 1.05
 """Resident size at the end of the server's last life, at most, over that after its first minutes."""
-FIRST_S = 300.0
+WARM_UP_S = 300.0
 """The first minutes of a life, in seconds, or a fifth of it where it is shorter."""
 PERCENTILES = (50, 95, 99)
 
@@ -97,13 +97,11 @@ class Run:
         found = []
         for begin_s, end_s in zip(begins, ends, strict=True):
             sizes = [size for size in self.sizes if begin_s <= size.s <= end_s + 1]
-            early_s = begin_s + min(FIRST_S, (end_s - begin_s) / 5)
+            early_s = begin_s + min(WARM_UP_S, (end_s - begin_s) / 5)
             if sizes:
                 early, last = min(sizes, key=lambda size: abs(size.s - early_s)).mib, sizes[-1].mib
-                growth = round(last / early, 4)
-                found.append(
-                    {"s": [round(begin_s, 1), round(end_s, 1)], "early_mib": early, "last_mib": last, "growth": growth}
-                )
+                found.append({"s": [round(begin_s, 1), round(end_s, 1)], "early_mib": early, "last_mib": last})
+                found[-1]["growth"] = round(last / early, 4)
         return found
 
     def read_log(self, log: str) -> None:
@@ -156,7 +154,7 @@ def summary(run: Run) -> dict[str, Any]:
         broken.append(f"{n} times an adapter that was there was not found")
     lives = run.lives
     growth = lives[-1]["growth"]
-    if growth > MOST_GROWTH:
+    if growth > MAX_GROWTH:
         broken.append(f"the server's resident size grew to {growth:.3f} times that after its first minutes")
     kinds = sorted({record.kind for record in run.records})
     n_generated = run.engine.get("generated_tokens_total", 0.0)
@@ -209,12 +207,10 @@ def table(figures: Mapping[str, Any]) -> str:
         statuses = ", ".join(f"{n} x {status}" for status, n in of["statuses"].items())
         lines.append([kind, str(of["n"]), statuses, shown(of["first_token_ms"]), shown(of["total_ms"])])
     first, last = figures["resident"][0], figures["resident"][-1]
-    told = {
-        key: value for key, value in figures.items() if key not in ("options", "kinds", "resident", "log", "broken")
-    }
+    told = [key for key in figures if key not in ("options", "kinds", "resident", "log", "broken")]
     return "\n".join([
         markdown(lines), "",
-        *(f"{key}: {value}" for key, value in told.items()),
+        *(f"{key}: {figures[key]}" for key in told),
         f"resident size, MiB (of which anonymous): {first['mib']} ({first['anonymous_mib']}) at the start, "
         f"{last['mib']} ({last['anonymous_mib']}) at the end",
         *(f"log: {line}" for line in figures["log"]),

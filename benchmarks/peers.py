@@ -131,29 +131,22 @@ def completes(http: httpx.Client, url: str, n_tokens: int, **more: object) -> Ca
     return complete
 
 
-def in_vllm(
-    http: httpx.Client, url: str, folders: dict[str, Path], rows: Sequence[Row], given: argparse.Namespace
-) -> float:
+def in_vllm(http: httpx.Client, folders: dict[str, Path], rows: Sequence[Row], given: argparse.Namespace) -> float:
     """vLLM asked directly, with the adapters loaded for the time of the measurement."""
-
-    def tell(what: str, **body: str) -> None:
-        http.post(f"{url}/v1/{what}_lora_adapter", json=body).raise_for_status()
-
     for name, folder in folders.items():
-        tell("load", lora_name=name, lora_path=str(folder))
+        body = {"lora_name": name, "lora_path": str(folder)}
+        http.post(f"{given.vllm}/v1/load_lora_adapter", json=body).raise_for_status()
     try:
-        return at_once(completes(http, url, given.tokens, min_tokens=given.tokens), rows, given.repeats)
+        return at_once(completes(http, given.vllm, given.tokens, min_tokens=given.tokens), rows, given.repeats)
     finally:
         for name in folders:
-            tell("unload", lora_name=name)
+            http.post(f"{given.vllm}/v1/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
 
 
 def in_llama_cpp(package: Path, files: dict[str, Path], rows: Sequence[Row], given: argparse.Namespace) -> float:
     script = Path(__file__).with_name("peers_llama_cpp.mjs")
-    asked = [
-        {"file": str(file), "prompts": [row.prompt for row in rows if row.adapter == name]}
-        for name, file in files.items()
-    ]
+    prompts = {name: [row.prompt for row in rows if row.adapter == name] for name in files}
+    asked = [{"file": str(file), "prompts": prompts[name]} for name, file in files.items()]
     order = json.dumps({"adapters": asked, "tokens": given.tokens, "threads": torch.get_num_threads()})
     command = ["node", script, package.resolve(), base_gguf(DEFAULT_BASE)]
     done = subprocess.run([str(part) for part in command], input=order, capture_output=True, text=True, check=True)
@@ -173,10 +166,8 @@ def in_transformers(folders: dict[str, Path], rows: Sequence[Row], given: argpar
     n_tokens, started = 0, time.perf_counter()
     for row in {row.adapter: row for row in rows}.values():
         model.set_adapter(row.adapter)
-        ids = torch.tensor([row.prompt])
-        made = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=given.tokens, min_new_tokens=given.tokens
-        )
+        ids, length = torch.tensor([row.prompt]), {"max_new_tokens": given.tokens, "min_new_tokens": given.tokens}
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length)
         n_tokens += made.shape[1] - ids.shape[1]
     return n_tokens / (time.perf_counter() - started)
 
@@ -208,7 +199,7 @@ def main() -> None:
         with served(folder / "library", "local") as url:
             rates["loracast serve"] = at_once(completes(http, url, given.tokens, always=True), rows, given.repeats)
         if given.vllm:
-            rates["vLLM"] = in_vllm(http, given.vllm, peft, rows, given)
+            rates["vLLM"] = in_vllm(http, peft, rows, given)
             with served(folder / "library", given.vllm) as url:
                 asks = completes(http, url, given.tokens, always=True)
                 rates["loracast serve --engine (vLLM)"] = at_once(asks, rows, given.repeats)

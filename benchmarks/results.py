@@ -180,12 +180,11 @@ def measure(
     if (dtype := report["dtype"]) and dtype != now.get("dtype", dtype):
         raise SystemExit(f"{one.id} was measured in {dtype}, and the page's figures are in {now['dtype']}")
     needed = {*keys, *one.rows, *re.findall(r"{(\w+)", one.label)}
-    machine = report["machine"]
     kept = {
         "command": one.command,
         "fingerprint": now,
         "date": report["date"][:10],
-        "machine": {key: machine[key] for key in ("cpu", "cores", "threads", "device")},
+        "machine": {key: report["machine"][key] for key in ("cpu", "cores", "threads", "device")},
         "loracast": report["versions"]["loracast"],
         "minutes": round(minutes, 1),
         "rows": [
@@ -230,26 +229,20 @@ def page(plan: Plan, folder: Path = FIGURES) -> str:
         if section.cells:
             parts.append(cells_table(plan, [section.first, *section.columns], section.cells, folder))
             continue
-        lines = [[section.first, *(plan.columns[name].header for name in section.columns)]]
-        about = []
+        columns = [plan.columns[name] for name in section.columns]
+        lines, about = [[section.first, *(column.header for column in columns)]], []
         for one in section.measurements:
             kept = figures_of(one, folder)
-            about.append(_about(one, kept))
+            note = f"\n{one.note.strip()}" if one.note else ""
+            about.append(f"{one.says[0].upper()}{one.says[1:]}: {_made(one, kept)}.{note}")
+            about.append(f"    {one.command} --out OUT")
             if kept is None:
-                lines.append([one.says, _unmeasured(one), *[""] * (len(section.columns) - 1)])
+                lines.append([one.says, _unmeasured(one), *[""] * (len(columns) - 1)])
                 continue
-            for row in kept["rows"]:
-                if all(row.get(key) in values for key, values in one.rows.items()):
-                    cells = [cell(row, plan.columns[name]) for name in section.columns]
-                    lines.append([one.label.format_map(row), *cells])
+            rows = (row for row in kept["rows"] if all(row.get(key) in of for key, of in one.rows.items()))
+            lines += [[one.label.format_map(row), *(cell(row, column) for column in columns)] for row in rows]
         parts += [markdown(lines), *about]
     return "\n\n".join([*parts, plan.ending.strip()]) + "\n"
-
-
-def _about(one: Measurement, kept: Mapping[str, Any] | None) -> str:
-    """The command of a measurement, and with what it was run."""
-    note = f"\n{one.note.strip()}" if one.note else ""
-    return f"{one.says[0].upper()}{one.says[1:]}: {_made(one, kept)}.{note}\n\n    {one.command} --out OUT"
 
 
 def _made(one: Measurement, kept: Mapping[str, Any] | None) -> str:
