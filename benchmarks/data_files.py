@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from loracast.lab.data.rows import each_row
 
@@ -23,8 +24,8 @@ DEV_ARTICLES = {
 }  # fmt: skip
 
 
-def split(data: Path, out: Path) -> tuple[int, int]:
-    """Write both files and give their numbers of rows: those for choosing, and those for training."""
+def split(data: Path, out: Path) -> None:
+    """Write both files and print their numbers of rows: those for choosing, and those for training."""
     rows: list[dict[str, Any]] = []
     each_row(data / "docqa_train.jsonl.gz", rows.append, "training documents")
     dev = [row for row in rows if row["source"] == SOURCE and row.get("title") in DEV_ARTICLES]
@@ -32,7 +33,7 @@ def split(data: Path, out: Path) -> tuple[int, int]:
     out.mkdir(parents=True, exist_ok=True)
     write(out / "squad_dev_articles.jsonl.gz", dev)
     write(out / "docqa_train_less_dev.jsonl.gz", train)
-    return len(dev), len(train)
+    print(f"{len(dev)} rows to choose with, {len(train)} to train on")
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -42,7 +43,4 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    n_dev, n_train = split(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(f"{n_dev} rows to choose with, {n_train} to train on")
+    typer.run(split)

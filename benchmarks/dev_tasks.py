@@ -8,13 +8,13 @@ The held-out tasks are left out, so that nothing can be chosen by them.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from data_files import write
 
 from loracast.lab.data.rows import each_row
@@ -45,21 +45,17 @@ def dev_tasks(meta: Iterable[dict[str, Any]]) -> set[str]:
     return chosen
 
 
-def main() -> None:
-    """Read the tasks and write the development set beside each other."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks", type=Path, help="tasks.jsonl.gz, with its descriptions and metadata beside it")
-    parser.add_argument("--out", type=Path, required=True, help="Folder to write.")
-    given = parser.parse_args()
-    chosen = dev_tasks(rows_of(given.tasks.with_name("tasks_meta.jsonl.gz")))
-    given.out.mkdir(parents=True, exist_ok=True)
+def main(tasks: Path, *, out: Annotated[Path, typer.Option(help="Folder to write.")]) -> None:
+    """Write the development set of tasks.jsonl.gz, which has its descriptions and metadata beside it."""
+    chosen = dev_tasks(rows_of(tasks.with_name("tasks_meta.jsonl.gz")))
+    out.mkdir(parents=True, exist_ok=True)
     for name in ("tasks", "task_descriptions", "tasks_meta"):
-        rows = [r for r in rows_of(given.tasks.with_name(f"{name}.jsonl.gz")) if r["task_split"] == "train"]
+        rows = [row for row in rows_of(tasks.with_name(f"{name}.jsonl.gz")) if row["task_split"] == "train"]
         for row in rows:
             row["task_split"] = "heldout" if row["task"] in chosen else "train"
-        write(given.out / f"{name}.jsonl.gz", rows)
-    print(f"{len(chosen)} development tasks in {given.out}: {', '.join(sorted(chosen))}")
+        write(out / f"{name}.jsonl.gz", rows)
+    print(f"{len(chosen)} development tasks in {out}: {', '.join(sorted(chosen))}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import typer
 from sklearn.linear_model import LogisticRegression
 
 import loracast
@@ -45,12 +46,12 @@ def questions(setup: DocumentSetup, path: str) -> Iterator[tuple[str, DocumentCa
             yield "people", DocumentCase(document, asked.question, asked.answers, doc_id=one.doc_id)
 
 
-def main(path: str) -> None:
+def main(dev_documents: str) -> None:
     """Fit on two thirds of the documents, measure on the others, then fit on all."""
     model = loracast.load()
     setup, request = DocumentSetup(model), adapter("document")
     rows, labels, kinds, ids = list[list[float]](), list[bool](), list[str](), list[str]()
-    for kind, case in questions(setup, path):
+    for kind, case in questions(setup, dev_documents):
         asked = request(setup, case)
         shares = Copying(model.base.tokenizer, asked.prepared.likely, model.base.end_ids).shares(())
         if not shares:
@@ -83,6 +84,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    main(sys.argv[1])
+    typer.run(main)

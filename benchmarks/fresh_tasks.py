@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
 from data_files import write
 from dev_tasks import rows_of
 
@@ -296,13 +296,18 @@ def write_tasks(data: Path, out: Path) -> None:
             taken: set[str] = set()
             rows += made(rule, by_split["test"], N_TEST, "test", taken)
             rows += made(rule, by_split["train"], N_TRAIN, "train", taken)
+    write_suite(out, about, rows)
+
+
+def write_suite(out: Path, about: dict[str, Any], rows: list[dict[str, str]]) -> None:
+    """Write the rows of held-out tasks, with descriptions and metadata by what is known about each."""
     names = list(dict.fromkeys(row["task"] for row in rows))
     meta, descriptions = [], []
     for name in names:
         outputs = {row["output"] for row in rows if row["task"] == name}
         kind = "near" if about[name].get("near") else "far"
         labels = sorted(outputs) if len(outputs) <= 12 else []
-        meta.append({"task": name, "group": about[name]["group"], "heldout_kind": kind, "labels": labels})
+        meta.append({"task": name, "group": about[name].get("group", name), "heldout_kind": kind, "labels": labels})
         descriptions += [{"task": name, "kind": "heldout", "description": d} for d in about[name]["descriptions"]]
     out.mkdir(parents=True, exist_ok=True)
     for file, some in (("tasks", rows), ("task_descriptions", descriptions), ("tasks_meta", meta)):
@@ -311,6 +316,4 @@ def write_tasks(data: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    write_tasks(Path(sys.argv[1]), Path(sys.argv[2]))
+    typer.run(write_tasks)

@@ -9,17 +9,16 @@ tasks, they are there to be looked at: whatever was chosen by them is measured o
 
 from __future__ import annotations
 
-import json
 import random
 import re
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
 from dev_tasks import rows_of
-from fresh_tasks import sentences_of
+from fresh_tasks import sentences_of, write_suite
 
 SEED = "unseen tasks 1"
 N_TRAIN, N_TEST = 60, 30
@@ -225,7 +224,7 @@ def split(rows: list[tuple[str, str]], rng: random.Random) -> list[dict[str, str
 
 
 def write_tasks(data: Path, out: Path) -> None:
-    """Write a JSON file for each task."""
+    """Write the tasks, their descriptions and their metadata."""
     about = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     rows = {name: list(listed(task["pairs"])) for name, task in about.items() if "pairs" in task}
     for draw in DRAWN:
@@ -236,22 +235,11 @@ def write_tasks(data: Path, out: Path) -> None:
         for rule in rules:
             rng = random.Random(f"{SEED}/{rule.__name__}")
             rows[rule.__name__] = [row for source in sources for row in rule(source, rng)]
-    out.mkdir(parents=True, exist_ok=True)
-    for name, task in about.items():
-        examples = split(rows[name], random.Random(f"{SEED}/{name}/split"))
-        answers = sorted({row["output"] for row in examples})
-        stored = {
-            "descriptions": {"heldout": task["descriptions"]},
-            "examples": examples,
-            "labels": answers if len(answers) <= 12 else [],
-            "group": name,
-            "heldout": True,
-        }
-        (out / f"{name}.json").write_text(json.dumps(stored, ensure_ascii=False, indent=1), encoding="utf-8")
-    print(f"{len(about)} tasks in {out}")
+    examples = {name: split(rows[name], random.Random(f"{SEED}/{name}/split")) for name in about}
+    write_suite(
+        out, about, [{"task": name, "task_split": "heldout", **row} for name, some in examples.items() for row in some]
+    )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    write_tasks(Path(sys.argv[1]), Path(sys.argv[2]))
+    typer.run(write_tasks)
