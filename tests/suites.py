@@ -87,7 +87,7 @@ class WordCounts:
 def episode_of(source: TaskSource, task: Task, seed: int) -> Episode:
     """Some examples of one task."""
     rng, n = random.Random(seed), source.config.examples_per_task
-    pool, system = source.short_enough(task), rng.choice(SYSTEM_TURNS)
+    pool, system = source.short_enough[task.name], rng.choice(SYSTEM_TURNS)
     rows = tuple(rng.sample(pool, min(n, len(pool))))
     return source.episodes([DrawnTask(task, TaskSpec(""), DEFAULT_STYLE, rows, system)])[0]
 

@@ -17,7 +17,7 @@ from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.lab.data.tasks import Task, read_tasks
 from loracast.lab.training.loop import TrainConfig
-from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multitask
+from loracast.lab.training.loras import OracleRecipe, PeftConfig, train_multitask
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe, train_text
 from loracast.library.library import Library

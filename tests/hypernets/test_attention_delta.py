@@ -17,11 +17,11 @@ from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import KEPT_RANK, AttentionDeltaToLoRA
 from loracast.hypernets.attention_delta_encoder import POSITIONS
 from loracast.lab.data.tasks import read_tasks
-from loracast.lab.training.document_start import fit_position_probes
 from loracast.lab.training.loop import TrainConfig
-from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multitask
+from loracast.lab.training.loras import OracleRecipe, PeftConfig, train_multitask
+from loracast.lab.training.recipe import read_recipe
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
-from loracast.lab.training.text import TextRecipe, read_text_recipe, train_text
+from loracast.lab.training.text import TextRecipe, fit_position_probes, train_text
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, LoRABatch, inject
 from loracast.lora.peft_format import read_peft
@@ -358,11 +358,11 @@ def test_options_of_the_other_variants_are_refused(base, tmp_path):
     path = tmp_path / "r.toml"
     for line, message in (
         ('variant = "attention_delta"\nwidth = 3', "no hypernetwork.width"),
-        ('variant = "attention_delta"\nencoder = "base"', "leave hypernetwork.encoder out"),
+        ('variant = "attention_delta"\nencoder = "base"', "no hypernetwork.encoder"),
     ):
         path.write_text(f'[hypernetwork]\nkinds = ["o_proj"]\n{line}\n')
         with pytest.raises(ConfigError, match=message):
-            train_text(base, read_text_recipe(path), read_tasks(write_suite(tmp_path)), tmp_path / "run")
+            train_text(base, read_recipe(TextRecipe(), path), read_tasks(write_suite(tmp_path)), tmp_path / "run")
 
 
 def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, hypernetwork, tmp_path):

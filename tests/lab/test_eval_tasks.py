@@ -26,7 +26,7 @@ from loracast.lab.evaluation.likelihood import Choice, likeliest
 from loracast.lab.evaluation.report import paired_bootstrap
 from loracast.lab.evaluation.tasks import BASELINES, SHOTS, TaskCase, TasksConfig, TaskSetup, evaluate_tasks
 from loracast.lab.training.loop import TrainConfig
-from loracast.lab.training.oracle import OracleRecipe, train_multitask, train_oracles
+from loracast.lab.training.loras import OracleRecipe, train_multitask, train_oracles
 from loracast.lora.algebra import LoRA, inject
 from loracast.lora.factors import Factors
 from suites import DATA, SEVEN_OPPOSITES, WordCounts, write_rows

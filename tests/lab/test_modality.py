@@ -27,12 +27,13 @@ from loracast.lab.data.labelled import Labelled
 from loracast.lab.evaluation.modality import ALL, HELD_OUT, TRAINED, ModalityEvalConfig, evaluate_modality
 from loracast.lab.training.modality import (
     ModalityDataConfig,
+    ModalityRecipe,
     ModalitySource,
     encoded,
-    read_modality_recipe,
     train_modality,
     wordings,
 )
+from loracast.lab.training.recipe import read_recipe
 from tiny import for_base, gradient, make_hypernet
 from waves import WaveEncoder, make_waves
 
@@ -65,7 +66,9 @@ def cache(home):
 def recipe(*overrides: str):
     small = ["width=16", "n_heads=2", "n_kv_heads=2", "head_dim=8", "n_decoder_blocks=1", "rank=4"]
     settings = [*(f"hypernetwork.{s}" for s in small), "training.bf16=false", "training.lr=3e-3"]
-    return read_modality_recipe(None, [*settings, "training.log_every=1", "data.examples_per_step=12", *overrides])
+    return read_recipe(
+        ModalityRecipe(), None, [*settings, "training.log_every=1", "data.examples_per_step=12", *overrides]
+    )
 
 
 def test_encoders_of_all_modalities_have_one_interface(base, vision):
@@ -266,7 +269,7 @@ def test_a_run_goes_on_where_it_stopped(base, tmp_path):
         torch.testing.assert_close(value, other[name], msg=name)
     started = train_modality(
         base,
-        read_modality_recipe(None, ["training.steps=1", "training.bf16=false"]),
+        read_recipe(ModalityRecipe(), None, ["training.steps=1", "training.bf16=false"]),
         waves,
         WaveEncoder(),
         tmp_path / "on",
@@ -276,7 +279,7 @@ def test_a_run_goes_on_where_it_stopped(base, tmp_path):
     with pytest.raises(HypernetworkError, match="give the encoder that it was trained with"):
         train_modality(
             base,
-            read_modality_recipe(None, ["training.steps=1"]),
+            read_recipe(ModalityRecipe(), None, ["training.steps=1"]),
             waves,
             WaveEncoder(patch=32),
             tmp_path / "other",

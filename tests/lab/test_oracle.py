@@ -17,17 +17,17 @@ from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError, ConfigError, TrainingError
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.training.loop import TrainConfig
-from loracast.lab.training.oracle import (
+from loracast.lab.training.loras import (
     MULTITASK,
     OracleRecipe,
     PeftConfig,
     oracles_in,
     read_multitask,
     read_oracle,
-    read_oracle_recipe,
     train_multitask,
     train_oracles,
 )
+from loracast.lab.training.recipe import read_recipe
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe
 from loracast.lora.algebra import LoRA, LoRABatch, inject
@@ -91,8 +91,11 @@ def test_interrupted_oracles_go_on_to_the_same_weights(base, tasks, tmp_path):
     assert not (tmp_path / "parts" / tasks[1].name).exists()  # asked to stop, it does not begin the next
     with pytest.raises(AdapterError, match="is finished"):
         read_oracle(tmp_path / "parts" / tasks[0].name, base.fingerprint)
-    assert train_oracles(base, recipe, tasks[:2], tmp_path / "parts", budget_s=0.0) == []
-    assert train_oracles(base, recipe, tasks[:2], tmp_path / "parts", budget_s=600.0) == [t.name for t in tasks[:2]]
+    over, enough = (
+        dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, budget_s=s)) for s in (0.0, 600.0)
+    )
+    assert train_oracles(base, over, tasks[:2], tmp_path / "parts") == []
+    assert train_oracles(base, enough, tasks[:2], tmp_path / "parts") == [t.name for t in tasks[:2]]
     for task in tasks[:2]:
         one, other = (
             load_file(tmp_path / which / task.name / "adapter_model.safetensors") for which in ("whole", "parts")
@@ -101,7 +104,7 @@ def test_interrupted_oracles_go_on_to_the_same_weights(base, tasks, tmp_path):
     stamp = (tmp_path / "whole" / tasks[0].name / "adapter_model.safetensors").stat().st_mtime_ns
     train_oracles(base, recipe, tasks[:2], tmp_path / "whole")  # nothing to do
     assert (tmp_path / "whole" / tasks[0].name / "adapter_model.safetensors").stat().st_mtime_ns == stamp
-    assert train_oracles(base, recipe, tasks[:2], tmp_path / "whole", budget_s=0.0) == [t.name for t in tasks[:2]]
+    assert train_oracles(base, over, tasks[:2], tmp_path / "whole") == [t.name for t in tasks[:2]]
     with pytest.raises(TrainingError, match=r"other settings \(lora\)"):
         train_oracles(base, dataclasses.replace(recipe, lora=PeftConfig(rank=3)), tasks[:1], tmp_path / "whole")
 
@@ -184,11 +187,11 @@ def test_what_is_not_a_plain_lora_is_refused(tmp_path):
 
 
 def test_the_recipe():
-    recipe = read_oracle_recipe(None, ["lora.rank=3", "data.examples_per_task=7", "training.lr=0.5"])
+    recipe = read_recipe(OracleRecipe(), None, ["lora.rank=3", "data.examples_per_task=7", "training.lr=0.5"])
     assert (recipe.lora.rank, recipe.data.examples_per_task, recipe.training.lr) == (3, 7, 0.5)
     assert recipe.training.steps == OracleRecipe().training.steps
     with pytest.raises(ConfigError, match=r"unknown key lora\.rnk"):
-        read_oracle_recipe(None, ["lora.rnk=3"])
+        read_recipe(OracleRecipe(), None, ["lora.rnk=3"])
 
 
 def test_the_commands(tiny_folder, tmp_path, home):
@@ -198,7 +201,7 @@ def test_the_commands(tiny_folder, tmp_path, home):
     def run(*arguments) -> dict:
         done = CliRunner().invoke(app, ["train", *(str(a) for a in (*arguments, *common))])
         assert done.exit_code == 0, done.output
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(done.stdout)
 
     names = sorted(task.name for task in read_tasks(suite))
     assert run("oracle", "--out", tmp_path / "library", "--only", names[0])["done"] == names[:1]

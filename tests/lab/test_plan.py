@@ -17,9 +17,10 @@ from loracast.cast.catalogue import base_config, known_bases, known_hypernetwork
 from loracast.cli import app
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.lab.training.doc import answer_questions, doc_config, read_doc_recipe
+from loracast.lab.training.doc import DocRecipe, answer_questions, doc_config
 from loracast.lab.training.document_source import EpisodeSource
 from loracast.lab.training.plan import Counter, Machine, StepShape, gpus, shape_of, step_cost
+from loracast.lab.training.recipe import read_recipe
 from tiny import make_model, make_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "gpu"
@@ -55,8 +56,8 @@ def run(*arguments: object) -> str:
 def test_a_steps_peak_and_computation_are_those_of_a_real_one(passes):
     """Of a real batch with a memory: live tensors and operations of training's own step, forward and backward."""
     model, tokenizer = make_model(), make_tokenizer()
-    recipe = read_doc_recipe(
-        None, ["data.questions_per_step=12", "hypernetwork.memory_layers=[0.5]", "hypernetwork.width=32"]
+    recipe = read_recipe(
+        DocRecipe(), None, ["data.questions_per_step=12", "hypernetwork.memory_layers=[0.5]", "hypernetwork.width=32"]
     )
     config = doc_config(model.config, tokenizer, recipe)
     source = EpisodeSource(recipe.data, tokenizer, ChatFormat(tokenizer))
@@ -80,7 +81,7 @@ def test_weights_are_not_counted_with_the_step():
 
 def test_checkpointing_trades_computation_for_memory():
     model, tokenizer = make_model(), make_tokenizer()
-    config = doc_config(model.config, tokenizer, read_doc_recipe(None))
+    config = doc_config(model.config, tokenizer, read_recipe(DocRecipe(), None))
     shape = StepShape((40, 30, 20), 1, ((400, 9), (350, 5), (120, 4)))
     plain, checkpointed = (step_cost(model.config, config, shape, CPU, Passes(c)) for c in (False, True))
     assert checkpointed.peak < plain.peak and checkpointed.flops > plain.flops

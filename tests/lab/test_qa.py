@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,8 +20,14 @@ from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig, stati
 from loracast.lab.evaluation.gate import InterferenceConfig, evaluate_interference
 from loracast.lab.evaluation.qa import BASELINES, QaConfig, cases_of, choose, evaluate_qa, passages
 from loracast.lab.training.loop import TrainConfig
-from loracast.lab.training.oracle import PeftConfig
-from loracast.lab.training.window import WindowDataConfig, WindowRecipe, WindowSource, read_window_lora, train_window
+from loracast.lab.training.loras import (
+    PeftConfig,
+    WindowDataConfig,
+    WindowRecipe,
+    WindowSource,
+    read_window_lora,
+    train_window,
+)
 from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 from questions import ROWS, write_documents
@@ -138,8 +145,7 @@ def test_a_window_lora_is_told_from_other_loras(base, window_folder, tmp_path):
     about = json.loads((window_folder / "loracast.json").read_text())
     assert "/" not in about["settings"]["data"]["documents"][0]
     about["settings"]["is_window"] = False
-    other = tmp_path / "other"
-    other.mkdir()
+    other = shutil.copytree(window_folder, tmp_path / "other")
     (other / "loracast.json").write_text(json.dumps(about))
     with pytest.raises(AdapterError, match="train window"):
         read_window_lora(other, base.fingerprint)

@@ -10,20 +10,16 @@ import torch
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lab.data.tasks import read_tasks
-from loracast.lab.training.loop import TrainConfig
-from loracast.lab.training.oracle import (
+from loracast.lab.training.loop import TrainConfig, plot_metrics
+from loracast.lab.training.loras import (
     OracleRecipe,
     PeftConfig,
-    matching,
     read_oracle,
-    relative_square_error,
     train_oracles,
 )
-from loracast.lab.training.progress import plot_metrics
 from loracast.lab.training.task_source import TaskDataConfig
-from loracast.lab.training.text import TextRecipe, train_text
-from loracast.lora.algebra import LoRABatch, stack
-from loracast.lora.factors import Factors
+from loracast.lab.training.text import TextRecipe, relative_square_error, train_text
+from loracast.lora.algebra import stack
 from suites import WordCounts, answer_loss, write_suite
 from tiny import dense, random_lora
 
@@ -39,24 +35,6 @@ def test_inner_products_and_errors_are_those_of_the_dense_deltas():
     torch.testing.assert_close(relative_square_error(*batches), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_factors_are_compared_in_units_of_how_much_they_differ():
-    """Against numpy-like arithmetic on one module; the product's loss does not see a turn of the factors, the factors' loss does."""
-    loras = [random_lora(2, i) for i in range(4)]
-    library = stack(loras)
-    made = stack([random_lora(2, 9), loras[2]])
-    errors = []
-    for name in ("q", "v"):
-        for side in (0, 1):
-            factor = library.factors[name][side]
-            deviation = ((factor - factor.mean(0)) ** 2).mean(0).sqrt()
-            unit = deviation + 0.1 * deviation.mean() + 1e-8
-            errors.append(((made.factors[name][side] - factor[[1, 2]]).abs() / unit).mean())
-    torch.testing.assert_close(matching(library, "factors")(made, [1, 2]), torch.stack(errors).mean())
-    turned = LoRABatch(4, {n: Factors(-a, -b) for n, (a, b) in library.factors.items()}, {})
-    rows = [0, 1, 2, 3]
-    assert matching(library, "product")(turned, rows).abs() < 1e-5 < 0.5 < matching(library, "factors")(turned, rows)
-
-
 @pytest.fixture(scope="module")
 def trained_oracles(base, tmp_path_factory):
     """The folder of a suite, and in it the folder `library` of oracles of its two tasks for training."""
@@ -70,19 +48,17 @@ def trained_oracles(base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("match", "error", "steps", "lr"), [("product", 0.2, 110, 2e-2), ("factors", 0.65, 200, 1e-2)])
-def test_descriptions_give_back_the_oracles(match, error, steps, lr, base, word_encoder, trained_oracles, tmp_path):
+def test_descriptions_give_back_the_oracles(base, word_encoder, trained_oracles, tmp_path):
     library, tasks = trained_oracles / "library", read_tasks(trained_oracles)
     text = TextRecipe(
         kinds=("q_proj", "v_proj", "down_proj"),
         hypernetwork={"rank": 2, "width": 16, "head_width": 16, "dropout": 0.0},
-        match=match,
         data=TaskDataConfig(tasks_per_step=2),
-        training=TrainConfig(steps=steps, lr=lr, warmup_steps=10, log_every=10, bf16=False),
+        training=TrainConfig(steps=110, lr=2e-2, warmup_steps=10, log_every=10, bf16=False),
     )
     rows: list[dict[str, float]] = []
     train_text(base, text, tasks, tmp_path / "run", oracles=library, on_metrics=rows.append)
-    assert rows[0]["relative_error"] > 0.6 and rows[-1]["relative_error"] < error and rows[-1]["tasks"] == 2
+    assert rows[0]["relative_error"] > 0.6 and rows[-1]["relative_error"] < 0.2 and rows[-1]["tasks"] == 2
     hypernet = TextToLoRA.from_pretrained(tmp_path / "run")
     descriptions = [f"train words for {name}" for name in ("opposite", "shout")]
     made = answer_loss(base, hypernet, descriptions, ["opposite", "shout"], trained_oracles)
@@ -93,7 +69,7 @@ def test_descriptions_give_back_the_oracles(match, error, steps, lr, base, word_
     with torch.no_grad():
         lora = hypernet(WordCounts()(descriptions)).row(0)
     own = read_oracle(library / "opposite", base.fingerprint)
-    assert (dense(lora) - dense(own)).norm() < error * dense(own).norm()
+    assert (dense(lora) - dense(own)).norm() < 0.2 * dense(own).norm()
     for change, message in (
         ({"kinds": ("q_proj",)}, "other modules"),
         ({"hypernetwork": {**text.hypernetwork, "rank": 1}}, "rank 2, the hypernetwork 1"),
@@ -102,7 +78,7 @@ def test_descriptions_give_back_the_oracles(match, error, steps, lr, base, word_
             train_text(base, dataclasses.replace(text, **change), tasks, tmp_path / "other", oracles=library)
 
 
-def test_factors_of_one_oracle_cannot_be_compared_and_another_library_is_no_resume(base, word_encoder, tmp_path):
+def test_another_library_is_no_resume(base, word_encoder, tmp_path):
     tasks = read_tasks(write_suite(tmp_path))
     recipe = OracleRecipe(PeftConfig(rank=2), training=TrainConfig(steps=1, warmup_steps=1, bf16=False))
     text = TextRecipe(
@@ -111,19 +87,13 @@ def test_factors_of_one_oracle_cannot_be_compared_and_another_library_is_no_resu
     )
     train_oracles(base, recipe, tasks[1:2], tmp_path / "library")
     train_text(base, text, tasks, tmp_path / "run", oracles=tmp_path / "library")
-    with pytest.raises(ConfigError, match="at least two oracles"):
-        train_text(
-            base, dataclasses.replace(text, match="factors"), tasks, tmp_path / "other", oracles=tmp_path / "library"
-        )
     other = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=5))
     train_oracles(base, other, tasks[1:2], tmp_path / "again" / "library")
     with pytest.raises(TrainingError, match="oracles_sha256"):
         train_text(base, text, tasks, tmp_path / "run", oracles=tmp_path / "again" / "library")
 
 
-def test_a_library_without_training_tasks_and_an_unknown_match_are_refused(base, word_encoder, tmp_path):
+def test_a_library_without_training_tasks_is_refused(base, word_encoder, tmp_path):
     tasks = read_tasks(write_suite(tmp_path))
     with pytest.raises(ConfigError, match="has no oracle of a training task"):
         train_text(base, TextRecipe(), tasks, tmp_path / "run", oracles=tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="unknown match 'weights'"):
-        TextRecipe(match="weights")  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ def test_the_labels_of_sheets_and_needles_spell_their_answers(base, tmp_path):
     rng = random.Random(1)
     n_owned = 0
     for episode in [source.fact_episode(rng, 4, 200) for _ in range(8)] + [
-        source.needle_episode(rng, source.prose, 3, 120, 2) for _ in range(8)
+        source.needle_episode(rng, 3, 120, 2) for _ in range(8)
     ]:
         answers = {base.tokenizer.decode(q.answer[:-1]).strip() for q in episode.questions}
         values: list[list[TokenLabel]] = []

@@ -11,18 +11,15 @@ import torch
 from torch.nn import functional
 
 from loracast.base.chat import encode_text
-from loracast.base.scoring import Episode, Question, divergence, pack, score_answers, soften
+from loracast.base.scoring import TOP_K, Episode, Question, divergence, pack, score_answers, soften
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.lab.data.facts import AFTER, INSIDE
-from loracast.lab.data.rows import read_questioned
 from loracast.lab.training.doc import DocRecipe, train_doc
 from loracast.lab.training.document_source import (
     CONTINUED_TOKENS,
     START_TOKENS,
     DataConfig,
-    DocumentSource,
-    EpisodeMaker,
     EpisodeSource,
     reading_prompt,
 )
@@ -56,11 +53,11 @@ def questions_of(base, n: int = 3) -> list[Question]:
 
 def test_a_teacher_says_what_the_base_finds_likely(base):
     asked = questions_of(base)
-    soft = Teacher(base.model, base.pad_id, k=5).soft_targets(asked)
+    soft = Teacher(base.model, base.pad_id).soft_targets(asked)
     for question, targets in zip(asked, soft, strict=True):
         ids = torch.tensor([[*question.prompt, *question.answer]])
         logits = base.model(input_ids=ids).logits[0, len(question.prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).topk(5)
+        expected = logits.log_softmax(-1).topk(TOP_K)
         assert torch.equal(targets.ids.long(), expected.indices)
         torch.testing.assert_close(targets.log_probs.float(), expected.values, atol=5e-3, rtol=5e-3)
 
@@ -88,23 +85,18 @@ def test_the_loss_parts_what_is_about_the_document_from_what_is_not(base):
 # ---- episodes of real documents ----
 
 
-def maker_of(base, **options) -> EpisodeMaker:
-    return EpisodeMaker(base.tokenizer, base.chat, **options)
-
-
-def source_of(base, tmp_path, maker=None, **options) -> DocumentSource:
-    documents = read_questioned([write_documents(tmp_path / "qa.jsonl")])
+def source_of(base, tmp_path, is_taught=False, **options) -> EpisodeSource:
     settings = {"max_chunk_tokens": 128, "max_chunks": 4, "max_questions": 8, "reading_chunk_tokens": 128, **options}
-    return DocumentSource(DataConfig(**settings), documents, maker or maker_of(base))
+    config = DataConfig(documents=(write_documents(tmp_path / "qa.jsonl"),), **settings)
+    return EpisodeSource(config, base.tokenizer, base.chat, is_taught=is_taught)
 
 
 def test_peoples_questions_are_asked_of_their_documents_and_marked(base, tmp_path):
-    source = source_of(base, tmp_path, max_questions=2)
-    rng = random.Random(0)
+    source = source_of(base, tmp_path, max_questions=2, questions_per_step=9, context_tokens_per_step=4000)
     answers = {row["doc_id"]: [q["answers"][0] for q in row["questions"] if q["span"]] for row in ROWS}
     n_unasked = 0
-    for _ in range(5):
-        episodes = source.asked_by_people(rng, 9, 4000)
+    for number in range(5):
+        episodes = source.of_kind("questions", number)
         assert sum(len(e.questions) for e in episodes) >= 9 and len({len(e.chunks) for e in episodes}) == 1
         for episode in episodes:
             text = "".join(base.tokenizer.decode(chunk) for chunk in episode.chunks)
@@ -127,8 +119,8 @@ def test_peoples_questions_are_asked_of_their_documents_and_marked(base, tmp_pat
 
 
 def test_a_teacher_is_shown_the_document(base, tmp_path):
-    source = source_of(base, tmp_path, maker_of(base, shows_documents=True))
-    (episode, *_) = source.asked_by_rule(random.Random(1), 2, 1000)
+    source = source_of(base, tmp_path, is_taught=True, questions_per_step=2, context_tokens_per_step=1000)
+    (episode, *_) = source.of_kind("cloze", 1)
     text = "".join(base.tokenizer.decode(chunk) for chunk in episode.chunks)
     own = next(row for row in ROWS if row["document"][:24] in text)
     shown = base.tokenizer.decode(episode.questions[0].window_prompt)
@@ -145,10 +137,10 @@ def test_a_teacher_is_shown_the_document(base, tmp_path):
 
 
 def test_passages_are_continued_word_for_word(base):
-    maker = maker_of(base)
+    source = EpisodeSource(DataConfig(), base.tokenizer, base.chat)
     prose = " ".join(row["document"] for row in ROWS)
     texts = [prose[:600], prose[600:1200].strip()]
-    episode = maker.passages(random.Random(0), texts, 4)
+    episode = source.passages(random.Random(0), texts, 4)
     assert len(episode.questions) == 4 and [list(c) for c in episode.chunks] == [
         encode_text(base.tokenizer, text) for text in texts
     ]
@@ -219,7 +211,5 @@ def test_all_of_it_trains(base, tmp_path):
 
 
 def test_a_teacher_without_a_weight_is_refused(base, tmp_path):
-    from loracast.lora.algebra import LoRA
-
     with pytest.raises(ConfigError, match="distillation_weight"):
-        train_doc(base, DocRecipe(hypernetwork=DOC_TO_LORA), tmp_path / "run", teacher=LoRA())
+        train_doc(base, DocRecipe(hypernetwork=DOC_TO_LORA), tmp_path / "run", teacher=tmp_path)

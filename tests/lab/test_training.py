@@ -26,11 +26,12 @@ from loracast.cli import app
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import HiddenStatesEncoder
-from loracast.lab.training import document_start as verdicts
+from loracast.lab.training import doc as verdicts
 from loracast.lab.training import loop as checkpoint
-from loracast.lab.training.doc import DocRecipe, doc_config, read_doc_recipe, sample_chunks, train_doc
+from loracast.lab.training.doc import DocRecipe, doc_config, sample_chunks, train_doc
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lab.training.loop import TrainConfig, make_optimizer, train
+from loracast.lab.training.recipe import read_recipe
 from tiny import DOC_TO_LORA
 
 
@@ -172,7 +173,7 @@ def test_resumed_doc_to_lora_equals_uninterrupted(memory_layers, base, tmp_path)
 )
 def test_a_recipe_refuses_values_of_another_type(override, fault):
     with pytest.raises(ConfigError, match=f"bad recipe: .*{fault}"):
-        read_doc_recipe(None, [override])
+        read_recipe(DocRecipe(), None, [override])
 
 
 def test_options_of_a_hypernetwork_refuse_values_of_another_type(base):
@@ -329,7 +330,6 @@ def test_a_memory_can_grow_by_near_tokens(base, tmp_path):
 def test_a_memory_can_grow_by_verdicts(base, tmp_path, monkeypatch):
     """They tell the sentences of the rules that they were fitted to from others; nothing else changes."""
     monkeypatch.setattr(verdicts, "N_DOCUMENTS", 12)
-    monkeypatch.setattr(verdicts, "_RIDGE", 0.1)
     monkeypatch.setattr("loracast.hypernets.associative_memory._FEWEST_POINTING", 0.5)  # nothing points anywhere yet
     old, grown, recipe = train_and_grow(base, tmp_path, (1, 3), {}, hypernetwork={"memory_verdicts": True})
     assert grown.memory.has_verdicts and not old.memory.has_verdicts
@@ -357,7 +357,7 @@ def test_verdicts_are_fitted_by_logistic_regression():
     states = torch.randn(600, 7, generator=generator)
     kinds = (states[:, :3] + torch.randn(600, 3, generator=generator)).argmax(1)  # yes, no
     labels = torch.nn.functional.one_hot(kinds, 3)[:, :2].float()
-    weight, bias = verdicts.fit(states, labels)
+    weight, bias = verdicts.logistic_regressions(states, labels)
     is_rule = labels.any(1)
     shares = torch.where(is_rule, 1.0, is_rule.sum() / (~is_rule).sum())
     for i in range(2):
@@ -624,7 +624,7 @@ def test_a_damaged_state_is_refused_and_not_taken_for_a_fresh_start(damage, tmp_
 
 
 def test_a_curve_that_cannot_be_drawn_is_said_before_the_training(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("loracast.lab.training.progress.find_spec", lambda name: None)
+    monkeypatch.setattr("loracast.lab.training.loop.find_spec", lambda name: None)
     refused = CliRunner().invoke(app, ["train", "doc", "--base", str(tiny_folder), "--out", str(tmp_path / "run")])
     assert refused.exit_code == 1 and not (tmp_path / "run").exists()
     assert "loracast[train]" in refused.output

@@ -132,10 +132,10 @@ def teacher_forced(
 ) -> None:
     """Teacher-forced accuracy of the answers' tokens, on episodes like those of training."""
     from loracast.lab.evaluation.likelihood import evaluate_teacher_forced
-    from loracast.lab.training.doc import read_doc_recipe
-    from loracast.lab.training.recipe import file_overrides
+    from loracast.lab.training.doc import DocRecipe
+    from loracast.lab.training.recipe import file_overrides, read_recipe
 
-    settings = read_doc_recipe(recipe, [*(change or []), *file_overrides(texts=texts, documents=documents)])
+    settings = read_recipe(DocRecipe(), recipe, [*(change or []), *file_overrides(texts=texts, documents=documents)])
     results.of("steps", evaluate_teacher_forced, open_model(models), config(data=settings.data))
 
 
@@ -251,7 +251,7 @@ def _task_setup(
     from loracast.base.embedded import DEFAULT_BASE
     from loracast.cast.task import TaskCaster
     from loracast.lab.evaluation.tasks import TaskSetup
-    from loracast.lab.training.oracle import read_multitask
+    from loracast.lab.training.loras import read_multitask
 
     base = open_base(models)
     made_for, has_caster = base.fingerprint, needs_caster or models.hypernetwork or base.name == DEFAULT_BASE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loracast.base.load import Base, load_base
+from loracast.base.load import load_base
 from loracast.cli.commands import seconds
 from loracast.cli.options import TASKS, BaseChoice, Json, Tasks
 from loracast.cli.terminal import advice, print_result, print_table, say
@@ -39,24 +38,32 @@ class Run(BaseChoice):
     ] = None
     as_json: Json = False
 
+    def settings(self, default: Any, **files: list[str] | None) -> Any:
+        """The recipe, with what the options change in it.
+
+        Args:
+            default: the recipe with values for missing keys.
+            files: data files that options name, by their keys in the table `[data]`.
+        """
+        from loracast.lab.training.recipe import file_overrides, read_recipe
+
+        return read_recipe(default, self.recipe, [*self.overrides, *file_overrides(**files)])
+
     @property
     def overrides(self) -> list[str]:
-        """What `--set` changes in the recipe."""
-        return list(self.change or ())
+        """What `--set` and `--budget` change in the recipe."""
+        return [*(self.change or ()), *([f"training.budget_s={self.budget}"] if self.budget is not None else [])]
 
-    def command(self, what: str, *flags: str, **files: Path | None) -> str:
+    def command(self, what: str, options: dict[str, Any]) -> str:
         """The command for a checkpoint's provenance, with the names of files but not where they lie on this machine."""
         parts = ["loracast", "train", what, *([self.recipe.name] if self.recipe else [])]
         parts += [part for override in self.overrides for part in ("--set", override)]
-        named = {f"--{option.replace('_', '-')}": file.name for option, file in files.items() if file}
-        return shlex.join([*parts, *(part for pair in named.items() for part in pair), *flags])
-
-    def say_done(self, facts: dict[str, Any], text: str) -> None:
-        """Print the last metrics as one line of JSON, or say where the result lies."""
-        if self.as_json:
-            print(json.dumps({"out": str(self.out), **facts}))
-        else:
-            say(text)
+        for name, value in options.items():
+            if isinstance(value, Path):
+                parts += [f"--{name.replace('_', '-')}", value.name]
+            elif value is True:
+                parts.append(f"--{name}")
+        return shlex.join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +71,6 @@ class HypernetworkRun(Run):
     """What every training of a hypernetwork takes."""
 
     init_from: Annotated[Path | None, "Start from this hypernetwork's weights."] = None
-
-    @property
-    def overrides(self) -> list[str]:
-        """What `--set` and `--budget` change in the recipe."""
-        return [*super().overrides, *([f"training.budget_s={self.budget}"] if self.budget is not None else [])]
 
 
 def doc(
@@ -86,18 +88,10 @@ def doc(
     It saves every few minutes, at the end of --budget and on SIGTERM, and the same command resumes from there. Ctrl-C
     stops it at once, without saving. The same command runs under `torchrun` and `accelerate launch`.
     """
-    from loracast.lab.training.doc import read_doc_recipe, train_doc
-    from loracast.lab.training.recipe import file_overrides
-    from loracast.lab.training.window import read_window_lora
+    from loracast.lab.training.doc import DocRecipe, train_doc
 
-    files = file_overrides(texts=texts, documents=documents, unrelated=unrelated)
-    settings = read_doc_recipe(run.recipe, [*run.overrides, *files])
-
-    def train(base: Base, *arguments: Any, **options: Any) -> dict[str, float]:
-        taught_by = read_window_lora(teacher, base.fingerprint) if teacher else None
-        return train_doc(base, *arguments, teacher=taught_by, **options)
-
-    _train_hypernetwork(run, "doc", train, settings)
+    settings = run.settings(DocRecipe(), texts=texts, documents=documents, unrelated=unrelated)
+    _train_hypernetwork(run, "doc", train_doc, settings, teacher=teacher)
 
 
 def text(
@@ -116,11 +110,10 @@ def text(
     stops it at once, without saving.
     """
     from loracast.lab.data.tasks import read_tasks
-    from loracast.lab.training.text import read_text_recipe, train_text
+    from loracast.lab.training.text import TextRecipe, train_text
 
-    settings = read_text_recipe(run.recipe, run.overrides)
     files = {"oracles": oracles, "shared_from": shared_from}
-    _train_hypernetwork(run, "text", train_text, settings, read_tasks(tasks), files=files)
+    _train_hypernetwork(run, "text", train_text, run.settings(TextRecipe()), read_tasks(tasks), **files)
 
 
 def image(
@@ -139,12 +132,11 @@ def image(
     from loracast.base.embedded import DEFAULT_IMAGE_ENCODER
     from loracast.hypernets.encoders import load_image_encoder
     from loracast.lab.data.labelled import read_images
-    from loracast.lab.training.modality import read_modality_recipe, train_modality
-    from loracast.lab.training.recipe import file_overrides
+    from loracast.lab.training.modality import ModalityRecipe, train_modality
 
     labelled = read_images(images)
     sees = load_image_encoder(encoder or DEFAULT_IMAGE_ENCODER, run.device, say)
-    settings = read_modality_recipe(run.recipe, [*run.overrides, *file_overrides(unrelated=unrelated)])
+    settings = run.settings(ModalityRecipe(), unrelated=unrelated)
 
     def say_encoded(done: int, total: int) -> None:
         if done == total or done % 512 == 0:
@@ -169,15 +161,17 @@ def oracle(
     """
     from loracast.errors import ConfigError
     from loracast.lab.data.tasks import tasks_or_benchmarks
-    from loracast.lab.training.oracle import read_oracle_recipe, train_oracles
+    from loracast.lab.training.loras import OracleRecipe, train_oracles
 
-    settings = read_oracle_recipe(run.recipe, run.overrides)
+    settings = run.settings(OracleRecipe())
     found = [task for task in tasks_or_benchmarks(tasks, benchmark or ()) if heldout in (None, task.is_heldout)]
     if unknown := sorted(set(only or ()) - {task.name for task in found}):
         raise ConfigError(f"there are no such tasks: {', '.join(unknown)}")
     chosen = [task for task in found if not only or task.name in only]
-    done = _train_lora(run, ["oracle"], train_oracles, settings, chosen)
-    run.say_done({"done": done, "wanted": len(chosen)}, f"{len(done)} of {len(chosen)} oracles are in {run.out}")
+    shown = partial(_show, settings.training.steps)
+    done = _train(run, "oracle", train_oracles, settings, chosen, on_metrics=shown)
+    facts = {"out": str(run.out), "done": done, "wanted": len(chosen)}
+    print_result(run.as_json, facts, f"{len(done)} of {len(chosen)} oracles are in {run.out}")
 
 
 def multitask(
@@ -185,21 +179,18 @@ def multitask(
 ) -> None:
     """Train one LoRA on all tasks that are not held out: a baseline without descriptions, unless --described."""
     from loracast.lab.data.tasks import read_tasks
-    from loracast.lab.training.oracle import MULTITASK, read_oracle_recipe, train_multitask
+    from loracast.lab.training.loras import MULTITASK, train_multitask
 
-    settings = read_oracle_recipe(run.recipe, run.overrides, MULTITASK)
-    what = ["multitask", *(["--described"] if described else [])]
-    _say_lora(run, _train_lora(run, what, train_multitask, settings, read_tasks(tasks), described=described))
+    settings = run.settings(MULTITASK)
+    _say_lora(run, _train(run, "multitask", train_multitask, settings, read_tasks(tasks), described=described))
 
 
 def window(run: Run, *, documents: Annotated[list[str], _DOCUMENTS]) -> None:
     """Train the window LoRA, which answers with the document in the prompt: the rival of document adapters."""
-    from loracast.lab.training.recipe import file_overrides
-    from loracast.lab.training.window import read_window_recipe, train_window
+    from loracast.lab.training.loras import WindowRecipe, train_window
 
-    settings = read_window_recipe(run.recipe, [*run.overrides, *file_overrides(documents=documents)])
-    show = partial(_show_lora, run.out.name)
-    _say_lora(run, _train_lora(run, ["window"], train_window, settings, on_metrics=show))
+    settings = run.settings(WindowRecipe(), documents=documents)
+    _say_lora(run, _train(run, "window", train_window, settings))
 
 
 def relevance(
@@ -295,61 +286,43 @@ def export(
     print_result(as_json, facts, text)
 
 
-def _train_hypernetwork(
-    run: HypernetworkRun,
-    what: str,
-    train: Callable[..., dict[str, float]],
-    settings: Any,
-    *data: Any,
-    files: dict[str, Path | None] | None = None,
-    **options: Any,
-) -> None:
-    """Load the base, train a hypernetwork on it, draw the curve and say where it lies.
-
-    Args:
-        what: the command's name, for the checkpoint's record of how it was made.
-        files: further files that `train` takes by these names; the record names them too.
-    """
-    from loracast.lab.training.loop import Workers
-    from loracast.lab.training.progress import ProgressLine, plot_metrics, require_matplotlib
+def _train_hypernetwork(run: HypernetworkRun, what: str, train: Any, settings: Any, *data: Any, **options: Any) -> None:
+    """Train a hypernetwork, draw the curve and say where it lies; the arguments are those of `_train`."""
+    from loracast.lab.training.loop import Workers, plot_metrics, require_matplotlib
 
     require_matplotlib()
-    files = {"init_from": run.init_from, **(files or {})}
-    workers = Workers.join(run.device)
-    base = _open_base(run, str(workers.device))
-    with advice(_STOPPED), ProgressLine(settings.training, enabled=workers.is_first) as line:
-        last = train(
-            base, settings, *data, run.out,
-            **files, command=run.command(what, **files), workers=workers, on_metrics=line.show, **options,
-        )  # fmt: skip
-    if workers.is_first:
+    last = _train(run, what, train, settings, *data, init_from=run.init_from, **options)
+    if Workers.join(run.device).is_first:
         has_curve = plot_metrics(run.out / "metrics.jsonl", run.out / "curve.png")
-        run.say_done(last, f"hypernetwork{', metrics.jsonl and curve.png' * has_curve}: in {run.out}")
+        text = f"hypernetwork{', metrics.jsonl and curve.png' * has_curve}: in {run.out}"
+        print_result(run.as_json, {"out": str(run.out), **last}, text)
 
 
-def _train_lora(
-    run: Run, what: Sequence[str], train: Callable[..., Any], settings: Any, *data: Any, **options: Any
-) -> Any:
-    """Load the base and train one or more LoRAs on it. Returns what `train` does: whether, or which, are finished."""
-    shown = {"on_metrics": _show_lora, **options}
-    base = _open_base(run)
-    with advice(_STOPPED):
-        return train(base, settings, *data, run.out, command=run.command(*what), budget_s=run.budget, **shown)
+def _train(run: Run, what: str, train: Any, settings: Any, *data: Any, **options: Any) -> Any:
+    """Load the base and train on it. Returns what `train` does.
 
-
-def _open_base(run: Run, device: str | None = None) -> Base:
-    from loracast.lab.training.loop import keep_freed_memory
+    Args:
+        what: the command's name, for the record of how the result was made, which also names files among the options.
+        train: called with the base, the settings, the data, the folder, and the options.
+    """
+    from loracast.lab.training.loop import Workers, keep_freed_memory
 
     keep_freed_memory()
-    return load_base(run.base, **{**run.how, "device": None if run.device_map else device or run.device})
+    workers = Workers.join(run.device)
+    device = str(workers.device) if workers.n > 1 else run.device
+    base = load_base(run.base, **{**run.how, "device": None if run.device_map else device})
+    shown = {"on_metrics": partial(_show, settings.training.steps, run.out.name), **options}
+    with advice(_STOPPED):
+        return train(base, settings, *data, run.out, command=run.command(what, options), **shown)
 
 
-def _show_lora(task: str, figures: dict[str, float]) -> None:
-    """Print a line of figures for the task that is being trained."""
-    named = "  ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "exact"))
-    say(f"{task}  step {figures['step']:.0f}  {figures['elapsed_s']:.0f} s  {named}")
+def _show(steps: int, name: str, figures: dict[str, float]) -> None:
+    """Print a line of figures of what is being trained."""
+    shown = ("loss", "exact", "token_accuracy", "relative_error", "grad_norm")
+    named = "  ".join(f"{key} {figures[key]:.3f}" for key in shown if key in figures)
+    say(f"{name}  step {figures['step']:.0f}/{steps}  {figures['elapsed_s']:.0f} s  {named}")
 
 
 def _say_lora(run: Run, done: bool) -> None:
     where = f"the LoRA is in {run.out}" if done else f"not done yet; the same command goes on in {run.out}"
-    run.say_done({"done": done}, where)
+    print_result(run.as_json, {"out": str(run.out), "done": done}, where)

@@ -220,18 +220,14 @@ def _chosen(task: Task, description: str, words: Sequence[str], rng: random.Rand
     separator = _separator(task, rng)
     seed = rng.random()
 
-    def change(examples: Sequence[Example]) -> list[Example]:
-        own = random.Random(seed)
-        made = []
-        for _ in range(min(len(examples), len(having))):
-            right = own.choice(having)
-            some = [right, *own.sample(others, n - 1)]
-            own.shuffle(some)
-            made.append(Example(separator.join(e.input for e in some), (right.input,)))
-        return made
+    def change(_: Example, own: random.Random) -> Example:
+        right = own.choice(having)
+        some = [right, *own.sample(others, n - 1)]
+        own.shuffle(some)
+        return Example(separator.join(e.input for e in some), (right.input,))
 
     sentence = _wording(rng, "chosen", "one").format(n=n, answer=answer)
-    return Augmentation(f"{description} {sentence}", change)
+    return Augmentation(f"{description} {sentence}", _each(change, seed, len(having)))
 
 
 def _placed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -265,20 +261,15 @@ def _offered(task: Task, description: str, words: Sequence[str], rng: random.Ran
     repeated = rng.random() < 0.3
     seed = rng.random()
 
-    def change(examples: Sequence[Example]) -> list[Example]:
-        own = random.Random(seed)
-        made = []
-        for e in examples:
-            right, wrong = e.outputs[0], [answer for answer in answers if answer not in e.outputs]
-            options = [right, *own.sample(wrong, min(n - 1, len(wrong)))]
-            own.shuffle(options)
-            listed = "\n".join(f"{s} {option}" for s, option in zip(signs, options, strict=False))
-            answer = right if repeated else signs[options.index(right)]
-            made.append(Example(f"{e.input}\n{listed}", (answer,)))
-        return made
+    def change(e: Example, own: random.Random) -> Example:
+        right, wrong = e.outputs[0], [answer for answer in answers if answer not in e.outputs]
+        options = [right, *own.sample(wrong, min(n - 1, len(wrong)))]
+        own.shuffle(options)
+        listed = "\n".join(f"{s} {option}" for s, option in zip(signs, options, strict=False))
+        return Example(f"{e.input}\n{listed}", (right if repeated else signs[options.index(right)],))
 
     sentence = _wording(rng, "offered", "repeated" if repeated else "sign").format(n=n, sign=rng.choice(signs))
-    return Augmentation(_joined(description, sentence, rng), change)
+    return Augmentation(_joined(description, sentence, rng), _each(change, seed))
 
 
 def _checked(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -289,18 +280,14 @@ def _checked(task: Task, description: str, words: Sequence[str], rng: random.Ran
         return None
     seed, separator = rng.random(), rng.choice((" -> ", " = ", "\nAnswer: ", " : "))
 
-    def change(examples: Sequence[Example]) -> list[Example]:
-        own = random.Random(seed)
-        made = []
-        for e in examples:
-            right, wrong = e.outputs[0], [answer for answer in answers if answer not in e.outputs]
-            is_right = not wrong or own.random() < 0.5
-            suggested = right if is_right else own.choice(wrong)
-            made.append(Example(f"{e.input}{separator}{suggested}", (names[not is_right],)))
-        return made
+    def change(e: Example, own: random.Random) -> Example:
+        right, wrong = e.outputs[0], [answer for answer in answers if answer not in e.outputs]
+        is_right = not wrong or own.random() < 0.5
+        suggested = right if is_right else own.choice(wrong)
+        return Example(f"{e.input}{separator}{suggested}", (names[not is_right],))
 
     sentence = _wording(rng, "checked", "one").format(right=names[0], wrong=names[1], joint=separator.strip())
-    return Augmentation(f"{description} {sentence}", change)
+    return Augmentation(f"{description} {sentence}", _each(change, seed))
 
 
 def _ruled(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -367,6 +354,16 @@ def words_of(tasks: Sequence[Task]) -> tuple[str, ...]:
 
 def _renaming(names: dict[str, str]) -> Change:
     return lambda examples: [Example(e.input, (names.get(e.outputs[0], e.outputs[0]),)) for e in examples]
+
+
+def _each(change: Callable[[Example, random.Random], Example], seed: float, most: int | None = None) -> Change:
+    """The change of each example, of at most so many, which draws the same whenever it is applied."""
+
+    def of_all(examples: Sequence[Example]) -> list[Example]:
+        own = random.Random(seed)
+        return [change(example, own) for example in examples[:most]]
+
+    return of_all
 
 
 def _separator(task: Task, rng: random.Random) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,16 +63,11 @@ def read_tasks(source: str | Path) -> tuple[Task, ...]:
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         path = _from_hub(str(source))
-    if path.is_dir() and (files := sorted(path.glob("*.json"))):
-        tasks = [_from_file(file) for file in files]
-    elif (path.is_dir() and (files := sorted(path.glob("tasks.jsonl*")))) or (
-        path.is_dir() and (files := sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]))
-    ):
-        tasks = _from_rows(files)
-    elif path.is_file():
-        tasks = [_from_file(path)] if path.suffix == ".json" else _from_rows([path])
-    else:
+    files = [path] if path.is_file() else sorted(path.glob("*.json")) or sorted(path.glob("tasks.jsonl*"))
+    files = files or sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")])
+    if not files:
         raise ConfigError(f"no tasks at {path}: give a folder of JSON files, one a task, or a JSONL file of examples")
+    tasks = [_from_file(file) for file in files] if files[0].suffix == ".json" else _from_rows(files)
     problems = [f"{task.name}: no description" for task in tasks if not any(task.descriptions.values())]
     problems += [f"{task.name}: no example" for task in tasks if not task.train + task.test]
     names = Counter(task.name for task in tasks)
@@ -127,7 +122,7 @@ def _from_rows(paths: Sequence[Path]) -> list[Task]:
     examples: dict[str, list[tuple[str | None, Example]]] = {}
     heldout: set[str] = set()
     descriptions: dict[str, dict[Any, list[str]]] = {}
-    about: dict[str, dict[str, Any]] = {}
+    about: dict[str, dict[str, Any]] = defaultdict(dict)
 
     def take_example(row: dict[str, Any]) -> None:
         if "definition" in row:  # Super-NaturalInstructions on the hub
@@ -159,28 +154,27 @@ def _from_rows(paths: Sequence[Path]) -> list[Task]:
         each_row(meta, take_about)
     if unknown := sorted((descriptions.keys() | about.keys()) - examples.keys()):
         raise ConfigError(f"{paths[0]} has no examples of tasks that are described beside it: {', '.join(unknown)}")
-    tasks = []
-    for name, rows in examples.items():
-        described = {kind: tuple(texts) for kind, texts in descriptions.get(name, {}).items()}
-        known = about.get(name, {})
-        task = Task(
-            name, described, *_split(rows), labels=tuple(known.get("labels") or ()), group=known.get("group", ""),
-            is_heldout=name in heldout, is_near=known.get("heldout_kind") == "near",
-            metric=known.get("metric", "exact"),
-        )  # fmt: skip
-        tasks.append(task)
-    return tasks
+    return [
+        Task(
+            name, {kind: tuple(texts) for kind, texts in descriptions.get(name, {}).items()}, *_split(rows),
+            labels=tuple(about[name].get("labels") or ()), group=about[name].get("group", ""),
+            is_heldout=name in heldout, is_near=about[name].get("heldout_kind") == "near",
+            metric=about[name].get("metric", "exact"),
+        )
+        for name, rows in examples.items()
+    ]  # fmt: skip
 
 
 def _split(rows: Sequence[tuple[str | None, Example]]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """The training and test examples; if none names its split, every fifth is a test example."""
     if all(split is None for split, _ in rows):
         rows = [("test" if i % 5 == 4 else "train", example) for i, (_, example) in enumerate(rows)]
-    if unsaid := [i for i, (split, _) in enumerate(rows, 1) if split is None]:
-        raise ValueError(f'example {unsaid[0]} has no "split": give train or test to every example, or to none')
-    kinds = [_one_of(split, Literal["train", "test"]) for split, _ in rows]
-    train = tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == "train")
-    return train, tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == "test")
+    parts: dict[str, list[Example]] = {"train": [], "test": []}
+    for i, (split, example) in enumerate(rows, 1):
+        if split is None:
+            raise ValueError(f'example {i} has no "split": give train or test to every example, or to none')
+        parts[_one_of(split, Literal["train", "test"])].append(example)
+    return tuple(parts["train"]), tuple(parts["test"])
 
 
 def _one_of(value: Any, choices: Any) -> Any:

@@ -25,8 +25,9 @@ from loracast.files import write_atomically
 from loracast.lab.evaluation.documents import DocumentSetup
 from loracast.lab.evaluation.likelihood import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.lab.evaluation.report import Column, Progress, Report, columns, no_progress
-from loracast.lab.training.doc import DocRecipe, read_doc_recipe, train_doc
+from loracast.lab.training.doc import DocRecipe, train_doc
 from loracast.lab.training.document_source import EpisodeKind
+from loracast.lab.training.recipe import read_recipe
 from loracast.library.manifest import name_from
 
 Variants = Mapping[str, Sequence[str]]
@@ -63,7 +64,7 @@ class AblationConfig:
     def recipe_of(self, variant: str, seed: int) -> DocRecipe:
         """The recipe of one run. Raises ConfigError for a change that the recipe does not have."""
         own = [*self.overrides, *self.variants[variant], f"training.seed={seed}", f"data.seed={seed}"]
-        return read_doc_recipe(Path(self.recipe), own)
+        return read_recipe(DocRecipe(), Path(self.recipe), own)
 
 
 def read_variants(path: Path, only: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:

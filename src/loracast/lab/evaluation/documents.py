@@ -85,7 +85,7 @@ class WindowedConfig(RoutedConfig):
 
     def setup(self, model: Model, max_new_tokens: int, storage: Storage = DEFAULT_STORAGE) -> DocumentSetup:
         """What all baselines share. Raises AdapterError for a window LoRA that is none, or of another base."""
-        from loracast.lab.training.window import read_window_lora
+        from loracast.lab.training.loras import read_window_lora
 
         lora = None
         if self.window_lora:

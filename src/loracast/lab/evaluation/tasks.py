@@ -54,7 +54,7 @@ from loracast.lab.evaluation.runner import (
     fixed,
     made,
 )
-from loracast.lab.training.oracle import ABOUT, read_oracle
+from loracast.lab.training.loras import ABOUT, read_oracle
 from loracast.lab.training.text import gibberish
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA

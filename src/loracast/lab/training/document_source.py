@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -33,6 +33,10 @@ _MIN_CONTINUED_TOKENS = 4
 PASSAGE_TOKENS = START_TOKENS + CONTINUED_TOKENS  # distance between passages, so that they do not overlap
 UNRELATED_SHARE = 0.35  # of steps: their documents are also asked an unrelated question, if there are any
 
+EpisodeKind = Literal["needle", "questions", "cloze", "reading", "everyday", "facts"]
+KINDS: tuple[EpisodeKind, ...] = get_args(EpisodeKind)
+"""Kinds of episodes, in the order in which a step draws one; fact sheets get the share that the others leave."""
+
 Answered = Sequence[tuple[str, str, FactSpan]]
 """Questions with their answers and the statements that give them."""
 
@@ -43,114 +47,22 @@ def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
     return chat.conversation([{"role": "system", "content": ""}, {"role": "user", "content": content}])
 
 
-def split_passage(
-    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], first: int
-) -> tuple[str, tuple[int, ...]]:
-    """Split the passage that begins at token `first` into the text that is given and the tokens to continue with."""
-    begins = first + START_TOKENS
-    start = text[offsets[first][0] : offsets[begins - 1][1]].strip()
-    return start, tuple(ids[begins : begins + CONTINUED_TOKENS])
+Encoded = tuple[str, Sequence[int], Sequence[tuple[int, int]]]
+"""A chunk's text, its token ids, and the (start, end) characters of these."""
 
 
-class EpisodeMaker:
-    """Makes episodes for one base: its tokenizer and its chat format."""
-
-    def __init__(
-        self, tokenizer: Any, chat: ChatFormat, unrelated: Sequence[tuple[str, str]] = (), shows_documents: bool = False
-    ):
-        """`unrelated` are (question, answer) pairs unrelated to any document; with `shows_documents`, questions
-        about real documents also get the prompt of a teacher that sees the document.
-        """
-        self.tokenizer, self.chat = tokenizer, chat
-        self.unrelated, self.shows_documents = unrelated, shows_documents
-
-    def chunk_texts(self, text: str, max_tokens: int, title: str = "") -> list[str]:
-        """A document's chunks, as the encoder reads them."""
-        encode = partial(encode_with_offsets, self.tokenizer)
-        return [chunk.prompt for chunk in split_text(text, encode, max_tokens=max_tokens, title=title)]
-
-    def asks_unrelated(self, rng: random.Random) -> bool:
-        """Draw whether all documents of a step get an unrelated question or none: rows are padded to its length."""
-        return bool(self.unrelated) and rng.random() < UNRELATED_SHARE
-
-    def episode(
-        self,
-        rng: random.Random,
-        texts: Sequence[str],
-        answered: Answered,
-        task: str,
-        *,
-        asks_unrelated: bool,
-        document: str | None = None,
-        unasked: Sequence[FactSpan] = (),
-    ) -> Episode:
-        """An episode from chunk texts, with its questions under one system turn and token labels for its statements.
-
-        `document` is the text that a teacher may see; an unrelated question comes last if `asks_unrelated`. A memory
-        has to write values before it knows the questions, so values not asked for are labelled too (`unasked`).
-        """
-        system = rng.choice(SYSTEM_TURNS)
-        asked = [text for text, *_ in answered]
-        questions = []
-        for text, answer, _ in answered:
-            shown = reading_prompt(self.chat, document, text) if document and self.shows_documents else ()
-            prompt = tuple(self.chat.prompt(text, system))
-            questions.append(Question(prompt, tuple(self.chat.answer(answer)), window_prompt=tuple(shown)))
-        if asks_unrelated:
-            text, answer = rng.choice(self.unrelated)
-            asked.append(text)
-            prompt = tuple(self.chat.prompt(text, system))
-            questions.append(Question(prompt, tuple(self.chat.reply(answer)), is_unrelated=True))
-        encoded = [encode_with_offsets(self.tokenizer, text) for text in texts]
-        labels: list[TokenLabel] = []
-        for i, (text, (_, offsets)) in enumerate(zip(texts, encoded, strict=True)):
-            labels += label_tokens(i, text, offsets, [fact for *_, fact in answered])
-            taken = {label.token for label in labels if label.chunk == i}
-            for fact in unasked:  # a value that shares a token with another one is left out
-                found = label_tokens(i, text, offsets, [fact])
-                if taken.isdisjoint(tokens := {label.token for label in found}):
-                    labels += [label._replace(statement=-1) for label in found]
-                    taken |= tokens
-        episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), task, tuple(labels))
-        return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
-
-    def passages(self, rng: random.Random, texts: Sequence[str], n: int) -> Episode:
-        """A document with at most `n` passages, none overlapping, to continue word for word from their first tokens."""
-        encoded = [encode_with_offsets(self.tokenizer, text) for text in texts]
-        places: list[tuple[int, int]] = []  # chunk, first token
-        for i, (ids, _) in enumerate(encoded):
-            last = len(ids) - START_TOKENS - _MIN_CONTINUED_TOKENS
-            places += [(i, first) for first in range(rng.randrange(PASSAGE_TOKENS), last + 1, PASSAGE_TOKENS)]
-        questions, labels, asked = [], [], []
-        for number, (chunk, first) in enumerate(rng.sample(places, min(n, len(places)))):
-            ids, offsets = encoded[chunk]
-            start, answer = split_passage(texts[chunk], ids, offsets, first)
-            asked.append(rng.choice(CONTINUE).format(start))
-            prompt = self.chat.prompt(asked[-1], rng.choice(("", None)))
-            questions.append(Question(tuple(prompt), answer))
-            token = first + START_TOKENS
-            labels += [TokenLabel(chunk, token + i, INSIDE, -1, i, -1, number) for i in range(len(answer))]
-        episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), "reading", tuple(labels))
-        return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
-
-
-def _weighed(
-    episode: Episode, texts: Sequence[str], offsets: Sequence[Sequence[tuple[int, int]]], asked: Sequence[str]
+def _episode(
+    task: str, chunks: Sequence[Encoded], asked: Sequence[tuple[str, Question]], labels: Sequence[TokenLabel]
 ) -> Episode:
-    """The episode with the weights that its questions give the document's sentences.
-
-    Args:
-        offsets: the (start, end) characters of each chunk's tokens.
-        asked: the questions' texts.
-    """
-    sentences, n = [], 0
-    for text, of_text in zip(texts, offsets, strict=True):
+    """An episode whose questions, each with its text, weigh the document's sentences."""
+    of_tokens, n = [], 0
+    for text, _, offsets in chunks:
         spans = sentence_spans(text)
-        sentences.append(tuple(n + i for i in token_sentences(spans, of_text)))
+        of_tokens.append(tuple(n + i for i in token_sentences(spans, offsets)))
         n += len(spans)
-    pairs = zip(episode.questions, weights_of(texts, asked), strict=True)
-    questions = tuple(replace(question, sentence_weights=weights) for question, weights in pairs)
-    return replace(episode, questions=questions, token_sentences=tuple(sentences))
+    weights = weights_of([text for text, *_ in chunks], [text for text, _ in asked])
+    questions = [replace(question, sentence_weights=own) for (_, question), own in zip(asked, weights, strict=True)]
+    return Episode(tuple(tuple(ids) for _, ids, _ in chunks), tuple(questions), task, tuple(labels), tuple(of_tokens))
 
 
 _MAX_UNASKED = 32  # answers of one document that are labelled without being asked for: each is looked up
@@ -171,108 +83,8 @@ def unasked_values(document: QuestionedDocument, answered: Answered) -> list[Fac
     return [fact for fact in found if fact is not None]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Documents with the same number of chunks, weighted by their numbers of questions."""
-
-    n_chunks: int
-    documents: list[QuestionedDocument]
-    weights: list[int]
-
-
-class DocumentSource:
-    """Draws documents with questions; those of one step have equally many chunks, so they need little padding."""
-
-    def __init__(self, config: DataConfig, documents: Sequence[QuestionedDocument], maker: EpisodeMaker):
-        """Raises TrainingError if no document fits."""
-        self.config, self.maker = config, maker
-        if not any(self._n_spans(document) for document in documents):
-            raise TrainingError("the documents have no question whose answer stands in them (`span`)")
-        by_chunks: dict[int, list[QuestionedDocument]] = defaultdict(list)
-        tokenised = maker.tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
-        for document, ids in zip(documents, tokenised, strict=True):
-            n_chunks = ceil(len(ids) / config.max_chunk_tokens)
-            if n_chunks <= config.max_chunks:
-                by_chunks[n_chunks].append(document)
-        if not by_chunks:
-            most = config.max_chunks * config.max_chunk_tokens
-            raise TrainingError(f"no document has {most} tokens or fewer; raise data.max_chunks")
-        self._groups = [_Group(n, some, [self._n_spans(d) for d in some]) for n, some in sorted(by_chunks.items())]
-
-    def asked_by_people(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
-        """Documents of at most `n_tokens` tokens in all with people's questions, about `n_questions` in all."""
-        # Weighted by questions: a document that is read for a single question teaches little in a step.
-        group = rng.choices(self._groups, [sum(group.weights) for group in self._groups])[0]
-        return self._step(rng, n_questions, n_tokens, group, group.weights, answered_questions, "questions")
-
-    def asked_by_rule(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
-        """The same with rule-made questions."""
-
-        def clozes(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
-            return [(cloze.question, cloze.answer, cloze.fact) for cloze in make_clozes(rng, document.text, n)]
-
-        group = rng.choices(self._groups, [len(group.documents) for group in self._groups])[0]
-        return self._step(rng, n_questions, n_tokens, group, None, clozes, "cloze")
-
-    def read(self, rng: random.Random, n_passages: int, n_tokens: int) -> list[Episode]:
-        """Documents with passages to continue word for word: about `n_passages` in all, `n_tokens` as above."""
-        group = rng.choices(self._groups, [len(group.documents) for group in self._groups])[0]
-        n_documents = self._n_documents(group, n_tokens)
-        episodes: list[Episode] = []
-        for document in rng.choices(group.documents, k=20 * n_documents):  # some are too short
-            n_asked = sum(len(episode.questions) for episode in episodes)
-            if n_asked >= n_passages or len(episodes) >= n_documents:
-                break
-            texts = self.maker.chunk_texts(document.text, self.config.reading_chunk_tokens)
-            episode = self.maker.passages(rng, texts, self.config.max_questions)
-            episodes += [episode] if episode.questions else []
-        if not episodes:
-            raise TrainingError("the documents are too short to continue their passages; leave data.reading_share at 0")
-        return episodes
-
-    def _n_documents(self, group: _Group, n_tokens: int) -> int:
-        return max(1, n_tokens // (group.n_chunks * self.config.max_chunk_tokens))
-
-    def _n_spans(self, document: QuestionedDocument) -> int:
-        return min(self.config.max_questions, len(document.spans))
-
-    def _step(
-        self,
-        rng: random.Random,
-        n_questions: int,
-        n_tokens: int,
-        group: _Group,
-        weights: Sequence[int] | None,
-        ask: Callable[[random.Random, QuestionedDocument, int], Answered],
-        task: str,
-    ) -> list[Episode]:
-        n_documents = self._n_documents(group, n_tokens)
-        episodes: list[Episode] = []
-        seen: set[str] = set()
-        n_asked = 0
-        asks_unrelated = self.maker.asks_unrelated(rng)
-        for document in rng.choices(group.documents, weights, k=20 * n_documents):
-            if n_asked >= n_questions or len(episodes) >= n_documents:
-                break
-            answered = [] if document.doc_id in seen else ask(rng, document, self.config.max_questions)
-            seen.add(document.doc_id)
-            if answered:
-                title = document.title if rng.random() < 0.5 else ""
-                texts = self.maker.chunk_texts(document.text, self.config.max_chunk_tokens, title)
-                unasked = unasked_values(document, answered) if task == "questions" else []
-                episode = self.maker.episode(
-                    rng, texts, answered, task, asks_unrelated=asks_unrelated, document=document.text, unasked=unasked
-                )
-                episodes.append(episode)
-                n_asked += len(answered)
-        if not episodes:
-            raise TrainingError("the documents have no question whose answer stands in them")
-        return episodes
-
-
-EpisodeKind = Literal["needle", "questions", "cloze", "reading", "everyday", "facts"]
-KINDS: tuple[EpisodeKind, ...] = get_args(EpisodeKind)
-"""Kinds of episodes, in the order in which a step draws one; fact sheets get the share that the others leave."""
+_Group = tuple[int, list[QuestionedDocument], list[int]]
+"""A number of chunks, the documents that have so many, and their weights: the questions that are asked of them."""
 
 
 @dataclass(frozen=True)
@@ -388,23 +200,37 @@ class Prose:
 
 
 class EpisodeSource:
-    """Draws the episodes of a step, all of one kind."""
+    """Draws the episodes of a step, all of one kind, for one base: its tokenizer and its chat format."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        tokenizer: Any,
-        chat: ChatFormat,
-        split: Split = "train",
-        shows_documents: bool = False,
+        self, config: DataConfig, tokenizer: Any, chat: ChatFormat, split: Split = "train", is_taught: bool = False
     ):
-        self.config, self.split = config, split
-        self.maker = EpisodeMaker(tokenizer, chat, read_unrelated(config.unrelated), shows_documents)
+        """With `is_taught`, questions about real documents also have the prompt of a teacher that sees them.
+
+        Raises TrainingError if the config's files have no prose, or no document that fits.
+        """
+        self.config, self.tokenizer, self.chat = config, tokenizer, chat
+        self.split, self.is_taught = split, is_taught
+        self.unrelated = read_unrelated(config.unrelated)
         self.prose = Prose(read_texts(config.texts, config.text_sources), tokenizer) if config.texts else None
-        self.documents: DocumentSource | None = None
-        if config.documents:
-            documents = read_questioned(config.documents, config.document_sources, "train")
-            self.documents = DocumentSource(config, documents, self.maker)
+        self._groups = self._by_chunks() if config.documents else []
+
+    def _by_chunks(self) -> list[_Group]:
+        """The real documents; those of one step have equally many chunks, so they need little padding."""
+        c = self.config
+        documents = read_questioned(c.documents, c.document_sources, "train")
+        if not any(document.spans for document in documents):
+            raise TrainingError("the documents have no question whose answer stands in them (`span`)")
+        by_chunks: dict[int, list[QuestionedDocument]] = defaultdict(list)
+        tokenised = self.tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(documents, tokenised, strict=True):
+            n_chunks = ceil(len(ids) / c.max_chunk_tokens)
+            if n_chunks <= c.max_chunks:
+                by_chunks[n_chunks].append(document)
+        if not by_chunks:
+            most = c.max_chunks * c.max_chunk_tokens
+            raise TrainingError(f"no document has {most} tokens or fewer; raise data.max_chunks")
+        return [(n, some, [min(c.max_questions, len(d.spans)) for d in some]) for n, some in sorted(by_chunks.items())]
 
     def step(self, number: int) -> list[Episode]:
         """The episodes of batch `number`."""
@@ -424,18 +250,55 @@ class EpisodeSource:
 
     def _draw(self, kind: EpisodeKind, rng: random.Random) -> list[Episode]:
         generated = {"facts": self._fact_step, "needle": self._needle_step, "everyday": self._everyday_step}
-        if kind in generated:
-            return generated[kind](rng)
-        if self.documents is None:
+        return generated[kind](rng) if kind in generated else self._real_step(rng, kind)
+
+    def _real_step(self, rng: random.Random, kind: EpisodeKind) -> list[Episode]:
+        """Real documents with people's questions, with rule-made ones, or with passages to continue."""
+        c = self.config
+        if not self._groups:
             raise ConfigError(f"{kind} need documents: give a file of them (--documents FILE)")
-        ask = {"questions": self.documents.asked_by_people, "cloze": self.documents.asked_by_rule}
-        draw = ask.get(kind, self.documents.read)
-        return draw(rng, self.config.questions_per_step, self.config.context_tokens_per_step)
+        # Weighted by people's questions: a document that is read for a single question teaches little in a step.
+        is_weighted = kind == "questions"
+        sizes = [sum(weights) if is_weighted else len(documents) for _, documents, weights in self._groups]
+        n_chunks, documents, weights = rng.choices(self._groups, sizes)[0]
+        n_documents = max(1, c.context_tokens_per_step // (n_chunks * c.max_chunk_tokens))
+        asks_unrelated = kind != "reading" and self.asks_unrelated(rng)
+        episodes: list[Episode] = []
+        seen: set[str] = set()
+        n_asked = 0
+        for document in rng.choices(documents, weights if is_weighted else None, k=20 * n_documents):
+            if n_asked >= c.questions_per_step or len(episodes) >= n_documents:
+                break
+            if kind == "reading":
+                texts = self.chunk_texts(document.text, c.reading_chunk_tokens)
+                found = [self.passages(rng, texts, c.max_questions)]
+            else:
+                found = [] if document.doc_id in seen else self._asked(rng, kind, document, asks_unrelated)
+            seen.add(document.doc_id)
+            for episode in found:
+                n_asked += sum(not question.is_unrelated for question in episode.questions)
+                episodes += [episode] if episode.questions else []
+        if not episodes:
+            raise TrainingError(f"no document has what data steps of {kind} ask for; leave their share at 0")
+        return episodes
+
+    def _asked(
+        self, rng: random.Random, kind: EpisodeKind, document: QuestionedDocument, asks_unrelated: bool
+    ) -> list[Episode]:
+        """A document with people's questions or with rule-made ones, if it has any."""
+        c = self.config
+        if kind == "questions":
+            asked = answered_questions(rng, document, c.max_questions)
+        else:
+            asked = [(one.question, one.answer, one.fact) for one in make_clozes(rng, document.text, c.max_questions)]
+        if not asked:
+            return []
+        texts = self.chunk_texts(document.text, c.max_chunk_tokens, document.title if rng.random() < 0.5 else "")
+        unasked = unasked_values(document, asked) if kind == "questions" else []
+        return [self.episode(rng, texts, asked, kind, asks_unrelated, document=document.text, unasked=unasked)]
 
     def _needle_step(self, rng: random.Random) -> list[Episode]:
         """Needle documents that all have the same number of chunks."""
-        if self.prose is None:
-            raise ConfigError("needles need prose around them: give a file of texts (--texts FILE)")
         c = self.config
         n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
         counts = (1, 1, 1, 2, 4, 8) if n_chunks == 1 else (2, 4, 8)
@@ -443,23 +306,22 @@ class EpisodeSource:
         n_tokens = rng.randint(c.min_chunk_tokens, c.max_chunk_tokens) if n_questions < 8 else c.max_chunk_tokens
         n_documents = max(1, c.questions_per_step // n_questions)
         n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
-        asks_unrelated = self.maker.asks_unrelated(rng)
-        drawn = n_questions, n_tokens, n_chunks, asks_unrelated
-        return [self.needle_episode(rng, self.prose, *drawn) for _ in range(n_documents)]
+        drawn = n_questions, n_tokens, n_chunks, self.asks_unrelated(rng)
+        return [self.needle_episode(rng, *drawn) for _ in range(n_documents)]
 
     def _fact_step(self, rng: random.Random) -> list[Episode]:
         c = self.config
         n_facts = rng.randint(c.min_facts, c.max_facts)
         shortest = max(c.min_chunk_tokens, 48) if c.max_chunks > 1 else c.max_chunk_tokens
         n_tokens = rng.choice([c.max_chunk_tokens, rng.randint(shortest, c.max_chunk_tokens)])
-        asks_unrelated = self.maker.asks_unrelated(rng)
+        asks_unrelated = self.asks_unrelated(rng)
         n_documents = max(1, c.questions_per_step // n_facts)
         return [self.fact_episode(rng, n_facts, n_tokens, asks_unrelated) for _ in range(n_documents)]
 
     def _everyday_step(self, rng: random.Random) -> list[Episode]:
         """Everyday documents whose questions are all different, until the step has its questions."""
         c = self.config
-        asks_unrelated = self.maker.asks_unrelated(rng)
+        asks_unrelated = self.asks_unrelated(rng)
         episodes: list[Episode] = []
         asked: set[str] = set()
         while (n_left := c.questions_per_step - len(asked)) > 0:
@@ -480,9 +342,9 @@ class EpisodeSource:
             facts = rng.sample(new, min(n_questions, len(new)))
         asked.update(fact.question for fact in facts)
         unasked = [_fact_span(fact) for fact in (*document.facts, *document.unasked) if fact not in facts]
-        texts = self.maker.chunk_texts(document.text, self.config.max_chunk_tokens, document.title)
+        texts = self.chunk_texts(document.text, self.config.max_chunk_tokens, document.title)
         answered = [(f.question, f.answer, _fact_span(f)) for f in facts]
-        return self.maker.episode(rng, texts, answered, "everyday", asks_unrelated=asks_unrelated, unasked=unasked)
+        return self.episode(rng, texts, answered, "everyday", asks_unrelated, unasked=unasked)
 
     def sample_text(self, rng: random.Random, n_tokens: int) -> str:
         """Text like that of the documents, for measuring a base's activations."""
@@ -491,15 +353,11 @@ class EpisodeSource:
         return make_sheet(rng, max(4, n_tokens // 16), split=self.split).text
 
     def needle_episode(
-        self,
-        rng: random.Random,
-        prose: Prose,
-        n_needles: int,
-        n_tokens: int,
-        n_chunks: int,
-        asks_unrelated: bool = False,
+        self, rng: random.Random, n_needles: int, n_tokens: int, n_chunks: int, asks_unrelated: bool = False
     ) -> Episode:
         """Prose in `n_chunks` chunks of about `n_tokens` tokens with hidden needles, each asked for."""
+        if self.prose is None:
+            raise ConfigError("needles need prose around them: give a file of texts (--texts FILE)")
         kinds = self.config.needle_kinds
         needles = make_needles(rng, n_needles, split=self.split, kind=rng.choice(kinds) if kinds else None)
         room = max(8, n_tokens - 16 * n_needles)
@@ -507,11 +365,11 @@ class EpisodeSource:
         texts = []
         for chunk in range(n_chunks):
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
-            texts.append(" ".join(hide(here, prose.span(rng, room), [rng.random() for _ in here])))
+            texts.append(" ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here])))
         owners = [needle.key if needle.key in needle.statement else "" for needle in needles]
         facts = [FactSpan(n.statement, owner, n.answer) for n, owner in zip(needles, owners, strict=True)]
         answered = [(n.question, n.answer, fact) for n, fact in zip(needles, facts, strict=True)]
-        return self.maker.episode(rng, texts, answered, "needle", asks_unrelated=asks_unrelated)
+        return self.episode(rng, texts, answered, "needle", asks_unrelated)
 
     def fact_episode(
         self, rng: random.Random, n_facts: int, max_chunk_tokens: int, asks_unrelated: bool = False
@@ -522,6 +380,70 @@ class EpisodeSource:
         if self.prose is not None and rng.random() < self.config.diluted_share:
             prose = self.prose.span(rng, rng.randint(1, 2) * max_chunk_tokens // 2)
             text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
-        texts = self.maker.chunk_texts(text, max_chunk_tokens, sheet.title)
+        texts = self.chunk_texts(text, max_chunk_tokens, sheet.title)
         answered = [(f.question, f.answer, FactSpan(f.statement, f.subject, f.answer)) for f in sheet.facts]
-        return self.maker.episode(rng, texts, answered, "facts", asks_unrelated=asks_unrelated)
+        return self.episode(rng, texts, answered, "facts", asks_unrelated)
+
+    def chunk_texts(self, text: str, max_tokens: int, title: str = "") -> list[str]:
+        """A document's chunks, as the encoder reads them."""
+        encode = partial(encode_with_offsets, self.tokenizer)
+        return [chunk.prompt for chunk in split_text(text, encode, max_tokens=max_tokens, title=title)]
+
+    def asks_unrelated(self, rng: random.Random) -> bool:
+        """Draw whether all documents of a step get an unrelated question or none: rows are padded to its length."""
+        return bool(self.unrelated) and rng.random() < UNRELATED_SHARE
+
+    def episode(
+        self,
+        rng: random.Random,
+        texts: Sequence[str],
+        answered: Answered,
+        task: str,
+        asks_unrelated: bool,
+        *,
+        document: str | None = None,
+        unasked: Sequence[FactSpan] = (),
+    ) -> Episode:
+        """An episode from chunk texts, with its questions under one system turn and token labels for its statements.
+
+        `document` is the text that a teacher may see; an unrelated question comes last if `asks_unrelated`. A memory
+        has to write values before it knows the questions, so values not asked for are labelled too (`unasked`).
+        """
+        system = rng.choice(SYSTEM_TURNS)
+        asked = []
+        for text, answer, _ in answered:
+            shown = reading_prompt(self.chat, document, text) if document and self.is_taught else ()
+            prompt = tuple(self.chat.prompt(text, system))
+            asked.append((text, Question(prompt, tuple(self.chat.answer(answer)), window_prompt=tuple(shown))))
+        if asks_unrelated:
+            text, answer = rng.choice(self.unrelated)
+            prompt = tuple(self.chat.prompt(text, system))
+            asked.append((text, Question(prompt, tuple(self.chat.reply(answer)), is_unrelated=True)))
+        chunks = [(text, *encode_with_offsets(self.tokenizer, text)) for text in texts]
+        labels: list[TokenLabel] = []
+        for i, (text, _, offsets) in enumerate(chunks):
+            labels += label_tokens(i, text, offsets, [fact for *_, fact in answered])
+            taken = {label.token for label in labels if label.chunk == i}
+            for fact in unasked:  # a value that shares a token with another one is left out
+                found = label_tokens(i, text, offsets, [fact])
+                if taken.isdisjoint(tokens := {label.token for label in found}):
+                    labels += [label._replace(statement=-1) for label in found]
+                    taken |= tokens
+        return _episode(task, chunks, asked, labels)
+
+    def passages(self, rng: random.Random, texts: Sequence[str], n: int) -> Episode:
+        """A document with at most `n` passages, none overlapping, to continue word for word from their first tokens."""
+        chunks = [(text, *encode_with_offsets(self.tokenizer, text)) for text in texts]
+        places: list[tuple[int, int]] = []  # chunk, first token
+        for i, (_, ids, _) in enumerate(chunks):
+            last = len(ids) - START_TOKENS - _MIN_CONTINUED_TOKENS
+            places += [(i, first) for first in range(rng.randrange(PASSAGE_TOKENS), last + 1, PASSAGE_TOKENS)]
+        asked, labels = [], []
+        for number, (chunk, first) in enumerate(rng.sample(places, min(n, len(places)))):
+            text, ids, offsets = chunks[chunk]
+            begins = first + START_TOKENS  # of what is to be continued
+            continued = rng.choice(CONTINUE).format(text[offsets[first][0] : offsets[begins - 1][1]].strip())
+            answer = tuple(ids[begins : begins + CONTINUED_TOKENS])
+            asked.append((continued, Question(tuple(self.chat.prompt(continued, rng.choice(("", None)))), answer)))
+            labels += [TokenLabel(chunk, begins + i, INSIDE, -1, i, -1, number) for i in range(len(answer))]
+        return _episode("reading", chunks, asked, labels)

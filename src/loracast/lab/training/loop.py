@@ -20,11 +20,13 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +35,22 @@ from torch import Tensor, nn
 
 from loracast.base.footprint import bf16_autocast
 from loracast.base.scoring import Passes, Schedule, lr_factor
-from loracast.errors import ConfigError, TrainingError
-from loracast.files import sync_folder, write_atomically
+from loracast.errors import ConfigError, LoracastError, TrainingError
+from loracast.files import write_atomically, write_with
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
-def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory instead of returning it to the kernel. Returns whether it took effect.
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory instead of returning it to the kernel.
 
     A step allocates and frees gigabytes; without this, page faults took 40 % of its time (docs/notebook).
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another libc
-        return False
-    largest = 2**31 - 1
-    settings = ((_M_MMAP_THRESHOLD, largest), (_M_TRIM_THRESHOLD, largest), (_M_TOP_PAD, 2**28))
-    return all(mallopt(option, value) for option, value in settings)
+    if sys.platform.startswith("linux"):
+        with suppress(AttributeError):  # another libc
+            mallopt, largest = ctypes.CDLL(None).mallopt, 2**31 - 1
+            for option, value in ((_M_MMAP_THRESHOLD, largest), (_M_TRIM_THRESHOLD, largest), (_M_TOP_PAD, 2**28)):
+                mallopt(option, value)
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,10 @@ class Workers:
         if self.n == 1:
             return
         trained = [p for p in model.parameters() if p.requires_grad]
+        flags = self.gather([p.grad is not None for p in trained])
+        present = [p for p, *of_workers in zip(trained, *flags, strict=True) if any(of_workers)]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in present])
         with _together():
-            n_have = torch.tensor([float(p.grad is not None) for p in trained], device=self.device)
-            torch.distributed.all_reduce(n_have)
-            present = [p for p, n in zip(trained, n_have.tolist(), strict=True) if n]
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in present])
             torch.distributed.all_reduce(flat)
         for p, part in zip(present, flat.split([p.numel() for p in present]), strict=True):
             p.grad = part.view_as(p)
@@ -134,12 +131,7 @@ class Workers:
 
     def any(self, flag: bool) -> bool:
         """Whether any worker sets the flag, so that all stop together."""
-        if self.n == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=self.device)
-        with _together():
-            torch.distributed.all_reduce(votes)
-        return bool(votes.item())
+        return any(self.gather(flag))
 
 
 @contextmanager
@@ -164,27 +156,17 @@ def save_state(
     """Write the state of a run after `step` steps, then delete the older states."""
     from safetensors.torch import save_file
 
-    tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
-    numbers: dict[str, float] = {}
-    for parameter, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            key = f"{_OPTIMIZER}{parameter}.{name}"
-            if isinstance(value, Tensor):
-                tensors[key] = value.detach().contiguous()
-            else:
-                numbers[key] = value
+    values: dict[str, Tensor] = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for parameter, of_parameter in optimizer.state_dict()["state"].items():
+        values |= {f"{_OPTIMIZER}{parameter}.{name}": value for name, value in of_parameter.items()}
+    tensors = {name: value.detach().contiguous() for name, value in values.items()}
     folder = out_dir / f"state-{step}"
     folder.mkdir(exist_ok=True)
-    part = folder / "state.safetensors.part"
-    save_file(tensors, part)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, folder / "state.safetensors")
-    sync_folder(folder)
-    state = {"step": step, "elapsed_s": elapsed_s, "folder": folder.name, "numbers": numbers, "settings": settings}
+    write_with(folder / "state.safetensors", lambda path: save_file(tensors, path))
+    state = {"step": step, "elapsed_s": elapsed_s, "folder": folder.name, "settings": settings}
     write_atomically(out_dir / "state.json", json.dumps(state, indent=1).encode())
     for other in out_dir.glob("state-*"):
-        if other.name != folder.name:
+        if other != folder:
             shutil.rmtree(other)
 
 
@@ -213,11 +195,11 @@ def load_state(
             "another --out for a new run, or --init-from to start from its weights"
         )
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
-    restored: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *state["numbers"].items()]:
+    restored: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
         if key.startswith(_OPTIMIZER):
-            parameter, name = key.removeprefix(_OPTIMIZER).split(".", 1)
-            restored.setdefault(int(parameter), {})[name] = value
+            parameter, name = key.removeprefix(_OPTIMIZER).split(".")
+            restored[int(parameter)][name] = value
     optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
     return state["step"], state["elapsed_s"]
 
@@ -304,24 +286,18 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-class Stop:
-    """Turns SIGTERM into a request to stop after the current step; Ctrl-C waits for no step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> Stop:
-        with suppress(ValueError):  # not the main thread: the thread's owner decides when it stops
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _request(self, number: int, _: object) -> None:
-        self.requested = True
+@contextmanager
+def sigterm_noticed() -> Iterator[threading.Event]:
+    """Turn SIGTERM into an event, so that a run stops after the current step; Ctrl-C waits for no step."""
+    noticed = threading.Event()
+    previous = None
+    with suppress(ValueError):  # not the main thread: the thread's owner decides when it stops
+        previous = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+    try:
+        yield noticed
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def train(
@@ -333,7 +309,6 @@ def train(
     save_model: Callable[[Path], None],
     settings: Mapping[str, Any] | None = None,
     on_metrics: OnMetrics = lambda metrics: None,
-    workers: Workers | None = None,
 ) -> dict[str, float]:
     """Train `model` on `objective`; resume where `out_dir` holds the state of an earlier run with the same settings.
 
@@ -346,7 +321,7 @@ def train(
         TrainingError: the state has other settings, or a loss or gradient is not finite, or another worker has ended;
             the last good state stays.
     """
-    workers = workers or Workers.join(next(model.parameters()).device.type)
+    workers = Workers.join(next(model.parameters()).device.type)
     out_dir.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(model, config)
     workers.batches(0, config.accumulate)  # raises before anything is written
@@ -358,7 +333,7 @@ def train(
     workers.copy_first(model)
     started_s = last_save_s = time.monotonic()
     noted = step
-    figures = _Means()
+    figures: dict[str, list[float]] = defaultdict(list)  # those of each batch that had them, since the last line
     last = _resume_metrics(out_dir / "metrics.jsonl", step) if workers.is_first else {}
 
     def elapsed_s() -> float:
@@ -372,18 +347,47 @@ def train(
     def note_metrics() -> None:
         nonlocal last, noted
         noted = step
-        last = {"step": step, "elapsed_s": round(elapsed_s(), 1), **figures.take(workers)}
+        together: dict[str, list[float]] = defaultdict(list)
+        for of_worker in workers.gather(dict(figures)):
+            for name, values in of_worker.items():
+                together[name] += values
+        figures.clear()
+        means = {name: sum(values) / len(values) for name, values in together.items()}
+        last = {"step": step, "elapsed_s": round(elapsed_s(), 1), **means}
         if workers.is_first:
             log.write(json.dumps(last) + "\n")
             log.flush()
             on_metrics(last)
 
-    with Stop() as stop, open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as log:
+    def update() -> None:
+        """Change the model once, by the batches of a step at the learning rate of the schedule."""
+        bad: float | None = None
+        for number in workers.batches(step, config.accumulate):
+            torch.manual_seed(number)
+            loss, others = objective(number)
+            if not torch.isfinite(loss):
+                bad = loss.item()
+            (loss / config.accumulate).backward()
+            for name, value in {"loss": loss.item(), **others}.items():
+                figures[name].append(value)
+        workers.sum_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
+        if bad is not None:
+            raise TrainingError(f"the loss of step {step} is {bad}; {_DIVERGED}")
+        if not math.isfinite(norm):  # an update would ruin the weights, and the next checkpoint with them
+            raise TrainingError(f"the gradient of step {step} is not finite; {_DIVERGED}")
+        figures["grad_norm"].append(norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * config.lr_factor(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with sigterm_noticed() as stop, open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as log:
         while step < config.steps:
             is_over = config.budget_s is not None and time.monotonic() - started_s > config.budget_s
-            if workers.any(stop.requested or is_over):
+            if workers.any(stop.is_set() or is_over):
                 break
-            _optimizer_step(model, objective, optimizer, config, step, workers, figures)
+            update()
             step += 1
             if step % config.log_every == 0 or step == config.steps:
                 note_metrics()
@@ -396,69 +400,13 @@ def train(
     return last
 
 
-def _optimizer_step(
-    model: nn.Module,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    step: int,
-    workers: Workers,
-    figures: _Means,
-) -> None:
-    """Update the model once from the batches of a step, at the learning rate of the schedule."""
-    bad: float | None = None
-    for number in workers.batches(step, config.accumulate):
-        torch.manual_seed(number)
-        loss, others = objective(number)
-        if not torch.isfinite(loss):
-            bad = loss.item()
-        (loss / config.accumulate).backward()
-        figures.add({"loss": loss.item(), **others})
-    workers.sum_gradients(model)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
-    if bad is not None:
-        raise TrainingError(f"the loss of step {step} is {bad}; {_DIVERGED}")
-    if not math.isfinite(norm):  # an update would ruin the weights, and the next checkpoint with them
-        raise TrainingError(f"the gradient of step {step} is not finite; {_DIVERGED}")
-    figures.add({"grad_norm": norm})
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * config.lr_factor(step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-class _Means:
-    """Mean of each figure over the batches that had it."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = defaultdict(list)
-
-    def add(self, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self._values[name].append(value)
-
-    def take(self, workers: Workers) -> dict[str, float]:
-        """The means so far, over the batches of all workers; the count starts anew."""
-        together: dict[str, list[float]] = defaultdict(list)
-        for of_worker in workers.gather(dict(self._values)):
-            for name, values in of_worker.items():
-                together[name] += values
-        self._values.clear()
-        return {name: sum(values) / len(values) for name, values in together.items()}
-
-
 def _resume_metrics(path: Path, step: int) -> dict[str, float]:
     """Drop lines, whole or half, that a killed run logged after its last checkpoint. Returns the last line kept."""
-    if not path.is_file():
-        return {}
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= step:
-            kept.append(row)
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    kept = [row for row in rows if row["step"] <= step]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     return kept[-1] if kept else {}
 
@@ -470,3 +418,46 @@ def resumable_settings(config: TrainConfig, others: Mapping[str, Any] | None = N
     )
     training = {name: value for name, value in asdict(config).items() if name not in free}
     return json.loads(json.dumps({"training": training, **(others or {})}))
+
+
+_SHARES = ("token_accuracy", "relative_error")
+
+
+def require_matplotlib(needed_by: str = "the curve of a training needs", extra: str = "train") -> None:
+    """Raise LoracastError where nothing can be drawn: before the work, not after it."""
+    if find_spec("matplotlib") is None:
+        raise LoracastError(f"{needed_by} matplotlib: pip install 'loracast[{extra}]'")
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, set up to draw into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot_metrics(metrics: Path, plot: Path) -> bool:
+    """Plot loss, accuracies and relative errors over the steps; False if there are none. Needs the extra `train`."""
+    plt = pyplot()
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not rows:
+        return False
+    steps = [row["step"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(steps, [row["loss"] for row in rows], color="tab:blue")
+    left.set(xlabel="step", title="loss", yscale="log")
+    figures = sorted({name for row in rows for name in row if name.startswith("exact") or name in _SHARES})
+    for name in figures:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        right.plot(*zip(*points, strict=True), label=name.replace("_", " "))
+    highest = max([1.0, *(row[name] for row in rows for name in figures if name in row)])
+    right.set(xlabel="step", ylim=(0, highest), title="in training")
+    if figures:
+        right.legend(loc="lower left")
+    figure.suptitle(f"{rows[-1]['step']} steps in {rows[-1]['elapsed_s'] / 3600:.1f} h")
+    figure.savefig(plot, dpi=120)
+    plt.close(figure)
+    return True

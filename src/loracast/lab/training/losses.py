@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loracast.base.scoring import TOP_K, Batch, Episode, Question, SoftTargets, pack, score_answers, soften
+from loracast.base.scoring import Batch, Episode, Question, SoftTargets, pack, score_answers, soften
 from loracast.documents import Chunk
 from loracast.hypernets.associative_memory import END, OWNER, MemoryWrites
 from loracast.library.index import write_index
@@ -44,10 +44,7 @@ def write_loss(writes: MemoryWrites, batch: Batch) -> MemoryLosses:
     hits = (is_open & (wanted > 0)).sum().item()
     at_places = writes.place_logits[rows, tokens]  # [m, places]
     loss = loss + functional.cross_entropy(at_places, places.clamp_max(at_places.shape[1] - 1))
-    figures = {
-        "gate_recall": hits / max(1, int(wanted.sum())),
-        "gate_precision": hits / max(1, int(is_open.sum())),
-    }
+    figures = {"gate_recall": hits / max(1, int(wanted.sum())), "gate_precision": hits / max(1, int(is_open.sum()))}
     for name, head, pointed_at in (("owner", OWNER, owners), ("end", END, ends)):
         known = pointed_at >= 0
         if known.any():
@@ -147,11 +144,10 @@ class Teacher:
     model: Any
     pad_id: int
     lora: LoRA | None = None
-    k: int = TOP_K
 
     @torch.no_grad()
     def soft_targets(self, *rows: Sequence[Question]) -> list[SoftTargets]:
-        """The k likeliest tokens at each token of each answer. The questions of one row share their common prefix."""
+        """The likeliest tokens at each token of each answer. The questions of one row share their common prefix."""
         device = self.model.device
         questions = [question for row in rows for question in row]
         batch = pack([Episode((), tuple(row)) for row in rows], self.pad_id).to(device)
@@ -159,11 +155,9 @@ class Teacher:
         autocast = torch.autocast(device.type, torch.bfloat16) if self.model.dtype == torch.bfloat16 else nullcontext()
         with autocast:
             scores = score_answers(self.model, loras, batch)
-        soft = soften(scores.logits, self.k)
+        soft = soften(scores.logits)
         lengths = [len(question.answer) for question in questions]
-        return [
-            SoftTargets(*parts) for parts in zip(soft.ids.split(lengths), soft.log_probs.split(lengths), strict=True)
-        ]
+        return list(map(SoftTargets, soft.ids.split(lengths), soft.log_probs.split(lengths)))
 
 
 class Distillation:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +17,15 @@ from loracast.base.chat import ChatFormat
 from loracast.base.load import Base
 from loracast.base.scoring import Episode, Question, pack, score_answers
 from loracast.errors import ConfigError, TrainingError
-from loracast.files import cache_dir
+from loracast.files import cache_dir, write_with
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import Encoder, Features, check_encoder
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.data.rows import read_content, read_unrelated
 from loracast.lab.training.document_source import UNRELATED_SHARE
-from loracast.lab.training.loop import TrainConfig, Workers
+from loracast.lab.training.loop import Workers
 from loracast.lab.training.losses import Distillation, Teacher
-from loracast.lab.training.recipe import Reporting, check_values, read_recipe_as, recorded, start_from, train_hypernet
+from loracast.lab.training.recipe import HypernetRecipe, check_values, recorded, start_from, train_hypernet
 from loracast.lora.target import Layers, target_from_config
 
 _BATCH = 16  # examples that are encoded at once
@@ -112,9 +111,7 @@ def encoded(
                 f"the encoder {encoder.name!r} gives different numbers of features for different examples"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"states": torch.cat(rows)}, scratch)
-        os.replace(scratch, path)
+        write_with(path, lambda temporary: save_file({"states": torch.cat(rows)}, temporary))
     return load_file(path)["states"]
 
 
@@ -165,36 +162,24 @@ class ModalitySource:
 
 
 _EXAMPLES_FOR_UNITS = 256
-_OPTIONS = {
-    "width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "head_shared_rank", "static_rank",
-    "static_modules_rank", "scale",
-}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ModalityRecipe:
-    """One training run, as the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]` of a TOML file."""
+@dataclass(frozen=True, kw_only=True)
+class ModalityRecipe(HypernetRecipe):
+    """One training run of Doc-to-LoRA on another modality."""
 
+    OPTIONS = (
+        "width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "head_shared_rank", "static_rank",
+        "static_modules_rank", "scale",
+    )  # fmt: skip
+    OBJECTIVE = ("kl_to_base_weight",)
     kinds: tuple[str, ...] = ("down_proj",)
     """Module kinds that receive a LoRA."""
     layers: Layers = None
     """Layers that receive a LoRA; by default all."""
-    hypernetwork: Mapping[str, Any] = field(default_factory=dict)
-    """Options of DocToLoRAConfig."""
     kl_to_base_weight: float = 1.0
     """Weight of the divergence from the plain base on unrelated questions."""
     data: ModalityDataConfig = field(default_factory=ModalityDataConfig)
-    training: TrainConfig = field(default_factory=TrainConfig)
-    given: frozenset[str] = frozenset()
-    """Keys that the table `[hypernetwork]` has; with `--init-from` there must be none."""
-
-
-def read_modality_recipe(path: Path | None, overrides: Sequence[str] = ()) -> ModalityRecipe:
-    """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
-    return read_recipe_as(
-        ModalityRecipe, path, overrides, hypernetwork=_OPTIONS,
-        fields=("kinds", "layers"), objective={"kl_to_base_weight"},
-    )  # fmt: skip
 
 
 def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder, source: ModalitySource) -> DocToLoRA:
@@ -218,36 +203,36 @@ def train_modality(
     recipe: ModalityRecipe,
     labelled: Labelled,
     encoder: Encoder,
-    out_dir: Path,
+    out: Path,
     *,
     init_from: Path | None = None,
-    workers: Workers | None = None,
     on_encoded: Callable[[int, int], None] = lambda done, total: None,
-    **reporting: Unpack[Reporting],
+    **record: Any,
 ) -> dict[str, float]:
-    """Train a hypernetwork for `base` and `encoder`, or resume the run in `out_dir`. Returns the last metrics.
+    """Train a hypernetwork for `base` and `encoder`, or resume the run in `out`. Returns the last metrics.
 
     Args:
         init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` must be empty.
         on_encoded: receives (done, total) while examples are encoded for the first time.
+        record: `command` and `on_metrics` of `train_hypernet`.
     """
-    workers = workers or Workers.join(base.device.type)
+    workers = Workers.join(base.device.type)
     made = ModalitySource(recipe.data, labelled, encoder, base.chat, progress=on_encoded) if workers.is_first else None
     workers.any(False)  # the others wait for the features
     source = made or ModalitySource(recipe.data, labelled, encoder, base.chat)
     if init_from is not None:
-        c = (hypernet := start_from(init_from, DocToLoRA, base, recipe.given)).config
+        c = (hypernet := start_from(init_from, DocToLoRA, base, recipe)).config
         check_encoder(c.encoder, c.encoder_fingerprint, c.d_features, encoder)
     else:
         hypernet = build_modality_hypernet(base, recipe, encoder, source)
-    hypernet.to(workers.device).train()
+    hypernet.to(base.device).train()
     distillation = Distillation(Teacher(base.model, base.pad_id), None)
 
     def objective(number: int) -> tuple[Tensor, dict[str, float]]:
         features, episodes = source.step(number)
-        batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(workers.device)
-        with recipe.training.autocast(workers.device):
-            cast = hypernet(features.to(workers.device))
+        batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(base.device)
+        with recipe.training.autocast(base.device):
+            cast = hypernet(features.to(base.device))
             scores = score_answers(base.model, cast.loras, batch, passes=recipe.training.passes)
         loss, kl = scores.loss, scores.kl_to_base
         figures = {"answer_loss": loss.item(), "exact": scores.exact, "token_accuracy": scores.token_accuracy}
@@ -258,11 +243,10 @@ def train_modality(
 
     about = {
         "data": recorded(recipe.data),
-        "objective": {"kl_to_base_weight": recipe.kl_to_base_weight},
+        "objective": recipe.objective,
         "examples": labelled.fingerprint,
         "encoder": encoder.fingerprint,
     }
     return train_hypernet(
-        hypernet, objective, recipe.training, out_dir,
-        base=base, init_from=init_from, about=about, workers=workers, **reporting,
-    )  # fmt: skip
+        hypernet, objective, recipe.training, out, base=base, init_from=init_from, about=about, **record
+    )

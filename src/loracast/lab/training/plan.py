@@ -40,10 +40,10 @@ from loracast.base.scoring import Batch, Passes, pack, under_loras
 from loracast.errors import ConfigError
 from loracast.hypernets.config import DocToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.encoders import Features
 from loracast.lab.data.everyday import make_document
-from loracast.lab.training.doc import DocRecipe, doc_config, read_doc_recipe
+from loracast.lab.training.doc import DocRecipe, doc_config
 from loracast.lab.training.document_source import EpisodeSource
+from loracast.lab.training.recipe import file_overrides, read_recipe
 from loracast.lora.algebra import LoRABatch
 
 
@@ -113,9 +113,8 @@ def step_cost(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").eval().requires_grad_(False)
         hypernet.to_empty(device="cpu").train()
-        precision = torch.autocast("cpu", torch.bfloat16, enabled=machine.autocast)
         with Counter(model, hypernet) as counter:
-            _step(model, hypernet, even, torch.device(machine.device), precision, passes.checkpoint_activations)
+            _step(model, hypernet, even, machine, passes.checkpoint_activations)
         return StepCost(counter.peak, counter.flops)
 
 
@@ -156,17 +155,19 @@ class Counter(TorchDispatchMode):
         self._now -= n_bytes
 
 
-def _step(
-    model: Any, hypernet: DocToLoRA, shape: StepShape, device: torch.device, precision: Any, is_checkpointed: bool
-) -> None:
+def _step(model: Any, hypernet: DocToLoRA, shape: StepShape, machine: Machine, is_checkpointed: bool) -> None:
     """One step as `training.doc.answer_questions` has it, with losses that keep what the real ones keep."""
-    with precision:
-        features = _read(model, hypernet, shape)
+    base: Any = SimpleNamespace(model=model, tokenizer=None, fingerprint=SimpleNamespace(matrices=""))
+    size = len(shape.chunks), max(shape.chunks)
+    with torch.autocast("cpu", torch.bfloat16, enabled=machine.autocast):
+        encoder = hypernet.hidden_states_encoder(base)
+        vars(encoder)["_start_ids"] = lambda ids: ids  # which tokens begin an answer is looked up by their text
+        features = encoder(torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool))
         assert features.mask is not None
         rows, writes = hypernet.rows_and_writes(features, features.mask)
         loras = hypernet.merge(rows, shape.chunks_per_document)
         keys = [name for name, *_ in hypernet.config.memory_modules]
-        hidden, inputs = _run(model, loras, shape, keys, device, is_checkpointed)
+        hidden, inputs = _run(model, loras, shape, keys, torch.device(machine.device), is_checkpointed)
         logits = model.get_output_embeddings()(hidden).float()
         if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
@@ -176,14 +177,6 @@ def _step(
             for name, x in inputs.items():  # each answer token against all written tokens of the step
                 loss = loss + (x.float() @ loras.factors[name].a.float().flatten(0, 1).T).logsumexp(-1).mean()
     loss.backward()
-
-
-def _read(model: Any, hypernet: DocToLoRA, shape: StepShape) -> Features:
-    base: Any = SimpleNamespace(model=model, tokenizer=None, fingerprint=SimpleNamespace(matrices=""))
-    encoder = hypernet.hidden_states_encoder(base)
-    vars(encoder)["_start_ids"] = lambda ids: ids  # which tokens begin an answer is looked up by their text
-    size = len(shape.chunks), max(shape.chunks)
-    return encoder(torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool))
 
 
 def _run(
@@ -297,7 +290,9 @@ class Planner:
         # Files of documents are stood in for by generated ones, as long as the recipe lets documents be.
         with tempfile.TemporaryDirectory() as folder:
             stand_in = Path(folder) / "documents.jsonl"
-            self.recipe = read_doc_recipe(recipe, [*change, *_files(stand_in)])
+            files = file_overrides(texts=[str(stand_in)], documents=[str(stand_in)])
+            sources = ["data.text_sources=[]", "data.document_sources=[]"]
+            self.recipe = read_recipe(DocRecipe(), recipe, [*change, *files, *sources])
             _write_documents(stand_in, self.recipe, tokenizer)
             source = EpisodeSource(self.recipe.data, tokenizer, ChatFormat(tokenizer))
         self.machine = replace(machine, autocast=machine.autocast and self.recipe.training.bf16)
@@ -339,55 +334,44 @@ class Planner:
         training, data = self.recipe.training, self.recipe.data
         found = []
         checkpointed = replace(training.passes, checkpoint_activations=True)
-        if not training.checkpoint_activations and self._fits(most, passes=checkpointed):
+        kinds = (None, *get_args(Quantization))
+        fitting = [kind for kind in kinds if self.plan(kind, checkpointed).memory.total <= most]
+        if None in fitting and not training.checkpoint_activations:
             found.append("with --set training.checkpoint_activations=true it fits")
-        quantized = (q for q in get_args(Quantization) if self._fits(most, q, checkpointed))
-        if quantization := next(quantized, None):
+        if quantization := next(filter(None, fitting), None):
             found.append(f"with a base quantized to {quantization} and training.checkpoint_activations=true it fits")
         halved = f"data.questions_per_step={max(1, data.questions_per_step // 2)}"
         halved += f" --set data.context_tokens_per_step={data.context_tokens_per_step // 2}"
         return [*found, f"half the step: --set {halved} --set training.accumulate={2 * training.accumulate}"]
 
-    def _fits(self, most: float, quantization: Quantization | None = None, passes: Passes | None = None) -> bool:
-        return self.plan(quantization, passes).memory.total <= most
-
     def measured_flops_per_s(self, device: str) -> float:
         """The throughput of this machine: forward and backward passes of one block of the base, of random weights."""
+        from transformers import AutoModelForCausalLM
+
         lengths = sorted(length for length, _ in self._largest.rows)
-        return _throughput(self.base_config, lengths[len(lengths) // 2], len(lengths), self.machine, device)
+        size = len(lengths), lengths[len(lengths) // 2]
+        text = copy.deepcopy(self.base_config.get_text_config())
+        text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 8, None
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
+        with quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_config(text, dtype=self.machine.dtype)
+        block = model.get_decoder().to(device).eval().requires_grad_(False)
+        states = torch.randn(*size, text.hidden_size, dtype=self.machine.dtype, device=device, requires_grad=True)
 
+        def run() -> None:
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.machine.autocast):
+                block(inputs_embeds=states, use_cache=False).last_hidden_state.float().square().mean().backward()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
 
-def _throughput(base_config: Any, t: int, d: int, machine: Machine, device: str) -> float:
-    """Floating-point operations a second in one block of a base, on d rows of t tokens."""
-    from transformers import AutoModelForCausalLM
-
-    text = copy.deepcopy(base_config.get_text_config())
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 8, None
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_config(text, dtype=machine.dtype)
-    block = model.get_decoder().to(device).eval().requires_grad_(False)
-    states = torch.randn(d, t, text.hidden_size, dtype=machine.dtype, device=device, requires_grad=True)
-
-    def run() -> None:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=machine.autocast):
-            block(inputs_embeds=states, use_cache=False).last_hidden_state.float().square().mean().backward()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    with Counter(model) as counter:
-        run()
-    n, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < MEASURE_S or not n:
-        run()
-        n += 1
-    return n * counter.flops / elapsed
-
-
-def _files(stand_in: Path) -> list[str]:
-    named = {key: json.dumps([str(stand_in)]) for key in ("texts", "documents")}
-    return [f"data.{key}={value}" for key, value in {**named, "text_sources": "[]", "document_sources": "[]"}.items()]
+        with Counter(model) as counter:
+            run()
+        n, started = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < MEASURE_S or not n:
+            run()
+            n += 1
+        return n * counter.flops / elapsed
 
 
 def _write_documents(file: Path, recipe: DocRecipe, tokenizer: Any) -> None:

@@ -7,8 +7,9 @@ import functools
 import json
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
 from loracast.base.fingerprint import check
 from loracast.base.load import Base
@@ -19,12 +20,13 @@ from loracast.lab.training.loop import Objective, OnMetrics, TrainConfig, Worker
 
 R = TypeVar("R")
 
-Tables = dict[str, dict[str, Any]]
-"""The tables of a recipe; lists have become tuples, as in frozen configs."""
 
-
-def read_tables(path: Path | None, overrides: Sequence[str], known: Mapping[str, Collection[str]]) -> Tables:
+def read_tables(
+    path: Path | None, overrides: Sequence[str], known: Mapping[str, Collection[str]]
+) -> dict[str, dict[str, Any]]:
     """Read the tables of a recipe, changed by overrides (`training.lr=2e-4`); a table that the file lacks is empty.
+
+    Lists become tuples, as in frozen configs.
 
     Raises ConfigError if the file cannot be read, or has tables or keys that are not `known` (all in one message).
     """
@@ -39,7 +41,9 @@ def read_tables(path: Path | None, overrides: Sequence[str], known: Mapping[str,
         table, dot, name = key.strip().partition(".")
         if not separator or not dot:
             raise ConfigError(f"{override!r} is not an override; write table.key=value, such as training.lr=2e-4")
-        tables.setdefault(table, {})[name] = _value(value.strip())
+        tables.setdefault(table, {})[name] = value.strip()
+        with suppress(tomllib.TOMLDecodeError):  # a bare word is a string
+            tables[table][name] = tomllib.loads(f"value = {value}")["value"]
     problems = [f"unknown table [{table}]" for table in sorted(tables.keys() - known.keys())]
     for table, names in known.items():
         problems += [f"unknown key {table}.{name}" for name in sorted(tables.get(table, {}).keys() - set(names))]
@@ -50,52 +54,52 @@ def read_tables(path: Path | None, overrides: Sequence[str], known: Mapping[str,
     }
 
 
-def read_recipe_as(
-    recipe: Callable[..., R],
-    path: Path | None,
-    overrides: Sequence[str],
-    *,
-    hypernetwork: Collection[str],
-    fields: Collection[str],
-    objective: Collection[str],
-) -> R:
-    """Read a hypernetwork's recipe: the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HypernetRecipe:
+    """What the training runs of all hypernetworks take: a TOML file with the tables `[hypernetwork]`, `[objective]`,
+    `[data]` and `[training]`. Subclasses have a field `data`, and a field for each other key of the first two tables.
+    """
+
+    OPTIONS: ClassVar[Collection[str]]
+    """The keys of `[hypernetwork]` that are options of the hypernetwork's config, and no fields of the recipe."""
+    OBJECTIVE: ClassVar[Collection[str]]
+    """The fields that stand in `[objective]`."""
+    hypernetwork: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the hypernetwork's config."""
+    training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    given: frozenset[str] = frozenset()
+    """Keys that the table `[hypernetwork]` has; `--init-from` refuses those that the checkpoint fixes."""
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The table `[objective]`, as a run records it."""
+        return {name: getattr(self, name) for name in self.OBJECTIVE}
+
+
+def read_recipe(default: R, path: Path | None, overrides: Sequence[str] = ()) -> R:
+    """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`.
 
     Args:
-        recipe: a dataclass with the fields `hypernetwork`, `data`, `training` and `given`.
-        hypernetwork: keys of `[hypernetwork]` that are options of the hypernetwork's config.
-        fields: its other keys, which are fields of the recipe; so are those of `[objective]`.
+        default: the recipe with values for missing keys: a `HypernetRecipe`, or another dataclass, whose fields are
+            tables.
     """
-    data = get_type_hints(recipe)["data"]
-    known = {
-        "hypernetwork": {*hypernetwork, *fields},
-        "objective": objective,
-        "data": keys_of(data),
-        "training": keys_of(TrainConfig),
-    }
+    configs: dict[str, Any] = {name: value for name, value in vars(default).items() if dataclasses.is_dataclass(value)}
+    known = {name: keys_of(type(value)) for name, value in configs.items()}
+    fields: set[str] = set()
+    if isinstance(default, HypernetRecipe):
+        fields = keys_of(type(default)) - {*configs, "hypernetwork", "given", *default.OBJECTIVE}
+        known = {"hypernetwork": {*default.OPTIONS, *fields}, "objective": {*default.OBJECTIVE}, **known}
     tables = read_tables(path, overrides, known)
-    options = tables["hypernetwork"]
-    own = {name: value for name, value in options.items() if name in fields} | tables["objective"]
-    check_values(recipe, own)
-    check_values(data, tables["data"])
-    check_values(TrainConfig, tables["training"])
-    return recipe(
-        **own,
-        hypernetwork={name: value for name, value in options.items() if name not in fields},
-        data=data(**tables["data"]),
-        training=TrainConfig(**tables["training"]),
-        given=frozenset(options),
-    )
-
-
-def read_lora_recipe(default: R, path: Path | None, overrides: Sequence[str]) -> R:
-    """Read a LoRA's recipe, the tables `[lora]`, `[data]` and `[training]`; `default` has values for missing keys."""
-    known = {name: keys_of(type(getattr(default, name))) for name in ("lora", "data", "training")}
-    tables = read_tables(path, overrides, known)
-    for name, given in tables.items():
-        check_values(type(getattr(default, name)), given)
-    changed = {name: dataclasses.replace(getattr(default, name), **given) for name, given in tables.items()}
-    return dataclasses.replace(default, **changed)  # type: ignore[type-var]
+    given = tables.pop("hypernetwork", {})
+    changes = {name: value for name, value in given.items() if name in fields} | tables.pop("objective", {})
+    check_values(type(default), changes)
+    for name, values in tables.items():
+        check_values(type(configs[name]), values)
+        changes[name] = dataclasses.replace(configs[name], **values)
+    if isinstance(default, HypernetRecipe):
+        options = {name: value for name, value in given.items() if name not in fields}
+        changes |= {"hypernetwork": options, "given": frozenset(given)}
+    return dataclasses.replace(default, **changes)  # type: ignore[type-var]
 
 
 def check_values(config: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -121,39 +125,27 @@ def keys_of(config: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string
+def start_from(
+    folder: Path,
+    architecture: type[H],
+    base: Base,
+    recipe: HypernetRecipe,
+    changeable: Callable[[H], Collection[str]] = lambda hypernet: (),
+) -> H:
+    """The hypernetwork whose weights a fresh run starts from, checked against the base.
 
-
-def check_not_given(given: Collection[str]) -> None:
-    """Raise ConfigError if the recipe's `[hypernetwork]` table has keys that the checkpoint of --init-from fixes."""
-    if given:
+    Raises ConfigError if the recipe's table `[hypernetwork]` has other keys than those that can be changed in it.
+    """
+    hypernet = architecture.from_pretrained(folder)
+    if fixed := (recipe.given | recipe.hypernetwork.keys()) - set(changeable(hypernet)):
         raise ConfigError(
             "--init-from takes the architecture from the checkpoint; "
-            f"leave {', '.join(sorted(given))} out of [hypernetwork]"
+            f"leave {', '.join(sorted(fixed))} out of [hypernetwork]"
         )
-
-
-def start_from(folder: Path, architecture: type[H], base: Base, given: Collection[str] = ()) -> H:
-    """The hypernetwork whose weights a fresh run starts from, checked against the base; ConfigError as above."""
-    check_not_given(given)
-    hypernet = architecture.from_pretrained(folder)
     if hypernet.made_for is not None:
         check(hypernet.made_for, base.fingerprint, f"the hypernetwork in {folder}")
     hypernet.requires_grad_(True)
     return hypernet
-
-
-class Reporting(TypedDict, total=False):
-    """Options for the record of a training and its metrics."""
-
-    command: str
-    """The command, for the checkpoint's provenance."""
-    on_metrics: OnMetrics
-    """Receives each line of metrics."""
 
 
 def train_hypernet(
@@ -165,9 +157,9 @@ def train_hypernet(
     base: Base,
     init_from: Path | None,
     about: Mapping[str, Any],
-    workers: Workers,
     finish: Callable[[], None] | None = None,
-    **reporting: Unpack[Reporting],
+    command: str = "",
+    on_metrics: OnMetrics = lambda metrics: None,
 ) -> dict[str, float]:
     """Train a hypernetwork, or resume the run in `out_dir`. Returns the last metrics.
 
@@ -176,20 +168,20 @@ def train_hypernet(
     Args:
         about: what is trained on, for the checkpoint's provenance; a run with other values is not resumed.
         finish: last changes to the hypernetwork whenever training stops; it is saved once more after them.
+        command: the command, for the checkpoint's provenance.
+        on_metrics: receives each line of metrics.
     """
     started_as = read_provenance(init_from) if init_from is not None else {}
     # An average of runs has no history of its own.
     before: list[Any] = started_as.get("history") or ([started_as] if started_as else [])
-    command, on_metrics = reporting.get("command", ""), reporting.get("on_metrics", lambda metrics: None)
     provenance = {"history": [*before, {"command": command, **about, "training": dataclasses.asdict(config)}]}
     save_model = functools.partial(hypernet.save_pretrained, storage="float32", provenance=provenance)
     hypernet.made_for = base.fingerprint
     settings = {**about, "hypernetwork": dataclasses.asdict(hypernet.config), "base": base.fingerprint.norms}
     metrics = train(
-        hypernet, objective, config, out_dir,
-        settings=settings, save_model=save_model, on_metrics=on_metrics, workers=workers,
-    )  # fmt: skip
-    if finish is not None and workers.is_first:
+        hypernet, objective, config, out_dir, save_model=save_model, settings=settings, on_metrics=on_metrics
+    )
+    if finish is not None and Workers.join(base.device.type).is_first:
         finish()
         save_model(out_dir)
     return metrics

@@ -18,9 +18,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from loracast.documents.chunks import split_text
 from loracast.errors import TrainingError
 from loracast.files import write_atomically
 from loracast.lab.data.everyday import EverydayDocument, make_document
-from loracast.lab.data.facts import FactSheet, make_sheet
+from loracast.lab.data.facts import FactSheet, Split, make_sheet
 from loracast.lab.data.needles import hide, make_needles, sentences
 from loracast.lab.data.rows import QuestionedDocument, read_content, read_unrelated
 from loracast.library.index import write_index
@@ -42,8 +43,6 @@ from loracast.reading.relevance import (
     shipped_regression,
     shipped_words,
 )
-
-Split = Literal["train", "dev", "test"]
 
 SHARES = {
     "sheet": 0.1,
@@ -95,10 +94,7 @@ class Asked:
 
 
 def draw_asked(
-    rng: random.Random,
-    documents: Sequence[QuestionedDocument],
-    unrelated: Mapping[str, Sequence[str]],
-    split: Split,
+    rng: random.Random, documents: Sequence[QuestionedDocument], unrelated: Mapping[str, Sequence[str]], split: Split
 ) -> Iterator[Asked]:
     """Draw documents, each with questions of several groups; `unrelated` has the unrelated questions by their file."""
     talk = read_content("small_talk")
@@ -111,19 +107,16 @@ def draw_asked(
             if rng.random() < 0.2:
                 pairs.append(Pair(rng.choice(talk[f"any_document_{split}"]), "any document"))
             pairs = [*asked.pairs, *pairs]
-            if split == "train":
-                pairs = [
-                    pair._replace(question=pair.question.lower()) if rng.random() < _P_LOWER else pair for pair in pairs
-                ]
+            for i, pair in enumerate(pairs):
+                if split == "train" and rng.random() < _P_LOWER:
+                    pairs[i] = pair._replace(question=pair.question.lower())
             yield replace(asked, pairs=tuple(pairs))
 
 
 def _sheets(rng: random.Random, split: Split) -> Iterator[Asked]:
-    def draw(n_facts: int, n_subjects: int | None = None) -> FactSheet:
-        return make_sheet(rng, n_facts, split=split, n_subjects=n_subjects)
-
+    draw = partial(make_sheet, rng, split=split)
     sheets = [draw(rng.randint(5, 22) if split == "train" else 20) for _ in range(_N_SHEETS[split])]
-    sheets += [draw(rng.randint(5, 10), 1) for _ in range(_N_SINGLE[split])]
+    sheets += [draw(rng.randint(5, 10), n_subjects=1) for _ in range(_N_SINGLE[split])]
     by_domain: dict[frozenset[str], list[FactSheet]] = defaultdict(list)
     for sheet in sheets:
         by_domain[_domains(sheet)].append(sheet)
@@ -132,8 +125,8 @@ def _sheets(rng: random.Random, split: Split) -> Iterator[Asked]:
         pairs = [Pair(fact.question, "sheet") for fact in facts]
         subjects = {fact.subject for fact in sheet.facts}
         if len(subjects) == 1:
-            unnamed = [fact.question.replace(fact.subject, "it") for fact in facts if fact.subject in fact.question]
-            pairs += [Pair(question, "unnamed") for question in unnamed[:2]]
+            named = [fact for fact in facts if fact.subject in fact.question]
+            pairs += [Pair(fact.question.replace(fact.subject, "it"), "unnamed") for fact in named[:2]]
         other = rng.choice(by_domain[_domains(sheet)])
         if subjects.isdisjoint(fact.subject for fact in other.facts):
             near = rng.sample(other.facts, min(4, len(other.facts)))
@@ -276,7 +269,9 @@ def make_table(documents: Sequence[QuestionedDocument], unrelated: Mapping[str, 
     for group in (texts, questions):
         counts: Counter[str] = Counter()
         for some in group.values():
-            found = Counter(stem for _, stem in _stems_of(some))
+            found: Counter[str] = Counter()
+            for of_text in _stems_of(some):
+                found.update(of_text)
             n_sources.update(found.keys())
             counts.update(found)
         shares.update({stem: count / counts.total() for stem, count in counts.items()})
@@ -287,18 +282,14 @@ def make_table(documents: Sequence[QuestionedDocument], unrelated: Mapping[str, 
 
 def _asking(documents: Sequence[QuestionedDocument]) -> frozenset[str]:
     """The stems that questions use and the texts with the answers seldom repeat."""
-    there: dict[int, set[str]] = defaultdict(set)
-    asked: dict[int, set[str]] = defaultdict(set)
-    for i, stem in _stems_of([document.text for document in documents]):
-        there[i].add(stem)
-    for i, stem in _stems_of([" ".join(q.question for q in document.questions) for document in documents]):
-        asked[i].add(stem)
+    there = _stems_of([document.text for document in documents])
+    asked = _stems_of([" ".join(q.question for q in document.questions) for document in documents])
     n_asked, n_repeated = Counter[str](), Counter[str]()
     sources = defaultdict(set)
-    for i, document in enumerate(documents):
-        n_asked.update(asked[i])
-        n_repeated.update(asked[i] & there[i])
-        for stem in asked[i]:
+    for document, of_text, of_questions in zip(documents, there, asked, strict=True):
+        n_asked.update(of_questions.keys())
+        n_repeated.update(of_questions.keys() & of_text.keys())
+        for stem in of_questions:
             sources[stem].add(document.source)
     return frozenset(
         stem
@@ -309,13 +300,16 @@ def _asking(documents: Sequence[QuestionedDocument]) -> frozenset[str]:
     )
 
 
-def _stems_of(texts: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Every word of the texts as (number of the text, stem), stemmed as in the index of a document."""
+def _stems_of(texts: Sequence[str]) -> list[Counter[str]]:
+    """How often each stem occurs in each text, stemmed as in the index of a document."""
+    counts = [Counter[str]() for _ in texts]
     with closing(sqlite3.connect(":memory:")) as database:
         database.execute("CREATE VIRTUAL TABLE texts USING fts5(text, tokenize = 'porter unicode61')")
         database.execute("CREATE VIRTUAL TABLE stems USING fts5vocab(texts, 'instance')")
         database.executemany("INSERT INTO texts (rowid, text) VALUES (?, ?)", enumerate(texts))
-        yield from database.execute("SELECT doc, term FROM stems")
+        for i, stem in database.execute("SELECT doc, term FROM stems"):
+            counts[i][stem] += 1
+    return counts
 
 
 def observe(drawn: Iterable[Asked], table: WordTable) -> tuple[Floats, list[Pair]]:

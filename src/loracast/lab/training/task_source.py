@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from loracast.base.chat import ChatFormat
 from loracast.base.scoring import Episode, Question
@@ -115,10 +116,11 @@ class TaskSource:
         is_specified = is_specified and not heldout_too
         self.augmented_share = config.augmented_share if is_specified else 0.0
         self.examples_read = config.examples_read if is_specified else 0
-        self._short: dict[str, list[Example]] = {}
         self.tasks = [t for t in tasks if t.train and (heldout_too or (t.seen_descriptions() and not t.is_heldout))]
         if not self.tasks:
             raise TrainingError("there is no task to train on: all are held out, or lack descriptions or examples")
+        self.short_enough = {task.name: self._short_enough(task) for task in self.tasks}
+        """By task, the training examples that fit into `max_tokens` under the longest system turn."""
 
     @property
     def descriptions(self) -> tuple[str, ...]:
@@ -143,16 +145,13 @@ class TaskSource:
     def _words(self) -> tuple[str, ...]:
         return words_of(self.tasks)
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of all that training may see; a resumed run must see the same."""
+    @property
+    def about(self) -> dict[str, Any]:
+        """The config, the tasks, and a hash of all that training may see; a resumed run must have the same."""
         seen = [(t.name, t.seen_descriptions(), [(e.input, e.outputs[0]) for e in t.train]) for t in self.tasks]
-        return hashlib.sha256(repr(seen).encode()).hexdigest()
-
-    def check_lengths(self) -> None:
-        """Raise TrainingError if a task has no example that is short enough, before training rather than during it."""
-        for task in self.tasks:
-            self.short_enough(task)
+        digest = hashlib.sha256(repr(seen).encode()).hexdigest()
+        names = [task.name for task in self.tasks]
+        return {"data": dataclasses.asdict(self.config), "tasks": names, "tasks_sha256": digest}
 
     def draw(self, number: int) -> list[DrawnTask]:
         """The tasks of batch `number`.
@@ -168,7 +167,7 @@ class TaskSource:
         descriptions = [rng.choice(task.seen_descriptions() or ("",)) for task in chosen]
         augmentations: list[Augmentation | None] = []
         for task, description in zip(chosen, descriptions, strict=True):
-            short = self.short_enough(task)
+            short = self.short_enough[task.name]
             augmentation = None
             if of_augmentation.random() < self.augmented_share and len(short) >= EXAMPLES_TO_AUGMENT:
                 whole = dataclasses.replace(task, train=tuple(short))
@@ -177,7 +176,7 @@ class TaskSource:
         drawn = []
         for task, description, augmentation in zip(chosen, descriptions, augmentations, strict=True):
             n_read = self._n_read(of_examples)
-            system, pool = rng.choice(SYSTEM_TURNS), self.short_enough(task)
+            system, pool = rng.choice(SYSTEM_TURNS), self.short_enough[task.name]
             rows = rng.sample(pool, min(c.examples_per_task, len(pool)))
             if augmentation is not None:
                 n = EXAMPLES_TO_AUGMENT * (c.examples_per_task + n_read)
@@ -224,11 +223,10 @@ class TaskSource:
         return description if keeps and rng.random() < 0.5 else ""
 
     def episodes(self, drawn: Sequence[DrawnTask]) -> list[Episode]:
-        """An episode of rows to answer for each drawn task."""
+        """An episode for each drawn task: its rows under one system turn, as many as there are tokens for."""
         return [self._episode(one) for one in drawn]
 
     def _episode(self, drawn: DrawnTask) -> Episode:
-        """Rows of a task under one system turn, as many as there are tokens for."""
         questions = [self._question(row, drawn.system) for row in drawn.rows]
         within = itertools.accumulate(len(question.prompt) + len(question.answer) for question in questions)
         n_kept = max(1, sum(n_tokens <= self.config.tokens_per_task for n_tokens in within))
@@ -240,13 +238,10 @@ class TaskSource:
         text = example.input if specified is None else with_description(specified, example.input)
         return Question(tuple(self.chat.prompt(text, system)), tuple(self.chat.reply(example.outputs[0])))
 
-    def short_enough(self, task: Task) -> list[Example]:
-        """Training examples that fit into `max_tokens` under the longest system turn; TrainingError if none does."""
-        if task.name not in self._short:
-            most = self.config.max_tokens
-            asked = ((example, self._question(example, None)) for example in task.train)
-            short = [example for example, q in asked if len(q.prompt) + len(q.answer) <= most]
-            if not short:
-                raise TrainingError(f"no example of {task.name} has {most} tokens or fewer; raise data.max_tokens")
-            self._short[task.name] = short
-        return self._short[task.name]
+    def _short_enough(self, task: Task) -> list[Example]:
+        most = self.config.max_tokens
+        asked = ((example, self._question(example, None)) for example in task.train)
+        short = [example for example, q in asked if len(q.prompt) + len(q.answer) <= most]
+        if not short:
+            raise TrainingError(f"no example of {task.name} has {most} tokens or fewer; raise data.max_tokens")
+        return short

@@ -146,17 +146,11 @@ def example(one: Asked, numbers: dict[str, int]) -> Example:
         for row, (question, _, _) in enumerate(one.questions):
             if (scores := sentence_scores(index, question)) is not None:
                 bm25[row].scatter_reduce_(0, owners, torch.tensor(scores) / max(scores), "amax")
-    of_questions = [[numbers[word] for word in words_of_question(q) if word in numbers] for q, _, _ in one.questions]
-    return Example(
-        one.source,
-        torch.tensor(names),
-        torch.tensor(positions),
-        torch.tensor(sentences),
-        torch.tensor([n for some in of_questions for n in some], dtype=torch.long),
-        torch.tensor([i for i, some in enumerate(of_questions) for _ in some], dtype=torch.long),
-        bm25,
-        right,
-    )
+    of_questions = [(i, word) for i, (q, _, _) in enumerate(one.questions) for word in words_of_question(q)]
+    known_words = [(numbers[word], i) for i, word in of_questions if word in numbers]
+    asked, questions = torch.tensor(known_words, dtype=torch.long).view(-1, 2).unbind(1)
+    said, at, of_sentences = (torch.tensor(values) for values in (names, positions, sentences))
+    return Example(one.source, said, at, of_sentences, asked, questions, bm25, right)
 
 
 class Matcher(nn.Module):
@@ -225,23 +219,16 @@ class Matcher(nn.Module):
         for name, table in self.tables().items():
             scale = table.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
             tensors |= {name: (table / scale).round().to(torch.int8), f"{name}.scale": scale.float()}
-        tensors |= {
-            "weights": self.weights(),
-            "least": self.least,
-            "scalars": torch.stack([self.fade, self.bm25]),
-        }
+        scalars = torch.stack([self.fade, self.bm25])
+        tensors |= {"weights": self.weights(), "least": self.least, "scalars": scalars}
         metadata = {"words": json.dumps(["", *numbers])}
         write_with(path, lambda to: save_file({n: t.detach().contiguous() for n, t in tensors.items()}, to, metadata))
 
 
 def features_of(numbers: dict[str, int], drawn: Sequence[Asked]) -> Tensor:
     """What a sentence encoder makes of each word alone [v, f]; of a stem, of its commonest word."""
-    counts = Counter(
-        word.lower()
-        for one in drawn
-        for text in (one.text, *(question for question, _, _ in one.questions))
-        for word in _WORD.findall(text)
-    )
+    texts = (text for one in drawn for text in (one.text, *(question for question, _, _ in one.questions)))
+    counts = Counter(word.lower() for text in texts for word in _WORD.findall(text))
     words = [word for word, _ in counts.most_common()]
     whole: dict[str, str] = {}
     for word, stem in zip(words, stem_words(words), strict=True):
@@ -268,20 +255,15 @@ def train_word_vectors(
     drawn = [one for one in draw_asked(documents, seed) if one.questions]
     rng.shuffle(drawn)
     numbers = vocabulary(drawn)
-    examples = [one for one in (example(some, numbers) for some in drawn) if one.bm25.shape[1] > 1]
-    examples = [one for one in examples if one.right.any(1).all()]
+    read = (example(one, numbers) for one in drawn)
+    examples = [one for one in read if one.bm25.shape[1] > 1 and one.right.any(1).all()]
     n_questions = sum(len(one.right) for one in examples)
     say(f"{len(examples)} documents, {n_questions} questions, {len(numbers)} words")
     matcher = Matcher(features_of(numbers, drawn))
-    n_apart = len(examples) // 25
-    apart, rest = examples[:n_apart], examples[n_apart:]
+    apart, rest = examples[: len(examples) // 25], examples[len(examples) // 25 :]
     scalars = [matcher.fade, matcher.bm25]
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [*matcher.own.parameters(), matcher.raw_weights, matcher.least], "lr": _LR},
-            {"params": [*matcher.maps.parameters(), *scalars], "lr": _LR_MAPS},
-        ]
-    )
+    of_words = {"params": [*matcher.own.parameters(), matcher.raw_weights, matcher.least], "lr": _LR}
+    optimizer = torch.optim.Adam([of_words, {"params": [*matcher.maps.parameters(), *scalars], "lr": _LR_MAPS}])
     n_steps = round(_EPOCHS * len(rest) / _DOCUMENTS_PER_STEP)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.02, 1 - step / n_steps))
     for step in range(n_steps):
