@@ -381,7 +381,7 @@ def test_ask_says_that_a_document_does_not_speak_of_it(asked, tiny_folder):
 
 def test_a_strict_answer_comes_from_the_documents_or_says_that_they_do_not_say(asked, monkeypatch):
     monkeypatch.setattr(
-        "loracast.answering.question_answering.least_confidence", lambda routes: 0.0
+        "loracast.answering.model.least_confidence", lambda routes: 0.0
     )  # a random base is sure of nothing
     question, about = "Who wrote the play about the prince of Denmark?", "How long is the warranty of the lamp?"
     for chosen in ("manual-lamp", ["museum", "manual-lamp"], ["shout", "manual-lamp"], "*"):

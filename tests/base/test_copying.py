@@ -198,7 +198,7 @@ def test_a_document_hints_and_a_task_beside_it_does_not(always, model, monkeypat
     assert model.prepare("How much do adults pay?", "door", outlines=False).likely == ()
     seen = []
     monkeypatch.setattr(
-        "loracast.answering.question_answering.answers",
+        "loracast.answering.model.answers",
         lambda base, prompts, loras, sampling, copying, on_text: seen.extend(copying) or [SimpleNamespace(text="")],
     )
     monkeypatch.setattr(type(prepared), "sourced", lambda self, given: given)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loracast.answering.model import Model
-from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.answering.model import ASK_SYSTEM_TURN, Model
 from loracast.base.generate import Sampling, answer
 from loracast.cast import refine as refine_module
 from loracast.cast.load import load_caster

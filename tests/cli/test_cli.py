@@ -484,7 +484,7 @@ def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
         on_text("\u202eevil\r\n\ttail")
         return [loracast.base.generate.Answer("", 1, 1, 0.1, 0.1, True)]
 
-    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
+    monkeypatch.setattr("loracast.answering.model.answers", answers)
     assert run("ask", "hello", *tiny).stdout == "]0;ownedred [31mevil\n\ttail\n"
 
 
@@ -493,7 +493,7 @@ def test_ctrl_c_while_answering_is_130(run, tiny, monkeypatch):
         on_text("It is")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
+    monkeypatch.setattr("loracast.answering.model.answers", answers)
     result = run("ask", "hello", *tiny)
     assert result.exit_code == 130 and result.stdout == "It is\n"
 
@@ -552,7 +552,7 @@ def test_a_conversation_is_remembered(talk, monkeypatch):
         on_text("Bob.")
         return [loracast.base.generate.Answer("Bob.", len(prompts[0]), 2, 0.1, 0.1, True)]
 
-    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
+    monkeypatch.setattr("loracast.answering.model.answers", answers)
     talk.reply("My name is Bob.")
     talk.reply("Who am I?")
     assert seen[1].index("My name is Bob.") < seen[1].index("Bob.<|im_end|>") < seen[1].index("Who am I?")
@@ -566,7 +566,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(talk, monkeypatch, capsy
         on_text("It was ")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
+    monkeypatch.setattr("loracast.answering.model.answers", answers)
     talk.reply("What was it?")
     assert talk.turns[-1] == {"role": "assistant", "content": "It was "}
     assert capsys.readouterr() == ("It was \n", "(stopped)\n")

@@ -125,7 +125,7 @@ def answer_with(monkeypatch, answer_batch):
         assert not any(copying)  # a task has no text to copy
         return [Answer(text, 0, 0, 0.0, 0.0, True) for text in answer_batch(base, prompts, loras, sampling)]
 
-    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
+    monkeypatch.setattr("loracast.answering.model.answers", answers)
 
 
 def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_every_page_with_python_is_run_or_compiled():
 
 def test_there_are_examples_in_docstrings():
     assert {where for where, _ in EXAMPLES} >= {
-        "answering/model.py:", "answering/model.py:load", "answering/question_answering.py:ask", "lora/algebra.py:applied",
+        "answering/model.py:", "answering/model.py:load", "answering/model.py:ask", "lora/algebra.py:applied",
     }  # fmt: skip
 
 

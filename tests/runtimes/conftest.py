@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loracast.answering.model import Model, load
-from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.answering.model import ASK_SYSTEM_TURN, Model, load
 from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, _generate
 from loracast.base.load import Base

@@ -20,8 +20,7 @@ from pathlib import Path
 import pytest
 from test_vllm import PYTHON, post, wait_until_it_answers
 
-from loracast.answering.model import load
-from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.answering.model import ASK_SYSTEM_TURN, load
 from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, answers
 from loracast.documents import Document

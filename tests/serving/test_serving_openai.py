@@ -530,7 +530,7 @@ def test_a_strict_answer_comes_at_its_end_and_only_where_it_is_sure(client, monk
         assert given.loracast["answered_by"] == ["refusal"] * n
     strict = {"stream": True, "extra_body": {"strict": True}}
     assert "".join(one.choices[0].delta.content or "" for one in chat(client, "manual", **strict)) == NOT_SAID
-    monkeypatch.setattr("loracast.answering.question_answering.least_confidence", lambda routes: 0.0)
+    monkeypatch.setattr("loracast.answering.model.least_confidence", lambda routes: 0.0)
     pieces = [one.choices[0].delta.content or "" for one in chat(client, "manual", **strict)]
     given = chat(client, "manual", extra_body={"strict": True}).choices[0]
     assert "".join(pieces) == given.message.content == shown.content and given.logprobs is None

@@ -285,7 +285,7 @@ def test_two_servers_answer_from_one_library(model):
 
 def test_a_prompt_that_is_too_long_is_refused_before_it_is_routed(model, monkeypatch):
     api, routed = in_process(model, ByHand()), []
-    monkeypatch.setattr("loracast.answering.question_answering.route_adapters", lambda *what: routed.append(what) or [])
+    monkeypatch.setattr("loracast.answering.model.route_adapters", lambda *what: routed.append(what) or [])
     long = "How long is the warranty? " * 10_000
     for path, asked in (
         (CHAT, body(messages=[{"role": "user", "content": long}])),

@@ -18,7 +18,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from loracast.answering.answers import NOT_SAID, Prepared, SourcedAnswer, without_model
-from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.answering.model import ASK_SYSTEM_TURN
 from loracast.base.chat import Message, encode_text
 from loracast.base.generate import Answer, Sampling
 from loracast.cast.memory import Memory

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracast.answering.model import Model
-from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.answering.model import ASK_SYSTEM_TURN, Model
 from loracast.base.chat import ChatFormat, Message, encode_with_offsets, without_middle
 from loracast.base.generate import Sampling, answers
 from loracast.base.scoring import Episode, Question, pack, score_answers

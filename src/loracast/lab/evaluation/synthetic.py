@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from loracast.answering.model import Model
-from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.answering.model import ASK_SYSTEM_TURN, Model
 from loracast.base.chat import ChatFormat, encode_with_offsets
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import find_value, has_value, is_exact

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.answering.model import ASK_SYSTEM_TURN
 from loracast.base.embedded import DEFAULT_ENCODER
 from loracast.base.generate import Sampling
 from loracast.base.load import Base
