@@ -10,4 +10,4 @@ FORMATS = {
     "ollama": "Ollama",
     MERGED: "into the base's weights",
 }
-"""Name of each format -> what it is for; `WRITTEN` (adapter.py) has how each is written."""
+"""Name of each format -> what it is for; `WRITERS` (adapter.py) has how each is written."""

@@ -24,12 +24,12 @@ from loracast.lora.algebra import LoRA, uniform
 from loracast.reading.routing import Route, route_set
 from loracast.reading.search import search
 
-WRITTEN: dict[str, Callable[[Request], Path]] = {
+WRITERS: dict[str, Callable[[Request], Path]] = {
     "peft": write_peft, "vllm": write_vllm, "gguf": write_gguf, "mlx": write_mlx, "ollama": write_ollama,
 }  # fmt: skip
-"""What writes each format of `FORMATS` and returns the folder or file that the runtime loads, but for `MERGED`."""
-RANKS = {"vllm": VLLM_RANKS}
-"""The ranks that a format's runtime takes, of those that do not take any."""
+"""Writes each format of `FORMATS` but `MERGED`, and returns the folder or file that the runtime loads."""
+ALLOWED_RANKS = {"vllm": VLLM_RANKS}
+"""Formats whose runtime takes certain ranks only, and these ranks."""
 HOLDING_BASE = (MERGED, "ollama")
 """The formats that hold the base beside each LoRA."""
 
@@ -110,9 +110,9 @@ def export_adapter(
     about["base"] = json.dumps(m.made_for.to_dict())
 
     def write(lora: LoRA, folder: Path, name: str) -> Exported:
-        made = uniform(lora, max_rank, RANKS.get(to))
+        made = uniform(lora, max_rank, ALLOWED_RANKS.get(to))
         version = f"{name}@{m.version[:VERSION_DIGITS]}"
-        path = WRITTEN[to](Request(made, folder, name, version, base, about, read_config))
+        path = WRITERS[to](Request(made, folder, name, version, base, about, read_config))
         return Exported(path, made.rank, made.error)
 
     if not each_chunk:

@@ -31,7 +31,7 @@ class Request:
 
     made: Uniform
     out: Path
-    """The folder."""
+    """The folder to write into, which the writer makes."""
     name: str
     """Name of the adapter, with the chunk's number where chunks are written one by one."""
     version: str
@@ -39,7 +39,7 @@ class Request:
     base: str
     """Name, folder or hub id of the base, as the user gave it."""
     about: Mapping[str, str]
-    """Provenance: names, hashes, the base's fingerprints."""
+    """Provenance as strings, for a file's metadata; `about["base"]` is the base's fingerprint as JSON."""
     read_config: Callable[[], Any]
     """Reads the base's config, transformers' own. Raises BaseModelError where it cannot be read."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as PathParameter
@@ -26,6 +26,7 @@ from starlette.datastructures import UploadFile
 
 from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.errors import NoSuchAdapterError
+from loracast.export import FORMATS, MERGED
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks, read_sentences
@@ -43,7 +44,7 @@ from loracast.serving.service import Shared
 
 router = APIRouter()
 Name = Annotated[str, StringConstraints(max_length=200)]
-Formats = Literal["peft", "vllm", "gguf", "mlx", "ollama"]
+Format = Annotated[str, StringConstraints(pattern=f"^({'|'.join(name for name in FORMATS if name != MERGED)})$")]
 Checked = TypeVar("Checked", bound=BaseModel)
 _exports = threading.BoundedSemaphore(2)
 """Exports compute for seconds and take disk space meanwhile."""
@@ -215,7 +216,7 @@ def export(
     service: Shared,
     request: Request,
     name: str,
-    to: Formats,
+    to: Format,
     rank: Annotated[int | None, Query(ge=1, le=512)] = None,
     each_chunk: bool = False,
 ) -> StreamingResponse:
