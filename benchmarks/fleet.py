@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loracast.lab.training.progress import pyplot
 from numpy.typing import NDArray
 
 from loracast.lab.evaluation.cost import QueryFlops
 from loracast.lab.evaluation.report import markdown
+from loracast.lab.training.loop import pyplot
 
 sys.path.insert(0, str(Path(__file__).parent))
 from picture import draw_bars

@@ -55,7 +55,7 @@ def bars(folder: Path = FIGURES) -> dict[str, list[tuple[str, float]]]:
 
 def draw(panels: Mapping[str, list[tuple[str, float]]], path: Path = PICTURE) -> None:
     """Draw the panels beside each other."""
-    from loracast.lab.training.progress import pyplot
+    from loracast.lab.training.loop import pyplot
 
     plt = pyplot()
     plt.rcParams.update({"font.size": 9, "svg.hashsalt": "loracast"})
@@ -83,7 +83,7 @@ def draw_bars(axis: Any, title: str, places: Sequence[Any], values: Sequence[flo
 
 def draw_tasks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the right answers of every way to answer tasks over the operations of a query."""
-    from loracast.lab.training.progress import pyplot
+    from loracast.lab.training.loop import pyplot
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")

@@ -64,21 +64,21 @@ def test_code_that_moves_does_not_change_it(tmp_path, tiny_folder, tiny_hypernet
         hypernet=str(tiny_hypernet_folder),
     )
 
-    def routes() -> str:
+    def routes(source: Path) -> str:
         env = {**os.environ, "PYTHONPATH": str(source)}
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[-1]
 
-    before = routes()
+    before = routes(ROOT / "src")
     (source / "loracast" / "reading" / "matching.py").rename(source / "loracast" / "reading" / "candidates.py")
     for path in source.rglob("*.py"):
         path.write_text(path.read_text().replace("loracast.reading.matching", "loracast.reading.candidates"))
-    assert routes() == before
+    assert routes(source) == before
     routing = source / "loracast" / "reading" / "routing.py"
     assert "SHARPNESS = 8" in routing.read_text()
     routing.write_text(routing.read_text().replace("_LEAST_SENTENCE_WEIGHT = 0.05", "_LEAST_SENTENCE_WEIGHT = 0.5"))
-    assert routes() != before
+    assert routes(source) != before
 
 
 @pytest.mark.base
