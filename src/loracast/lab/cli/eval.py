@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Results:
     """Where the results go, and how they are shown."""
 
-    out: Annotated[Path, "Folder for results.json, table.md and pictures."]
+    out: Annotated[Path, "Folder for results.json and table.md."]
     as_json: Json = False
 
     def of(self, unit: str, evaluate: Callable[..., Report], *arguments: Any) -> Report:
