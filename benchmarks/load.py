@@ -221,7 +221,7 @@ class Load:
         status = Path(f"/proc/{self.server.process.pid}/status").read_text()
         kib = dict(re.findall(r"^(VmRSS|RssAnon):\s*(\d+) kB$", status, re.MULTILINE))
         mib = (round(int(kib[key]) / 1024, 1) for key in ("VmRSS", "RssAnon"))
-        self.run.sizes.append(Size(round(self.now_s, 1), *mib))
+        self.run.sizes.append(Size(self.now_s, *mib))
 
     # ---- questions
 

@@ -167,7 +167,7 @@ def summary(run: Run) -> dict[str, Any]:
         "answers": dict(grades),
         "tokens_per_second": round(n_generated / (lives[-1]["s"][1] - lives[-1]["s"][0]), 1),
         "engine": run.engine,
-        "resident": [asdict(size) for size in run.sizes],
+        "resident": [{**asdict(size), "s": round(size.s, 1)} for size in run.sizes],
         "growth": growth,
         "lives": lives,
         "n_kills": len(run.downs),

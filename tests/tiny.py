@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from loracast.answering.answers import SourcedAnswer
 
 # transformers and loracast are imported inside the functions: conftest.py sets the environment first
 
@@ -177,3 +182,13 @@ def gradient(width: int = 24, height: int = 16):
     red = np.tile(np.linspace(0, 255, width, dtype=np.uint8), (height, 1))
     green = np.tile(np.linspace(0, 255, height, dtype=np.uint8)[:, None], (1, width))
     return Image.fromarray(np.stack([red, green, np.full_like(red, 60)], axis=-1))
+
+
+def drained(stream: Generator[str, None, SourcedAnswer]) -> tuple[list[str], SourcedAnswer]:
+    """The pieces of a stream, and the answer that is its value."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value

@@ -15,7 +15,7 @@ from loracast.base.chat import encode_text
 from loracast.base.generate import Answer
 from loracast.errors import AdapterError, BaseModelError, ConfigError, DocumentError, LoracastError
 from loracast.lora.merge import Merging
-from tiny import PROSE, make_model, make_tokenizer
+from tiny import PROSE, drained, make_model, make_tokenizer
 
 NOTE = "# Lantern\n\nThe access number of the amber lantern is 5283. Nobody knew who had built the old bridge.\n"
 QUESTIONS = [
@@ -249,16 +249,8 @@ def test_an_answer_names_the_chunks_that_were_used(learned):
 
 
 def test_a_stream_gives_the_pieces_of_the_answer(learned):
-    def all_of(stream):
-        pieces = []
-        while True:
-            try:
-                pieces.append(next(stream))
-            except StopIteration as end:
-                return pieces, end.value
-
     long = loracast.Sampling(max_new_tokens=30, min_new_tokens=30)
-    pieces, answer = all_of(learned.stream(QUESTIONS[0], "note", sampling=long))
+    pieces, answer = drained(learned.stream(QUESTIONS[0], "note", sampling=long))
     assert len(pieces) > 5 and "".join(pieces).strip() == answer.text == learned.ask(
         QUESTIONS[0], "note", sampling=long
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +14,7 @@ from loracast.answering.answers import NOT_SAID, SourcedAnswer
 from loracast.base.generate import Sampling
 from loracast.serving.engine import LocalEngine
 from servers import in_process
+from tiny import drained
 
 QUESTIONS = (
     "How long is the warranty of the kettle?",
@@ -44,16 +45,6 @@ def options(draw) -> dict[str, bool]:
 
 def seen(answer: SourcedAnswer) -> Seen:
     return answer.text, answer.answered_by, tuple(map(str, answer.sources))
-
-
-def drained(stream: Generator[str, None, SourcedAnswer]) -> tuple[list[str], SourcedAnswer]:
-    """The pieces of a stream, and the answer that is its value."""
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
 
 
 def over_http(api: TestClient, question: str, chosen: tuple[str, ...], wanted: dict[str, bool]) -> Seen:

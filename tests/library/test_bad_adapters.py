@@ -84,6 +84,7 @@ FILES = {
     "a deep header": (lambda p: rewrite_header(p, lambda text: "[" * 50_000), "invalid JSON in header"),
     "an entry that is none": (lambda p: rewrite_header(p, lambda t: t[:-1] + ',"x":3}'), "invalid JSON in header"),
     "bad offsets": (lambda p: rewrite_header(p, with_offsets), "invalid offset for tensor"),
+    "a key twice": (lambda p: rewrite_header(p, lambda t: t[:-1] + "," + t[1:]), "is in the header 2 times|duplicate field"),
     "an unknown type": (lambda p: rewrite_header(p, lambda t: t.replace("F32", "F8_E8M0").replace("BF16", "X")), "unknown type|unknown variant|invalid shape"),
     "missing": (lambda p: p.unlink(), "cannot be read: No such file"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), "is not a file"),

@@ -37,6 +37,8 @@ MEMORY_SOURCE = "(chat)"
 """The source of a document that is what a user said in chats (cast/memory.py)."""
 _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_ridges"}
 """Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
+_IN_EVERY_FILE = {"source", "hypernetwork", "n_tokens", "max_chunk_tokens", "created", "learn_s"}
+"""Keys of adapter.json beyond those without a default; only what is younger than the first versions may be missing."""
 _LARGEST_SIZE = 10**7
 """Chunks, ranks and widths beyond it are in no adapter; lists as long as they say would fill the memory."""
 LONGEST_NAME = 64
@@ -150,6 +152,8 @@ class Manifest:
                 f"{path} is not of format 1 to {FORMAT}; this version of loracast cannot read it: update loracast"
             )
         try:
+            if missing := _IN_EVERY_FILE - stored.keys():
+                raise ValueError(f"{', '.join(sorted(missing))} missing in it")
             names = {key: name for name, key in _STORED_AS.items()}
             json.dumps(stored, ensure_ascii=False).encode()  # JSON can hold half of a surrogate pair, and UTF-8 cannot
             stored["made_for"] = Fingerprint(**stored["made_for"])

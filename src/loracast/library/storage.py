@@ -216,7 +216,7 @@ class LibraryStorage:
         """Register adapters that lie in their homes, each under the name that it was made under, the newest last."""
         for manifest in sorted(manifests, key=lambda m: (m.created, m.version)):
             home = self.home(manifest.version)
-            register.add_version(manifest, size_of(home), texts_in(home))
+            register.add_version(manifest, size_of(home), texts_unless_damaged(home))
             register.name_version(manifest.name, manifest.version)
 
     def recover(self) -> None:
@@ -340,7 +340,7 @@ class LibraryStorage:
                     manifest = Manifest.read(folder / MANIFEST)
                     if manifest.version != version:
                         raise AdapterError(f"the version {version[:12]} at {store.url} is damaged")
-                    new.append((manifest, n_bytes, texts_in(folder)))
+                    new.append((manifest, n_bytes, texts_unless_damaged(folder)))
                 except AdapterError as error:
                     missing.add(version)
                     _log.warning("%s", error)
@@ -477,9 +477,14 @@ def fetch_whole(store: Store, version: str, folder: Path) -> Adapter:
 
 
 def texts_in(folder: Path) -> list[tuple[str, str]]:
-    """Heading and text of each chunk of the adapter in a folder; none where the index is damaged (`verify` says so)."""
+    """Heading and text of each chunk of the adapter in a folder. Raises AdapterError where the index is damaged."""
+    return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / INDEX)]
+
+
+def texts_unless_damaged(folder: Path) -> list[tuple[str, str]]:
+    """As `texts_in`; none where the index is damaged, of which `verify` speaks."""
     try:
-        return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / INDEX)]
+        return texts_in(folder)
     except AdapterError:
         return []
 

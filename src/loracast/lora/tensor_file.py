@@ -10,10 +10,11 @@ import json
 import math
 import stat
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loracast.errors import LEARN_AGAIN, AdapterError
 
@@ -101,12 +102,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    faults: list[str] = []
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return {}, [f"{path.name} is not a file"]
         with safe_open(path, "np"), path.open("rb") as file:  # safetensors checks the header and the layout
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _without_doubles(pairs, faults))
     except OSError as error:
         return {}, [f"{path.name} cannot be read: {error.strerror or error}"]
     except SafetensorError as error:
@@ -116,7 +118,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
-    return found, [f"{name[:200]}: unknown type {i.dtype!r}" for name, i in found.items() if i.dtype not in BYTES]
+    faults += [f"{name[:200]}: unknown type {i.dtype!r}" for name, i in found.items() if i.dtype not in BYTES]
+    return found, faults
+
+
+def _without_doubles(pairs: list[tuple[str, Any]], faults: list[str]) -> dict[str, Any]:
+    """An object of JSON; a name that it has twice, of which safetensors takes the last, is a fault."""
+    faults += [f"{name[:200]} is in the header {n} times" for name, n in Counter(n for n, _ in pairs).items() if n > 1]
+    return dict(pairs)
 
 
 def number_faults(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
