@@ -17,10 +17,13 @@ from loracast.cast.catalogue import base_config, known_bases, known_hypernetwork
 from loracast.cli import app
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.published import PublishedDocToLoRA, PublishedDocToLoRAConfig, PublishedTextToLoRA
+from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lab.training.doc import DocRecipe, answer_questions, doc_config
 from loracast.lab.training.document_source import EpisodeSource
 from loracast.lab.training.plan import Counter, Machine, StepShape, gpus, shape_of, step_cost
 from loracast.lab.training.recipe import read_recipe
+from loracast.lora.target import target_from_config
 from tiny import make_model, make_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "gpu"
@@ -175,6 +178,30 @@ def test_known_models():
     assert millions["mistral_7b_t2l"] == pytest.approx(
         [8.4, 58.8], rel=0.01
     )  # 3.4 of them, factors that all tasks share, are this project's own
+
+
+def test_published_hypernetworks_have_the_parameters_of_their_models():
+    """The catalogue's numbers are those of the modules (arXiv 2602.15902, appendix on the architecture)."""
+
+    for one in known_hypernetworks():
+        if one.source != "published":
+            continue
+        config = base_config(one.base)
+        with torch.device("meta"):
+            if one.modality == "document":
+                given = PublishedDocToLoRAConfig.for_target(
+                    target_from_config(config), config.hidden_size,
+                    reader_layers=tuple(range(config.num_hidden_layers)), rank=8, width=512, n_heads=16, n_kv_heads=4,
+                    head_dim=128, n_latents=8, n_decoder_blocks=1, n_latent_mlps=1, static_rank=8,
+                    n_encoder_blocks=9 if one.name.endswith("gemma_demo") else 8,
+                )  # fmt: skip
+                variants = [PublishedDocToLoRA(given)]
+            else:
+                rows = target_from_config(config, ("q_proj", "v_proj")).rows
+                made = {"L": TextToLoRA, "M": TextToLoRA, "S": PublishedTextToLoRA}
+                variants = [kind(TextToLoRAConfig(1024, rows, variant=name)) for name, kind in made.items()]
+        counts = [sum(parameter.numel() for parameter in variant.parameters()) for variant in variants]
+        assert one.n_parameters == (min(counts), max(counts)), one.name
 
 
 def test_models_are_listed_with_what_is_in_the_caches(tmp_path, monkeypatch):
