@@ -384,7 +384,7 @@ class Adapter:
 def _shared(static: LoRA) -> LoRA:
     """The static LoRA that is in memory already, if there is one of the same numbers.
 
-    So the adapters of a hypernetwork have the very same one, which needs no comparison of numbers (merged_weights.py).
+    So the adapters of a hypernetwork have the very same one, which needs no comparison of numbers (lora/inject.py).
     """
     import torch
 
