@@ -7,6 +7,7 @@ import gc
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,17 @@ FIRST = (
 )  # fmt: skip
 """Files whose tests go first, in this order: those that fork processes, so that one worker alone imports what the
 processes need (other_processes.py), and those that take long, so that no worker is left with one of them at the end."""
+
+
+MEMORY = Path("/dev/shm")
+"""A file system in memory, where there is one: tests write small files that they sync to the disk thousands of times."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep temporary folders in memory, where it has room for them and no other place is named."""
+    if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:
+        os.environ["TMPDIR"] = str(MEMORY)
+        tempfile.tempdir = None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

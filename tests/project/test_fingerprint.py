@@ -30,7 +30,7 @@ from loracast.base.load import load_base
 from loracast.answering.model import Model
 from loracast.hypernets.protocol import Hypernetwork
 fingerprint.EVERYDAY, fingerprint.SHEETS = 2, 1
-model = Model(load_base({base!r}), {library!r}, Hypernetwork.from_pretrained({hypernet!r}))
+model = Model(load_base({base!r}, dtype="float32"), {library!r}, Hypernetwork.from_pretrained({hypernet!r}))
 setup = fingerprint.DocumentSetup(model)
 asked = [(document, one) for document, some in fingerprint.questions(setup) for one in some]
 print(fingerprint.digest([fingerprint.of_route(fingerprint.route_adapter(d.adapter, one)) for d, one in asked]))
@@ -54,31 +54,29 @@ def test_a_constant_of_routing_and_other_weights_change_it(base, tmp_path, monke
     assert "document: routes" in fingerprint.changed(before, fingerprint.behaviour(model))
 
 
-def test_code_that_moves_does_not_change_it(tmp_path, tiny_folder, tiny_hypernet_folder):
+def test_code_that_moves_does_not_change_it(model, few, tmp_path, tiny_folder, tiny_hypernet_folder):
+    """A renamed module, in a process of its own, routes questions as the modules of this one do."""
     source = tmp_path / "src"
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "pretrained"))
+    (source / "loracast" / "reading" / "matching.py").rename(source / "loracast" / "reading" / "candidates.py")
+    for path in source.rglob("*.py"):
+        path.write_text(path.read_text().replace("loracast.reading.matching", "loracast.reading.candidates"))
     script = ROUTES.format(
         benchmarks=str(ROOT / "benchmarks"),
         base=str(tiny_folder),
         library=str(tmp_path),
         hypernet=str(tiny_hypernet_folder),
     )
-
-    def routes(source: Path) -> str:
-        env = {**os.environ, "PYTHONPATH": str(source)}
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()[-1]
-
-    before = routes(ROOT / "src")
-    (source / "loracast" / "reading" / "matching.py").rename(source / "loracast" / "reading" / "candidates.py")
-    for path in source.rglob("*.py"):
-        path.write_text(path.read_text().replace("loracast.reading.matching", "loracast.reading.candidates"))
-    assert routes(source) == before
-    routing = source / "loracast" / "reading" / "routing.py"
-    assert "SHARPNESS = 8" in routing.read_text()
-    routing.write_text(routing.read_text().replace("_LEAST_SENTENCE_WEIGHT = 0.05", "_LEAST_SENTENCE_WEIGHT = 0.5"))
-    assert routes(source) != before
+    env = {**os.environ, "PYTHONPATH": str(source)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    setup = fingerprint.DocumentSetup(model)
+    routes = [
+        fingerprint.of_route(fingerprint.route_adapter(document.adapter, one))
+        for document, some in fingerprint.questions(setup)
+        for one in some
+    ]
+    assert done.stdout.split()[-1] == fingerprint.digest(routes)
 
 
 @pytest.mark.base

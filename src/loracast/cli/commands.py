@@ -19,7 +19,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from copy import copy
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from types import NoneType
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -228,6 +228,7 @@ def seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+@cache
 def field_docs(config: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, those of its bases included, in one line each."""
     found: dict[str, str] = {}
