@@ -206,20 +206,23 @@ class Call:
         """The token ids and the text of a prompt that is continued as it stands."""
         tokenizer = self.service.model.base.tokenizer
         if isinstance(prompt, str):
-            return encode_text(tokenizer, prompt), prompt
+            if not (ids := encode_text(tokenizer, prompt)):
+                raise ApiError(400, "a prompt needs at least one token")
+            return ids, prompt
         if not all(0 <= id < len(tokenizer) for id in prompt):
             raise ApiError(400, f"token ids go from 0 to {len(tokenizer) - 1}", param="prompt")
         return list(prompt), tokenizer.decode(prompt, skip_special_tokens=True)
 
     def _room(self, prompt: Sequence[int]) -> int:
         """Tokens that an answer may have after a prompt. Raises ApiError where they are too few."""
-        base, limits, wanted = self.service.model.base, self.service.settings, self.request.sampling.max_new_tokens
-        room = min(base.window, limits.max_prompt_tokens + limits.max_tokens) - len(prompt)
+        limits, wanted = self.service.settings, self.request.sampling.max_new_tokens
+        window = self.service.engine.window
+        room = min(window, limits.max_prompt_tokens + limits.max_tokens) - len(prompt)
         if len(prompt) > limits.max_prompt_tokens or room < max(1, wanted):
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens and the answer may have {wanted or 'some'}: the base's window "
-                f"holds {base.window}, and a prompt here {limits.max_prompt_tokens} at most",
+                f"the prompt has {len(prompt)} tokens and the answer may have {wanted or 'some'}: the engine's window "
+                f"holds {window}, and a prompt here {limits.max_prompt_tokens} at most",
                 param="prompt" if self.request.prompts else "messages",
                 code="context_length_exceeded",
             )

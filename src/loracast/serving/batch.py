@@ -120,7 +120,7 @@ class Batch:
     def __init__(self, base: Base, config: EngineConfig):
         _check_base(base)
         self.base, self.config = base, config
-        self.counts = EngineStats(config.n_slots)
+        self.counts = EngineStats(n_slots=config.n_slots)
         self.n_reserved = 0
         self.prefixes = PrefixCache(config.prefix_bytes)
         self._max_tokens = config.kv_bytes // token_bytes(base)
@@ -179,7 +179,7 @@ class Batch:
 
     def drop_cancelled(self) -> None:
         """Free the slots of requests that nobody waits for."""
-        for row in [row for row in self.rows if row.ticket.is_cancelled]:
+        for row in [row for row in self.rows if row.ticket.has_ended]:
             self._remove(row)
 
     @torch.no_grad()

@@ -28,9 +28,8 @@ from typing import NamedTuple
 from cachetools import LRUCache, cached
 
 from loracast.base.load import Base
-from loracast.errors import BaseModelError
 from loracast.lora.inject import check_fits
-from loracast.serving.batch import Batch, token_bytes, tokens_needed
+from loracast.serving.batch import Batch, token_bytes
 from loracast.serving.generation import Engine, EngineConfig, EngineStats, EngineStopped, GenerationRequest, Ticket
 from loracast.serving.packed_lora import PackedLoRA, SharedParts
 
@@ -53,7 +52,7 @@ class LocalEngine(Engine):
 
     def __init__(self, base: Base, config: EngineConfig = EngineConfig()):
         """Raises BaseModelError for a base whose requests cannot be computed side by side."""
-        super().__init__(base, config, base.window)
+        super().__init__(base, config, min(base.window, config.kv_bytes // token_bytes(base)))
         self._batch = Batch(base, config)
         self._shared = SharedParts(base.device, base.model.dtype)
         # No LoRA at all is larger than any budget, so that it is not kept.
@@ -68,7 +67,6 @@ class LocalEngine(Engine):
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        self._check(request)
         with self._changed:
             self._refuse_if_full()
         packed = self._packed(request)
@@ -81,16 +79,8 @@ class LocalEngine(Engine):
             self._changed.notify_all()
         return ticket
 
-    def _check(self, request: GenerationRequest) -> None:
-        super()._check(request)
-        if tokens_needed(request) * token_bytes(self.base) > self.config.kv_bytes:
-            raise BaseModelError(
-                f"{len(request.prompt)} tokens of prompt and {request.sampling.max_new_tokens} of answer do not fit "
-                "into the engine's memory for keys and values; ask for a shorter answer, or raise EngineConfig.kv_bytes"
-            )
-
     def _n_waiting(self) -> int:
-        return sum(not queued.ticket.is_cancelled for queued in self._queue)
+        return sum(not queued.ticket.has_ended for queued in self._queue)
 
     def _is_idle(self) -> bool:
         return not self._queue and not self._batch.n_rows
@@ -173,7 +163,7 @@ class LocalEngine(Engine):
         """Start waiting requests, first come, first served, and forget those that nobody waits for."""
         batch, waits = self._batch, deque[_Queued]()
         with self._changed:
-            queue = deque(queued for queued in self._queue if not queued.ticket.is_cancelled)
+            queue = deque(queued for queued in self._queue if not queued.ticket.has_ended)
             while queue:
                 ticket, _, prefix_key = queue[0]
                 if batch.is_reading(ticket.request, prefix_key):

@@ -265,7 +265,6 @@ class VllmEngine(Engine):
     """An engine whose tokens come from vLLM servers."""
 
     takes_copying = False
-    window_of = "the window of the vLLM server"
 
     def __init__(
         self,
@@ -283,7 +282,7 @@ class VllmEngine(Engine):
         config = replace(config, n_slots=n * config.n_slots, max_queued=n * config.max_queued)
         super().__init__(base, config, min(base.window, *(server.client.window for server in servers)))
         self.servers, self._on_close = servers, on_close
-        self._counts = EngineStats(config.n_slots)
+        self._counts = EngineStats(n_slots=config.n_slots)
         self._queue: SimpleQueue[_Request] = SimpleQueue()
         self._live: set[Ticket] = set()
         for i in range(config.n_slots):  # each waits for the tokens of one request
@@ -291,7 +290,6 @@ class VllmEngine(Engine):
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """As `Engine.submit`. Raises EngineFailed where all servers fail."""
-        self._check(request)
         servers = in_order(self.servers, request)
         one = _Request(Ticket(request), iter(servers), servers[0])
         with self._changed:
