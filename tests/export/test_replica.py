@@ -22,9 +22,8 @@ from fastapi.testclient import TestClient
 import adapters
 from adapters import random_factors, write
 from loracast.errors import AdapterError, ConfigError, LoracastError
-from loracast.export import replica as replica_module
-from loracast.export.replica import FromLibrary, FromStore, Replica, lora_number
-from loracast.export.vllm_middleware import LibraryMiddleware
+from loracast.export import vllm_middleware as replica_module
+from loracast.export.vllm_middleware import FromLibrary, FromStore, LibraryMiddleware, Replica, lora_number
 from loracast.library import storage
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA

@@ -18,8 +18,7 @@ from loracast.errors import AdapterError
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.lora.algebra import LoRA, concat, stack
 from loracast.lora.factors import Factors
-from loracast.serving.batch import token_bytes
-from loracast.serving.engine import LocalEngine
+from loracast.serving.engine import LocalEngine, token_bytes
 from loracast.serving.generation import EngineBusy, EngineConfig, EngineStopped, GenerationRequest
 from servers import eventually
 from tiny import FAMILIES, PROSE, make_model, make_tokenizer

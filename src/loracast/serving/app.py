@@ -24,11 +24,10 @@ from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.serving.errors import add_handlers
 from loracast.serving.generation import Engine, EngineConfig
-from loracast.serving.guard import Guard
+from loracast.serving.guard import Guard, ServerSettings
 from loracast.serving.learning import Learning, Watcher
-from loracast.serving.routes import adapters, completions, files, server, vector_stores
+from loracast.serving.routes import adapters, completions, files, server
 from loracast.serving.service import Service
-from loracast.serving.settings import ServerSettings
 
 _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -51,7 +50,7 @@ def share_heaps() -> None:
             mallopt(option, value)
 
 
-ROUTERS = tuple(part.router for part in (server, completions, files, vector_stores, adapters))
+ROUTERS = tuple(part.router for part in (server, completions, files, adapters))
 
 
 def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSettings()) -> FastAPI:

@@ -25,10 +25,9 @@ from loracast.library.save import Progress
 from loracast.library.sync import BulkReport, learn_folder
 from loracast.lora.quantize import DEFAULT_STORAGE
 from loracast.serving.errors import log_failure
+from loracast.serving.guard import ServerSettings
 from loracast.serving.jobs import Job, Jobs
-from loracast.serving.settings import ServerSettings
-from loracast.serving.state import State
-from loracast.serving.uploads import INTERNAL, Uploads
+from loracast.serving.state import INTERNAL, State, Uploads
 from loracast.serving.vector_stores import VectorStores
 
 if TYPE_CHECKING:

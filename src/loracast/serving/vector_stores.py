@@ -26,8 +26,7 @@ from loracast.reading.search import phrases
 from loracast.serving.errors import ApiError, log
 from loracast.serving.jobs import Jobs, cancel_in, update_jobs
 from loracast.serving.schema import Filter, KnownFields
-from loracast.serving.state import Paging, Row, State, encode, known_row, new_id, now, one_row, page_of
-from loracast.serving.uploads import Uploads
+from loracast.serving.state import Paging, Row, State, Uploads, encode, known_row, new_id, now, one_row, page_of
 
 FileStatus = Literal["in_progress", "completed", "failed", "cancelled"]
 Json = dict[str, Any]

@@ -20,7 +20,7 @@ from loracast import __version__
 from loracast.export import FORMATS, MERGED
 from loracast.library.adapter import Adapter
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.serving.batch import token_bytes
+from loracast.serving.engine import token_bytes
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import needs
 from loracast.serving.routes.files import Page, listing
@@ -167,13 +167,7 @@ async def _job_events(service: Service, job_id: str, seen: int) -> AsyncIterator
 # ---- the page, which loads nothing from elsewhere and runs no script but its own
 
 _PAGE = StaticFiles(packages=[("loracast.serving", "page")])
-for _type, _suffix in (
-    ("text/html", ".html"),
-    ("text/css", ".css"),
-    ("text/javascript", ".js"),
-    ("image/svg+xml", ".svg"),
-):
-    mimetypes.add_type(_type, _suffix)  # whatever this system calls them
+mimetypes.add_type("text/javascript", ".js")  # whatever this system calls it
 _POLICY = {
     "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self'",
     "connect-src": "'self'", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
