@@ -140,21 +140,13 @@ class Kept:
 class Replica:
     """Exported LoRAs in a folder of one server's own. Thread-safe."""
 
-    def __init__(
-        self,
-        source: Source,
-        folder: Path,
-        *,
-        max_bytes: int,
-        max_rank: int,
-        on_drop: Callable[[str], object] = lambda name: None,
-    ):
+    def __init__(self, source: Source, folder: Path, *, max_bytes: int, max_rank: int, forget: Callable[[str], object]):
         """
         Args:
             folder: what an earlier server of the same rank left there is used again.
             max_bytes: of files; those that requests use now, or used in the last seconds, may exceed it.
             max_rank: of the server. A LoRA of a higher rank is compressed to it where that loses little.
-            on_drop: called with a LoRA's name before its files go.
+            forget: called with a LoRA's name before its files go.
 
         Raises:
             ConfigError: another server uses the folder.
@@ -167,7 +159,7 @@ class Replica:
             if other.name != f"rank-{max_rank}":
                 shutil.rmtree(other)
         self._source, self._folder = source, folder / f"rank-{max_rank}"
-        self._max_bytes, self._max_rank, self._on_drop = max_bytes, max_rank, on_drop
+        self._max_bytes, self._max_rank, self._forget = max_bytes, max_rank, forget
         self._folder.mkdir(exist_ok=True)
         tidy(self._folder)
         there = [path for path in self._folder.iterdir() if _KEPT.fullmatch(path.name)]
@@ -246,7 +238,7 @@ class Replica:
             for one in [*self._kept.values()]:
                 if over > 0 and not one.n_users and one.free_at <= now:
                     del self._kept[one.name]
-                    self._on_drop(one.name)
+                    self._forget(one.name)
                     os.replace(one.folder, graves.enter_context(work_folder(self._folder, "rm")) / one.name)
                     over -= one.n_bytes
 
@@ -381,7 +373,7 @@ class LibraryMiddleware:
             cache_dir("exports") / "replica",
             max_bytes=max_bytes,
             max_rank=config.max_lora_rank,
-            on_drop=forget,
+            forget=forget,
         )
 
 

@@ -25,7 +25,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -70,7 +69,7 @@ class LocalEngine(Engine):
     def __init__(self, base: Base, config: EngineConfig = EngineConfig()):
         """Raises BaseModelError for a base whose requests cannot be computed side by side."""
         super().__init__(base, config, min(base.window, config.kv_bytes // token_bytes(base)))
-        self._batch = Batch(base, config)
+        self._batch = Batch(base, config, self.counts)
         self._shared = SharedParts(base.device, base.model.dtype)
         # No LoRA at all is larger than any budget, so that it is not kept.
         self._adapters: LRUCache[str, PackedLoRA | None] = LRUCache(
@@ -99,9 +98,6 @@ class LocalEngine(Engine):
     def _n_waiting(self) -> int:
         return sum(not queued.ticket.has_ended for queued in self._queue)
 
-    def _is_idle(self) -> bool:
-        return not self._queue and not self._batch.n_rows
-
     def _packed(self, request: GenerationRequest) -> PackedLoRA | None:
         """The LoRA of a request, from memory or read in this thread."""
 
@@ -115,14 +111,13 @@ class LocalEngine(Engine):
             return load()
         return self._from_memory(request.lora_key, load)
 
-    def stats(self) -> EngineStats:
-        batch, prefixes = self._batch, self._batch.prefixes
-        with self._changed:
-            return replace(
-                batch.counts, n_queued=self._n_waiting(), n_running=batch.n_rows, n_prefix_hits=prefixes.n_hits,
-                n_prefix_misses=prefixes.n_misses, prefix_bytes=prefixes.n_bytes,
-                n_adapters_in_memory=len(self._adapters), adapter_bytes=int(self._adapters.currsize),
-            )  # fmt: skip
+    def _sizes(self) -> dict[str, int]:
+        prefixes, adapters = self._batch.prefixes, self._adapters
+        return {
+            "n_queued": self._n_waiting(), "n_running": self._batch.n_rows, "n_prefix_hits": prefixes.n_hits,
+            "n_prefix_misses": prefixes.n_misses, "prefix_bytes": prefixes.n_bytes,
+            "n_adapters_in_memory": len(adapters), "adapter_bytes": int(adapters.currsize),
+        }  # fmt: skip
 
     def close(self) -> None:
         with self._changed:
@@ -291,10 +286,9 @@ def token_bytes(base: Base) -> int:
 class Batch:
     """The running rows. For one thread, which holds the base's lock during `step`."""
 
-    def __init__(self, base: Base, config: EngineConfig):
+    def __init__(self, base: Base, config: EngineConfig, counts: EngineStats):
         _check_base(base)
-        self.base, self.config = base, config
-        self.counts = EngineStats(n_slots=config.n_slots)
+        self.base, self.config, self.counts = base, config, counts
         self.n_reserved = 0
         self.prefixes = PrefixCache(config.prefix_bytes)
         self._max_tokens = config.kv_bytes // token_bytes(base)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from queue import SimpleQueue
 from threading import Condition, Lock
@@ -294,7 +294,7 @@ class Engine:
     """Whether it adds the bonus for what an answer may copy from documents (`GenerationRequest.copying`)."""
 
     def __init__(self, base: Base, config: EngineConfig, window: int):
-        self.base, self.config = base, config
+        self.base, self.config, self.counts = base, config, EngineStats(n_slots=config.n_slots)
         self.window = window
         """Most tokens of a prompt together with its answer; requests that are submitted keep to it."""
         self._changed = Condition()
@@ -312,6 +312,11 @@ class Engine:
         raise NotImplementedError
 
     def stats(self) -> EngineStats:
+        with self._changed:
+            return replace(self.counts, **self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        """The fields of the statistics that are not counted but looked up."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -330,7 +335,8 @@ class Engine:
 
     def _is_idle(self) -> bool:
         """Whether no request waits or runs."""
-        raise NotImplementedError
+        sizes = self._sizes()
+        return not sizes["n_queued"] + sizes["n_running"]
 
     def _refuse_if_full(self) -> None:
         if self._is_draining:

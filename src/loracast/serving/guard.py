@@ -237,9 +237,7 @@ class Guard:
         """Raise ApiError for a request that is refused; else what receives its body, up to the limits."""
         headers, method, settings = Headers(scope=scope), scope["method"], self.settings
         if not settings.allows_host(headers.get("host", "")):
-            raise ApiError(
-                421, "this server is not called by that name (Host header); --allowed-host permits another one"
-            )
+            raise ApiError(421, "this server is not called by that name (Host header); --allowed-host permits another")
         origin = headers.get("origin")
         is_own = origin in (None, *settings.cors_origins) or str(origin).partition("://")[2] == headers["host"]
         if method not in _SAFE and not is_own:
@@ -262,12 +260,8 @@ class Guard:
             return "admin"
         scope = granted(self.settings.keys, headers.get("authorization"))
         if scope is None and path not in OPEN and not path.startswith(OPEN_FOLDER):
-            raise ApiError(
-                401,
-                "this server wants an API key: send it as `Authorization: Bearer KEY`",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            message = "this server wants an API key: send it as `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
         return scope
 
 

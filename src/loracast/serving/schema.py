@@ -328,20 +328,9 @@ class ResponsesRequest(Chatting):
 
     def turns(self) -> list[Message]:
         """The messages, the instructions first."""
-        given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else []
-        items = [] if isinstance(self.input, str) else self.input
-        messages = [item.turn() for item in items if isinstance(item, ChatMessage)]
+        items = [ChatMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        return [*system, *given, *messages]
-
-
-class LoadAdapterRequest(Body):
-    """Body of vLLM's /v1/load_lora_adapter."""
-
-    lora_name: str
-    lora_path: str
-    load_inplace: bool = False
-    lora_int_id: Ignored = None
+        return [*system, *(item.turn() for item in items if isinstance(item, ChatMessage))]
 
 
 class UnloadAdapterRequest(Body):
@@ -349,3 +338,10 @@ class UnloadAdapterRequest(Body):
 
     lora_name: str
     lora_int_id: Ignored = None
+
+
+class LoadAdapterRequest(UnloadAdapterRequest):
+    """Body of vLLM's /v1/load_lora_adapter."""
+
+    lora_path: str
+    load_inplace: bool = False

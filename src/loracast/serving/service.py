@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -33,14 +33,10 @@ class Metrics(Collector):
         self._requests = Counter(
             "loracast_requests", "Requests by route and status", ["route", "status"], registry=registry
         )
-        histogram = partial(Histogram, registry=registry)
-        self._first_token_s = histogram(
-            "loracast_first_token_seconds", "From a request to its first token", buckets=_SECONDS
-        )
-        self._total_s = histogram("loracast_answer_seconds", "From a request to its last token", buckets=_SECONDS)
-        self._rate = histogram(
-            "loracast_tokens_per_second", "Tokens per second of an answer, after its first", buckets=_RATES
-        )
+        seconds, rate = (partial(Histogram, registry=registry, buckets=one) for one in (_SECONDS, _RATES))
+        self._first_token_s = seconds("loracast_first_token_seconds", "From a request to its first token")
+        self._total_s = seconds("loracast_answer_seconds", "From a request to its last token")
+        self._rate = rate("loracast_tokens_per_second", "Tokens per second of an answer, after its first")
 
     def count_request(self, route: str, status: int) -> None:
         """Count a request by its route's pattern, such as /v1/models/{id}, and the status of its response."""
@@ -75,17 +71,10 @@ class Service:
     settings: ServerSettings
     learning: Learning
     watcher: Watcher
+    names: Names
+    metrics: Metrics
     is_draining: bool = False
     """Set when the server is asked to stop: it finishes what runs and takes nothing new."""
-
-    @cached_property
-    def names(self) -> Names:
-        """What the models of requests mean."""
-        return Names(self.model, self.settings.max_adapters)
-
-    @cached_property
-    def metrics(self) -> Metrics:
-        return Metrics(self.engine)
 
 
 async def _service(request: Request) -> Service:  # a function that is not async would be called in another thread

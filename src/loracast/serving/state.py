@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from pydantic import BaseModel, Field
+
 from loracast.documents.clean import bare_name
 from loracast.errors import LoracastError
 from loracast.files import write_with
@@ -69,6 +71,8 @@ _MIGRATIONS: tuple[str, ...] = (
 )
 """As in library/register.py: append, and never change a script that was released."""
 Row = sqlite3.Row
+Query = tuple[str, Sequence[Any]]
+"""An SQL query and the values of its parameters."""
 
 
 def new_id(prefix: str) -> str:
@@ -81,18 +85,12 @@ def now() -> int:
     return int(time.time())
 
 
-def not_found(what: str, id: str) -> ApiError:
-    """The refusal of an id that is not there."""
-    return ApiError(404, f"there is no {what} with the id {id[:80]!r}")
-
-
-@dataclass(frozen=True)
-class Paging:
+class Paging(BaseModel):
     """Which part of a list a client wants, as in OpenAI's API: after or before an id, newest first by default."""
 
-    after: str | None = None
-    before: str | None = None
-    limit: int = 20
+    after: str | None = Field(None, max_length=80)
+    before: str | None = Field(None, max_length=80)
+    limit: int = Field(20, ge=1, le=100)
     order: Literal["asc", "desc"] = "desc"
 
 
@@ -102,16 +100,13 @@ class State:
     def __init__(self, library: Library):
         self.folder = library.folder / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._path = self.folder / "state.sqlite"
         with self._connected() as db:
             db.execute("PRAGMA journal_mode = WAL")  # kept in the file: readers do not wait for a writer
             if schema_version(db) > len(_MIGRATIONS):
                 raise LoracastError(f"{self._path} was written by a newer loracast; update loracast")
         with self.writing() as db:
             migrate(db, _MIGRATIONS)
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / "state.sqlite"
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -149,7 +144,7 @@ def one_row(db: sqlite3.Connection, query: str, *values: Any) -> Row | None:
 def known_row(db: sqlite3.Connection, what: str, id: str, query: str, *values: Any) -> Row:
     """The first row of a query for something with an id. Raises ApiError (404) where there is none."""
     if (row := one_row(db, query, *values)) is None:
-        raise not_found(what, id)
+        raise ApiError(404, f"there is no {what} with the id {id[:80]!r}")
     return row
 
 
@@ -159,17 +154,12 @@ def count(db: sqlite3.Connection, query: str) -> int:
 
 
 def page_of(
-    db: sqlite3.Connection,
-    query: str,
-    values: Sequence[Any],
-    paging: Paging,
-    what: str = "item",
-    whole: tuple[str, Sequence[Any]] | None = None,
+    db: sqlite3.Connection, query: Query, paging: Paging, what: str, whole: Query | None = None
 ) -> tuple[list[Row], bool]:
     """A page of the rows of a query that selects `number` and `id`, and whether more follow.
 
     Args:
-        whole: the query without its filter, and its values: a cursor may have left the filtered rows meanwhile.
+        whole: the query without its filter: a cursor may have left the filtered rows meanwhile.
 
     Raises ApiError for a cursor that is not in the list.
     """
@@ -177,7 +167,7 @@ def page_of(
     descending = paging.order == "desc"
     for cursor, is_after in ((paging.after, True), (paging.before, False)):
         if cursor is not None:
-            rows_of, given = whole or (query, values)
+            rows_of, given = whole or query
             row = known_row(db, what, cursor, f"SELECT number FROM ({rows_of}) WHERE id = ?", *given, cursor)
             where.append(f"number {'<' if descending == is_after else '>'} ?")
             bounds.append(row["number"])
@@ -185,9 +175,8 @@ def page_of(
     is_reversed = paging.before is not None and paging.after is None
     order = "DESC" if descending != is_reversed else "ASC"
     condition = f"WHERE {' AND '.join(where)}" if where else ""
-    rows = db.execute(
-        f"SELECT * FROM ({query}) {condition} ORDER BY number {order} LIMIT ?", (*values, *bounds, paging.limit + 1)
-    ).fetchall()
+    chosen = f"SELECT * FROM ({query[0]}) {condition} ORDER BY number {order} LIMIT ?"
+    rows = db.execute(chosen, (*query[1], *bounds, paging.limit + 1)).fetchall()
     page = rows[: paging.limit]
     return page[::-1] if is_reversed else page, len(rows) > paging.limit
 
@@ -293,7 +282,7 @@ class Uploads:
         """A page of the uploads, and whether more follow."""
         query = f"{_LISTED} AND coalesce(purpose = ?, TRUE)"
         with self._state.reading() as db:
-            rows, has_more = page_of(db, query, (INTERNAL, now(), purpose), paging, "file")
+            rows, has_more = page_of(db, (query, (INTERNAL, now(), purpose)), paging, "file")
         return [Upload(*row[1:]) for row in rows], has_more
 
     def name_of(self, id: str) -> str | None:
@@ -303,11 +292,6 @@ class Uploads:
         return None if row is None else row["filename"]
 
     # ---- deleting
-
-    def delete_in(self, db: sqlite3.Connection, id: str) -> None:
-        """Delete an upload's row, and it from all vector stores; `unlink` it after. Raises ApiError (404)."""
-        self.find_in(db, id)
-        db.execute("DELETE FROM files WHERE id = ?", (id,))
 
     def discard(self, id: str) -> None:
         """Delete an internal upload that became no job."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Form, Query, UploadFile
+from fastapi import APIRouter, Form, Query, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import Field, StringConstraints
 
@@ -20,20 +20,19 @@ from loracast.serving.state import Paging, Upload, encode
 from loracast.serving.vector_stores import Attributes, Chunking, FileStatus, Id, Key, NewFile, Text
 
 router = APIRouter()
-Cursor = Annotated[str | None, Query(max_length=80)]
 
 
-def _paging(
-    after: Cursor = None,
-    before: Cursor = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
-) -> Paging:
-    return Paging(after, before, limit, order)
+class _UploadPaging(Paging):
+    limit: int = Field(10_000, ge=1, le=10_000)
+    purpose: str | None = Field(None, max_length=40)
 
 
-Page = Annotated[Paging, Depends(_paging)]
-"""The type of a route's argument that receives the part of a list that a client wants."""
+class _FilePaging(Paging):
+    filter: FileStatus | None = None
+
+
+FilePage = Annotated[_FilePaging, Query()]
+"""Which files of a vector store a client wants."""
 
 
 def listing(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
@@ -60,15 +59,9 @@ def upload_file(
 
 
 @router.get("/v1/files", dependencies=[needs("read")])
-def list_files(
-    service: Shared,
-    purpose: Annotated[str | None, Query(max_length=40)] = None,
-    after: Cursor = None,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
-    order: Literal["asc", "desc"] = "desc",
-) -> dict[str, Any]:
+def list_files(service: Shared, paging: Annotated[_UploadPaging, Query()]) -> dict[str, Any]:
     """The files, newest first."""
-    found, has_more = service.learning.uploads.page(Paging(after, None, limit, order), purpose)
+    found, has_more = service.learning.uploads.page(paging, paging.purpose)
     return listing([_object(upload) for upload in found], has_more)
 
 
@@ -82,12 +75,8 @@ def get_file(service: Shared, file_id: str) -> dict[str, Any]:
 def get_content(service: Shared, file_id: str) -> FileResponse:
     """The bytes of a file. A browser saves them, whatever they are, and does not run them."""
     upload = service.learning.uploads.find(file_id)
-    return FileResponse(
-        service.learning.uploads.path(upload.id),
-        media_type="application/octet-stream",
-        filename=upload.filename,
-        headers={"X-Content-Type-Options": "nosniff"},
-    )
+    path, headers = service.learning.uploads.path(upload.id), {"X-Content-Type-Options": "nosniff"}
+    return FileResponse(path, 200, headers, "application/octet-stream", filename=upload.filename)
 
 
 @router.delete("/v1/files/{file_id}", dependencies=[needs("admin")])
@@ -115,8 +104,8 @@ class _ExpiresAfter(KnownFields):
 
 
 class _Files(KnownFields):
-    file_ids: Annotated[list[Id], Field(max_length=_MAX_FILES)] | None = None
-    files: Annotated[list[NewFile], Field(max_length=_MAX_FILES)] | None = None
+    file_ids: Annotated[list[Id], Field(min_length=1, max_length=_MAX_FILES)] | None = None
+    files: Annotated[list[NewFile], Field(min_length=1, max_length=_MAX_FILES)] | None = None
     attributes: Attributes | None = None
     chunking_strategy: Chunking | None = None
 
@@ -145,13 +134,11 @@ class _Ranking(KnownFields):
     score_threshold: float = Field(default=0.0, ge=0, le=1)
 
 
+_Query = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
 class _Search(KnownFields):
-    query: (
-        Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-        | Annotated[
-            list[Annotated[str, StringConstraints(min_length=1, max_length=4096)]], Field(min_length=1, max_length=16)
-        ]
-    )
+    query: _Query | Annotated[list[_Query], Field(min_length=1, max_length=16)]
     filters: Filter | None = None
     max_num_results: int = Field(default=10, ge=1, le=50)
     ranking_options: _Ranking = _Ranking()
@@ -167,7 +154,7 @@ def create_store(service: Shared, body: _NewStore) -> dict[str, Any]:
 
 
 @router.get("/v1/vector_stores", dependencies=[needs("read")])
-def list_stores(service: Shared, paging: Page) -> dict[str, Any]:
+def list_stores(service: Shared, paging: Annotated[Paging, Query()]) -> dict[str, Any]:
     """The vector stores, newest first."""
     return listing(*service.learning.stores.page(paging))
 
@@ -220,11 +207,9 @@ def attach_file(service: Shared, store_id: str, body: NewFile) -> dict[str, Any]
 
 
 @router.get("/v1/vector_stores/{store_id}/files", dependencies=[needs("read")])
-def list_store_files(
-    service: Shared, store_id: str, paging: Page, filter: FileStatus | None = None
-) -> dict[str, Any]:  # fmt: skip
+def list_store_files(service: Shared, store_id: str, paging: FilePage) -> dict[str, Any]:
     """The files of a vector store, newest first."""
-    return listing(*service.learning.stores.files(store_id, paging, filter))
+    return listing(*service.learning.stores.files(store_id, paging, paging.filter))
 
 
 @router.get("/v1/vector_stores/{store_id}/files/{file_id}", dependencies=[needs("read")])
@@ -261,12 +246,8 @@ def create_batch(service: Shared, store_id: str, body: _Files) -> dict[str, Any]
     """Attach several files at once."""
     if (body.file_ids is None) == (body.files is None):
         raise ApiError(400, "give either file_ids or files", param="file_ids")
-    files = body.files or [
-        NewFile(file_id=id, attributes=body.attributes, chunking_strategy=body.chunking_strategy)
-        for id in body.file_ids or ()
-    ]
-    if not files:
-        raise ApiError(400, "a batch needs at least one file", param="file_ids")
+    how: dict[str, Any] = {"attributes": body.attributes, "chunking_strategy": body.chunking_strategy}
+    files = body.files or [NewFile(file_id=id, **how) for id in body.file_ids or ()]
     return service.learning.stores.attach(store_id, files)
 
 
@@ -283,9 +264,7 @@ def cancel_batch(service: Shared, store_id: str, batch_id: str) -> dict[str, Any
 
 
 @router.get("/v1/vector_stores/{store_id}/file_batches/{batch_id}/files", dependencies=[needs("read")])
-def list_batch_files(
-    service: Shared, store_id: str, batch_id: str, paging: Page, filter: FileStatus | None = None
-) -> dict[str, Any]:
+def list_batch_files(service: Shared, store_id: str, batch_id: str, paging: FilePage) -> dict[str, Any]:
     """The files of a batch, newest first."""
     service.learning.stores.batch(store_id, batch_id)
-    return listing(*service.learning.stores.files(store_id, paging, filter, batch_id))
+    return listing(*service.learning.stores.files(store_id, paging, paging.filter, batch_id))

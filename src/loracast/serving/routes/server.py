@@ -10,7 +10,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -23,9 +23,10 @@ from loracast.library.manifest import VERSION_DIGITS
 from loracast.serving.engine import token_bytes
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import needs
-from loracast.serving.routes.files import Page, listing
+from loracast.serving.routes.files import listing
 from loracast.serving.schema import ChatRequest
 from loracast.serving.service import Service, Shared
+from loracast.serving.state import Paging
 
 router = APIRouter()
 _POLL_S = 0.1
@@ -112,7 +113,7 @@ def _seconds(created: str) -> int:
 
 
 @router.get("/v1/jobs", dependencies=[needs("read")])
-def list_jobs(service: Shared, paging: Page) -> dict[str, Any]:
+def list_jobs(service: Shared, paging: Annotated[Paging, Query()]) -> dict[str, Any]:
     """The jobs of the last week, newest first."""
     found, has_more = service.learning.jobs.page(paging)
     return listing([job.to_dict() for job in found], has_more)
@@ -143,9 +144,8 @@ async def follow_job(
     seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
     if job.has_ended and job.revision <= seen:
         return Response(status_code=204)
-    return StreamingResponse(
-        _job_events(service, job_id, seen), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-    )
+    headers = {"Cache-Control": "no-store"}
+    return StreamingResponse(_job_events(service, job_id, seen), 200, headers, "text/event-stream")
 
 
 async def _job_events(service: Service, job_id: str, seen: int) -> AsyncIterator[str]:
