@@ -22,9 +22,8 @@ from fastapi.testclient import TestClient
 import adapters
 from adapters import random_factors, write
 from loracast.errors import AdapterError, ConfigError, LoracastError
-from loracast.export import replica as replica_module
-from loracast.export.replica import FromLibrary, FromStore, Replica, lora_number
-from loracast.export.vllm_middleware import LibraryMiddleware
+from loracast.export import vllm_middleware as replica_module
+from loracast.export.vllm_middleware import FromLibrary, FromStore, LibraryMiddleware, Replica, lora_number
 from loracast.library import storage
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
@@ -58,8 +57,8 @@ def make(tmp_path):
     """Makes replicas, each with a folder of its own."""
     made: list[Replica] = []
 
-    def start(source, folder="replica", max_bytes=GENEROUS, max_rank=16, **options) -> Replica:
-        made.append(Replica(source, tmp_path / folder, max_bytes=max_bytes, max_rank=max_rank, **options))
+    def start(source, folder="replica", max_bytes=GENEROUS, max_rank=16, forget=print) -> Replica:
+        made.append(Replica(source, tmp_path / folder, max_bytes=max_bytes, max_rank=max_rank, forget=forget))
         return made[-1]
 
     yield start
@@ -154,11 +153,11 @@ def test_the_least_recently_used_go_but_never_one_in_use(tmp_path, make, at_once
     size = probe.take("doc-0").n_bytes
     dropped: list[str] = []
 
-    def on_drop(name: str) -> None:
+    def forget(name: str) -> None:
         assert (replica._folder / name).is_dir()  # its name goes before its files
         dropped.append(name.partition("@")[0])
 
-    replica = make(FromLibrary(Library(library)), max_bytes=2 * size + size // 2, on_drop=on_drop)
+    replica = make(FromLibrary(Library(library)), max_bytes=2 * size + size // 2, forget=forget)
     in_use = replica.take("doc-0")
     for i in (1, 2):
         replica.give_back(replica.take(f"doc-{i}"))

@@ -15,7 +15,7 @@ from agreement import assert_agrees
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.export.base import write_base
-from loracast.serving.deploy import deploy
+from loracast.serving.vllm_server import deploy
 
 PYTHON = os.environ.get("LORACAST_VLLM_PYTHON", "")
 START_S = 900

@@ -15,7 +15,7 @@ from loracast.answering.model import load
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
 from loracast.library.library import Library
-from loracast.serving.deploy import deploy
+from loracast.serving.vllm_server import deploy
 
 
 @pytest.fixture(scope="module")

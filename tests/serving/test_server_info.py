@@ -8,11 +8,10 @@ from fastapi.testclient import TestClient
 
 from loracast.documents import Document
 from loracast.serving.app import create_app
-from loracast.serving.batch import token_bytes
-from loracast.serving.engine import LocalEngine
+from loracast.serving.engine import LocalEngine, token_bytes
 from loracast.serving.errors import ApiError
+from loracast.serving.guard import ServerSettings
 from loracast.serving.resolve import Names
-from loracast.serving.settings import ServerSettings
 from servers import eventually
 
 

@@ -15,24 +15,23 @@ from loracast.errors import DocumentError, NameTakenError
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.serving.errors import ApiError
+from loracast.serving.guard import ServerSettings
 from loracast.serving.jobs import Jobs
 from loracast.serving.learning import Learning
-from loracast.serving.settings import ServerSettings
-from loracast.serving.state import Paging, State
-from loracast.serving.uploads import INTERNAL, Uploads
+from loracast.serving.state import INTERNAL, Paging, State, Uploads
 from other_processes import Forked
 from servers import eventually, manual
 
 
 def start(model, **settings) -> Learning:
     learning = Learning(model, ServerSettings(**settings))
-    learning.start()
+    learning.jobs.start()
     return learning
 
 
 def are_done(jobs: Jobs) -> bool:
     """Whether no job waits or runs."""
-    return all(job.has_ended for job in jobs.page(Paging(limit=1000))[0])
+    return all(job.has_ended for job in jobs.page(Paging(limit=100))[0])
 
 
 def ended(jobs: Jobs, id: str):
@@ -89,17 +88,17 @@ def test_pages_of_a_list_cover_it_once_in_either_order(tmp_path):
     for order, wanted in (("asc", ids), ("desc", ids[::-1])):
         seen, after = [], None
         while True:
-            page, has_more = uploads.page(Paging(after, None, 2, order))
+            page, has_more = uploads.page(Paging(after=after, limit=2, order=order))
             seen += [one.id for one in page]
             if not has_more:
                 break
             after = seen[-1]
         assert seen == wanted
-        page, has_more = uploads.page(Paging(None, wanted[4], 2, order))
+        page, has_more = uploads.page(Paging(before=wanted[4], limit=2, order=order))
         assert [one.id for one in page] == wanted[2:4]
         assert has_more
     with pytest.raises(ApiError):
-        uploads.page(Paging("file-elsewhere"))
+        uploads.page(Paging(after="file-elsewhere"))
 
 
 # ---- jobs without a model
@@ -163,12 +162,12 @@ def test_uploads_that_may_replace_each_other_take_turns_and_the_last_one_stays(m
     jobs = [learn(learning, manual(number), "doc", replace=True) for number in (1, 2, 3)]
     with pytest.raises(NameTakenError):
         learn(learning, manual(4), "doc")
-    learning.start()
+    learning.jobs.start()
     made = [ended(learning.jobs, job.id) for job in jobs]
     assert [job.status for job in made] == ["completed"] * 3
     assert [entry.version for entry in model.library.versions("doc")] == [job.version for job in made][::-1]
     assert "555-0003" in read_chunks(model.library.open("doc").index)[0].text
-    learning.close()
+    learning.jobs.close()
 
 
 def test_what_fails_in_a_job_is_its_error_and_the_next_one_goes_on(jobs, makers, caplog):
@@ -278,7 +277,7 @@ def test_a_document_becomes_an_adapter_with_progress_and_tags(model):
         learn(learning, manual(8), "The Manual")
     newer = ended(learning.jobs, learn(learning, manual(8), "The Manual", replace=True).id)
     assert model.library.open("the-manual").manifest.version == newer.version != job.version
-    learning.close()
+    learning.jobs.close()
 
 
 def test_the_name_of_a_job_that_cannot_begin_takes_no_room(model):
@@ -309,7 +308,7 @@ def test_files_that_cannot_be_read_fail_with_a_reason_and_the_worker_lives(model
         assert len(job_found.error["message"]) > 20
         assert str(model.library) not in job_found.error["message"]
     assert model.library.names() == ["good"]
-    learning.close()
+    learning.jobs.close()
 
 
 def test_combining_is_a_job_with_the_versions_of_when_it_was_asked_for(model):
@@ -318,14 +317,14 @@ def test_combining_is_a_job_with_the_versions_of_when_it_was_asked_for(model):
     model.learn(io.BytesIO(manual(2)), "two")
     job = learning.combine([("one", 1.0), ("two", -0.5)], "both", tags=("mix",), replace=False)
     model.learn(io.BytesIO(manual(9)), "one", replace=True)
-    learning.start()
+    learning.jobs.start()
     assert ended(learning.jobs, job.id).status == "completed"
     made = model.library.open("both")
     name = made.manifest.target.modules[0].name
     wanted = model.library.open(f"one@{old}").lora().delta(name)
     wanted = wanted - 0.5 * model.library.open("two").lora().delta(name)
     assert (made.lora().delta(name) - wanted).abs().max() < 0.02 * wanted.abs().max()
-    learning.close()
+    learning.jobs.close()
 
 
 # ---- killed
@@ -344,7 +343,7 @@ def serve(base: str, hypernetwork: str, library: str, first: str) -> None:
         print(job.id, job.adapter, kept.id, flush=True)
     eventually(lambda: are_done(learning.jobs), 60)
     print("idle", flush=True)
-    learning.close()
+    learning.jobs.close()
 
 
 def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tiny_hypernet_folder, tmp_path):
@@ -365,14 +364,14 @@ def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tin
     learning = Learning(model, ServerSettings())
     unfinished = [id for id, _, _ in answered if not learning.jobs.find(id).has_ended]
     assert unfinished  # otherwise this shows nothing
-    learning.start()
+    learning.jobs.start()
     for id, name, upload in answered:
         assert ended(learning.jobs, id).status == "completed"
         number = int(name.removeprefix("doc-"))
         assert f"K{number}-0" in model.library.open(name).index.read_bytes().decode("utf-8", "ignore")
         assert learning.uploads.path(learning.uploads.find(upload).id).read_bytes() == manual(number)
     eventually(lambda: are_done(learning.jobs))
-    learning.close()
+    learning.jobs.close()
     assert model.library.verify() == []
     assert {name for _, name, _ in answered} <= {entry.name for entry in model.library.entries(tag="kept")[0]}
 
@@ -386,7 +385,7 @@ def test_learning_gives_way_to_who_else_needs_the_base(model, monkeypatch):
     while not (now := learning.jobs.find(job.id)).has_ended:
         with model.base.lock:
             seen.add(now.done)
-    learning.close()
+    learning.jobs.close()
     assert learning.jobs.find(job.id).status == "completed"
     assert len(seen) > 5
 
@@ -397,4 +396,4 @@ def test_a_document_that_is_larger_than_allowed_fails(model):
     job_found = ended(learning.jobs, learn(learning, manual(1, 2), "large").id)
     assert job_found.status == "failed"
     assert "larger than" in job_found.error["message"]
-    learning.close()
+    learning.jobs.close()

@@ -13,8 +13,8 @@ from loracast.documents import Document
 from loracast.library.adapter import MANIFEST
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
+from loracast.serving.guard import ServerSettings
 from loracast.serving.resolve import in_window
-from loracast.serving.settings import ServerSettings
 from servers import in_process, served
 
 pytestmark = pytest.mark.usefixtures("no_copying")
@@ -389,7 +389,7 @@ def test_texts_stand_in_the_prompt_where_window_names_their_adapters(model, clie
     base = client.models.list().data[0].id
     answer = chat(client, base, **extra(window=["manual"]))
     turns = [{"role": "system", "content": ""}, {"role": "user", "content": WARRANTY}]
-    whole = in_window(model.base, [model.adapter("manual")], turns, 12)
+    whole = in_window(model.base, [model.adapter("manual")], turns, 12, 10_000)
     assert answer.usage.prompt_tokens == len(model.base.chat.conversation(whole.messages))
     assert text(answer) == asked(model, question=whole.messages)
     assert answer.loracast["window"] == {"n_tokens": whole.n_tokens, "n_shown": whole.n_tokens}

@@ -26,7 +26,7 @@ from loracast.library.store import SharedStore
 from loracast.serving.app import create_app
 from loracast.serving.engine import EngineStats, LocalEngine
 from loracast.serving.generation import EngineBusy, EngineStopped, Ticket, Token
-from loracast.serving.settings import ServerSettings
+from loracast.serving.guard import ServerSettings
 from other_processes import Forked
 from servers import TEXTS, eventually, fill, in_process, served
 
@@ -46,6 +46,7 @@ class ByHand:
     """An engine whose tokens the test gives."""
 
     takes_copying = True
+    window = 10_000
 
     def __init__(self):
         self.tickets: list[Ticket] = []
@@ -58,7 +59,7 @@ class ByHand:
         return self.tickets[-1]
 
     def stats(self):
-        return EngineStats(1, 0, 0)
+        return EngineStats(n_slots=1)
 
     def drain(self, timeout_s):
         return True
@@ -185,7 +186,7 @@ def test_where_one_of_several_answers_finds_no_place_the_others_leave(url, engin
 
     engine.submit = second_is_refused
     assert httpx.post(f"{url}{CHAT}", json=body(n=2)).status_code == 429
-    assert engine.tickets[0].is_cancelled
+    assert engine.tickets[0].has_ended
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -220,13 +221,13 @@ def test_a_client_that_leaves_frees_its_slot(url, engine, path, is_streamed):
     connection = HTTPConnection(url.removeprefix("http://"), timeout=30)
     connection.request("POST", path, json.dumps({**bodies[path], "stream": is_streamed}), RAW)
     eventually(lambda: len(engine.tickets) == n_answers)
-    assert not any(ticket.is_cancelled for ticket in engine.tickets)
+    assert not any(ticket.has_ended for ticket in engine.tickets)
     if is_streamed:
         engine.tickets[0].put(Token(5, "The"))
         with connection.getresponse() as answer:
             assert answer.read1(100)
     connection.close()
-    eventually(lambda: all(ticket.is_cancelled for ticket in engine.tickets))
+    eventually(lambda: all(ticket.has_ended for ticket in engine.tickets))
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])

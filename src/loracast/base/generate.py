@@ -81,29 +81,83 @@ def confidence(logprobs: Sequence[float]) -> float:
     return math.exp(fmean(logprobs)) if logprobs else 1.0
 
 
+class AnswerText:
+    """The text of one answer, as its tokens come in.
+
+    Held back are bytes of an incomplete character, what may be the beginning of a stop string, and whitespace that may
+    be the answer's last. All pieces together are the whole text, cut before the first stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), strips: bool = True):
+        """
+        Args:
+            strips: leave out whitespace before and after the answer.
+        """
+        self._tokenizer, self._stop, self._strips = tokenizer, stop, strips
+        self._ids: list[int] = []
+        self._n_decoded = 0  # ids whose text is in `_waiting` or was given
+        self._n_context = 0  # ids before these no longer change what follows them
+        self._waiting = ""
+        self._has_begun = False
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """The text that may be shown after one more token, and whether a stop string has ended the answer."""
+        self._ids.append(token)
+        new = self._new()
+        if new.endswith("\ufffd"):
+            return "", False
+        self._n_context, self._n_decoded = self._n_decoded, len(self._ids)
+        return self._show(new)
+
+    def rest(self) -> str:
+        """The text that is still held back when the answer ends."""
+        piece, _ = self._show(self._new())
+        return piece + (self._waiting.rstrip() if self._strips else self._waiting)
+
+    def _new(self) -> str:
+        """The text of the tokens after those that were decoded."""
+        decode = partial(self._tokenizer.decode, skip_special_tokens=True)
+        context = decode(self._ids[self._n_context : self._n_decoded])
+        return decode(self._ids[self._n_context :])[len(context) :]
+
+    def _show(self, new: str) -> tuple[str, bool]:
+        self._waiting += new
+        if self._strips and not self._has_begun:
+            self._waiting = self._waiting.lstrip()
+        self._has_begun = self._has_begun or bool(self._waiting)
+        found = [at for text in self._stop if (at := self._waiting.find(text)) >= 0]
+        if found:
+            piece, self._waiting = self._waiting[: min(found)], ""
+            return piece.rstrip() if self._strips else piece, True
+        n_held = max((_overlap(self._waiting, text) for text in self._stop), default=0)
+        shown = self._waiting[: len(self._waiting) - n_held]
+        if self._strips:
+            shown = shown.rstrip()
+        self._waiting = self._waiting[len(shown) :]
+        return shown, False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
 class _Streamer:
     """Receives token ids from transformers' generate: the prompt first, then each new token."""
 
     def __init__(self, base: Base, on_text: OnText):
         self.base, self.on_text = base, on_text
-        self.ids: list[int] = []
-        self.shown = ""
+        self._text = AnswerText(base.tokenizer)
         self._is_prompt = True
 
     def put(self, ids: torch.Tensor) -> None:
-        if not self._is_prompt:
-            self.ids += [i for i in ids.flatten().tolist() if i not in self.base.end_ids]
-            self._show(is_last=False)
+        for id in [] if self._is_prompt else ids.flatten().tolist():
+            if id not in self.base.end_ids:
+                self.on_text(self._text.add(id)[0])
         self._is_prompt = False
 
     def end(self) -> None:
-        self._show(is_last=True)
-
-    def _show(self, is_last: bool) -> None:
-        text = self.base.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
-        if is_last or not text.endswith("\ufffd"):  # bytes of a character wait for those of the next token
-            self.on_text(text[len(self.shown) :])
-            self.shown = text
+        self.on_text(self._text.rest())
 
 
 def answer(

@@ -171,7 +171,7 @@ def deploy(
     as_json: options.Json = False,
 ) -> None:
     """Load an adapter into a running vLLM server, and check that the server's answers really change."""
-    from loracast.serving.deploy import deploy as load_there
+    from loracast.serving.vllm_server import deploy as load_there
 
     served = load_there(library.open(name), vllm, cache_dir("exports"), path_there=path_there)
     text = f'{name} is served: ask with "model": "{served}"'

@@ -86,12 +86,6 @@ class RunningAnswer:
             for token in [Token(None, whole.text)] if self.is_refused else tokens:
                 yield token
 
-    def add(self, token: Token) -> None:
-        """Count a token as shown."""
-        self.text += token.text
-        if token.id is not None:
-            self.tokens.append(token)
-
     @property
     def is_refused(self) -> bool:
         return self.whole is not None and self.whole.answered_by == "refusal"
@@ -206,23 +200,23 @@ class Call:
         """The token ids and the text of a prompt that is continued as it stands."""
         tokenizer = self.service.model.base.tokenizer
         if isinstance(prompt, str):
-            return encode_text(tokenizer, prompt), prompt
+            if not (ids := encode_text(tokenizer, prompt)):
+                raise ApiError(400, "a prompt needs at least one token")
+            return ids, prompt
         if not all(0 <= id < len(tokenizer) for id in prompt):
             raise ApiError(400, f"token ids go from 0 to {len(tokenizer) - 1}", param="prompt")
         return list(prompt), tokenizer.decode(prompt, skip_special_tokens=True)
 
     def _room(self, prompt: Sequence[int]) -> int:
         """Tokens that an answer may have after a prompt. Raises ApiError where they are too few."""
-        base, limits, wanted = self.service.model.base, self.service.settings, self.request.sampling.max_new_tokens
-        room = min(base.window, limits.max_prompt_tokens + limits.max_tokens) - len(prompt)
+        limits, wanted = self.service.settings, self.request.sampling.max_new_tokens
+        window = self.service.engine.window
+        room = min(window, limits.max_prompt_tokens + limits.max_tokens) - len(prompt)
         if len(prompt) > limits.max_prompt_tokens or room < max(1, wanted):
-            raise ApiError(
-                400,
-                f"the prompt has {len(prompt)} tokens and the answer may have {wanted or 'some'}: the base's window "
-                f"holds {base.window}, and a prompt here {limits.max_prompt_tokens} at most",
-                param="prompt" if self.request.prompts else "messages",
-                code="context_length_exceeded",
-            )
+            most = f"the engine's window holds {window}, and a prompt here {limits.max_prompt_tokens} at most"
+            message = f"the prompt has {len(prompt)} tokens and the answer may have {wanted or 'some'}: {most}"
+            param = "prompt" if self.request.prompts else "messages"
+            raise ApiError(400, message, param, "context_length_exceeded")
         return room
 
     def _generation(self, prepared: Prepared, i: int) -> GenerationRequest:
@@ -265,7 +259,9 @@ class Call:
                 while (piece := await merged.get()) is not None:
                     if isinstance(piece, Exception):
                         raise piece
-                    self.answers[piece[0]].add(piece[1])
+                    answer, token = self.answers[piece[0]], piece[1]
+                    answer.text += token.text
+                    answer.tokens += [token] if token.id is not None else []
                     yield piece
         finally:
             for task in feeds:

@@ -24,11 +24,11 @@ from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.serving.errors import add_handlers
 from loracast.serving.generation import Engine, EngineConfig
-from loracast.serving.guard import Guard
+from loracast.serving.guard import Guard, ServerSettings
 from loracast.serving.learning import Learning, Watcher
-from loracast.serving.routes import adapters, completions, files, server, vector_stores
-from loracast.serving.service import Service
-from loracast.serving.settings import ServerSettings
+from loracast.serving.resolve import Names
+from loracast.serving.routes import adapters, completions, files, server
+from loracast.serving.service import Metrics, Service
 
 _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -51,22 +51,23 @@ def share_heaps() -> None:
             mallopt(option, value)
 
 
-ROUTERS = tuple(part.router for part in (server, completions, files, vector_stores, adapters))
+ROUTERS = tuple(part.router for part in (server, completions, files, adapters))
 
 
 def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSettings()) -> FastAPI:
     """The HTTP API of a model whose answers an engine generates. When the application ends, the engine is drained."""
-    service = Service(model, engine, settings, Learning(model, settings), Watcher(model, settings.watched))
+    learning, watcher = Learning(model, settings), Watcher(model, settings.watched)
+    service = Service(model, engine, settings, learning, watcher, Names(model, settings.max_adapters), Metrics(engine))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with model.library.refreshing():
-            service.learning.start()
-            service.watcher.start()
+            learning.jobs.start()
+            watcher.start()
             yield
             service.is_draining = True
-            service.watcher.close()
-            service.learning.close()
+            watcher.close()
+            learning.jobs.close()
             engine.drain(settings.drain_timeout_s)
             engine.close()
 
@@ -76,9 +77,8 @@ def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSe
     add_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_middleware(
-        Guard, settings=settings, count=service.metrics.count_request
-    )  # added after the routes' own, so that it sees a request before them
+    # Added after the routes' own, so that it sees a request before them.
+    app.add_middleware(Guard, settings=settings, count=service.metrics.count_request)
     if settings.cors_origins:  # around the guard: a page may read why it was refused
         app.add_middleware(
             CORSMiddleware,
@@ -109,8 +109,7 @@ def bound(settings: ServerSettings) -> Iterator[socket.socket]:
             sock.bind((settings.host, settings.port))
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"cannot listen on {settings.host}, port {settings.port} ({error}); give another --port, or 0 for a "
-                "free one"
+                f"cannot listen on {settings.host}, port {settings.port} ({error}); give another --port, 0 for any"
             ) from error
         yield sock
 
@@ -151,36 +150,21 @@ def run(
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
-    _Server(config, app, lambda: on_start(sock.getsockname()[1]), on_stop).run(sockets=[sock])
 
+    class Server(uvicorn.Server):
+        """uvicorn's server; its application knows from the signal on that it is about to stop."""
 
-class _Server(uvicorn.Server):
-    """uvicorn's server; its application knows from the signal on that it is about to stop."""
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started and not self.should_exit:
+                on_start(sock.getsockname()[1])
 
-    def __init__(
-        self, config: uvicorn.Config, app: FastAPI, on_start: Callable[[], object], on_stop: Callable[[], object]
-    ):
-        super().__init__(config)
-        self._app, self._on_start, self._on_stop = app, on_start, on_stop
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            """uvicorn's own would raise SIGTERM again in the end, so that the exit code were not 0."""
+            on_stop()
+            if sig == signal.SIGINT:
+                os._exit(_INTERRUPTED)  # threads may be in the middle of a forward pass
+            app.state.service.is_draining = True
+            self.should_exit = True
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and not self.should_exit:
-            self._on_start()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own would raise SIGTERM again in the end, so that the exit code were not 0."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._on_stop()
-        if sig == signal.SIGINT:
-            os._exit(_INTERRUPTED)  # threads may be in the middle of a forward pass
-        self._app.state.service.is_draining = True
-        self.should_exit = True
+    Server(config).run(sockets=[sock])

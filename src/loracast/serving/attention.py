@@ -20,7 +20,7 @@ import mmap
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -205,75 +205,31 @@ class Run:
         return slice(self.first, self.first + self.n_tokens)
 
 
-@dataclass
 class RowBatch:
     """The rows of one step."""
 
-    slots: SlotCache
-    lengths: Sequence[int]
-    """Tokens before this step's, of the rows in the slots 0, 1, 2, ..."""
-    runs: Sequence[Run]
-    _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.n_batched, alone = _split_rows(self.lengths)
-        """The longest number of tokens that the batched call sees."""
-        self.runs = [*self.runs, *(Run(slot, 1, self.lengths[slot], self.slots.row(slot)) for slot in alone)]
-        self._positions = torch.tensor(self.lengths)
-        self._slots = torch.arange(len(self.lengths))
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Store keys and values [kv heads, tokens, size] and attend with queries [heads, tokens, size].
-
-        Args:
-            window: tokens that are seen at most, the token itself included; None for all.
-            softcap: scores are squashed to at most this (Gemma 2).
-
-        Returns:
-            [tokens, heads, size].
+    def __init__(self, slots: SlotCache, lengths: Sequence[int], runs: Sequence[Run]):
         """
-        heads, n_tokens, size = query.shape
-        n_kv = key.shape[0]
-        out = query.new_empty(n_tokens, heads, value.shape[-1])
-        if n := len(self.lengths):
-            slots, at = self._slots.to(key.device), self._positions.to(key.device)
-            keys, values = self.slots.layer(layer)
-            keys[slots, :, at] = key[:, :n].transpose(0, 1)
-            values[slots, :, at] = value[:, :n].transpose(0, 1)
-            if end := self.n_batched:
-                grouped = query[:, :n].transpose(0, 1).reshape(n, n_kv, heads // n_kv, size)
-                mask = self._slot_mask(window, query)
-                given = _attention(grouped, (keys[:n, :, :end], values[:n, :, :end]), mask, scale, softcap)
-                out[:n] = given.reshape(n, heads, -1)
-        for run in self.runs:
-            keys, values = run.cache.write(layer, run.start, key[:, run.tokens], value[:, run.tokens])
-            begin = 0 if window is None else max(0, run.start + 1 - window)
-            seen = self._run_mask(run, begin, window, heads // n_kv, query)
-            grouped = query[:, run.tokens].reshape(1, n_kv, heads // n_kv * run.n_tokens, size)
-            given = _attention(grouped, (keys[None, :, begin:], values[None, :, begin:]), seen, scale, softcap)
-            out[run.tokens] = given.reshape(heads, run.n_tokens, -1).transpose(0, 1)
-        return out
+        Args:
+            lengths: tokens before this step's, of the rows in the slots 0, 1, 2, ...
+        """
+        self.slots, self.lengths, self.positions = slots, lengths, torch.tensor(lengths)
+        self.n_batched, alone = _split_rows(lengths)
+        """The longest number of tokens that the batched call sees."""
+        self.runs = [*runs, *(Run(slot, 1, lengths[slot], slots.row(slot)) for slot in alone)]
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
-    def _slot_mask(self, window: int | None, like: Tensor) -> Tensor:
+    def slot_mask(self, window: int | None, like: Tensor) -> Tensor:
         """What the rows in slots see [slots, 1, 1, tokens], 0 or -inf."""
         key = ("slots", window, like.device)
         if key not in self._masks:
-            at, last = torch.arange(self.n_batched), self._positions[:, None]
+            at, last = torch.arange(self.n_batched), self.positions[:, None]
             is_seen = at <= last if window is None else (at <= last) & (at > last - window)
             is_seen[:, 0] |= ~is_seen.any(1)  # rows that are attended to alone: any number will do
             self._masks[key] = _additive(is_seen[:, None, None], like)
         return self._masks[key]
 
-    def _run_mask(self, run: Run, begin: int, window: int | None, n_groups: int, like: Tensor) -> Tensor | None:
+    def run_mask(self, run: Run, begin: int, window: int | None, n_groups: int, like: Tensor) -> Tensor | None:
         """What the tokens of a run see [1, 1, groups * tokens, tokens], 0 or -inf; None for all."""
         if run.n_tokens == 1:
             return None
@@ -329,8 +285,38 @@ def _attend_rows(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: [1, heads, tokens, size] -> [1, tokens, heads, size]."""
-    return rows.attend(module.layer_idx, query[0], key[0], value[0], scaling, sliding_window, softcap)[None], None
+    """The attention function that transformers calls: stores keys and values, and attends with the queries.
+
+    Args:
+        query, key, value: [1, heads or kv heads, tokens, size].
+        sliding_window: tokens that are seen at most, the token itself included; None for all.
+        softcap: scores are squashed to at most this (Gemma 2).
+
+    Returns:
+        [1, tokens, heads, size], and no weights.
+    """
+    query, key, value = query[0], key[0], value[0]
+    heads, n_tokens, size = query.shape
+    n_kv = key.shape[0]
+    out = query.new_empty(n_tokens, heads, value.shape[-1])
+    if n := len(rows.lengths):
+        slots, at = torch.arange(n, device=key.device), rows.positions.to(key.device)
+        keys, values = rows.slots.layer(module.layer_idx)
+        keys[slots, :, at] = key[:, :n].transpose(0, 1)
+        values[slots, :, at] = value[:, :n].transpose(0, 1)
+        if end := rows.n_batched:
+            grouped = query[:, :n].transpose(0, 1).reshape(n, n_kv, heads // n_kv, size)
+            mask = rows.slot_mask(sliding_window, query)
+            given = _attention(grouped, (keys[:n, :, :end], values[:n, :, :end]), mask, scaling, softcap)
+            out[:n] = given.reshape(n, heads, -1)
+    for run in rows.runs:
+        keys, values = run.cache.write(module.layer_idx, run.start, key[:, run.tokens], value[:, run.tokens])
+        begin = 0 if sliding_window is None else max(0, run.start + 1 - sliding_window)
+        seen = rows.run_mask(run, begin, sliding_window, heads // n_kv, query)
+        grouped = query[:, run.tokens].reshape(1, n_kv, heads // n_kv * run.n_tokens, size)
+        given = _attention(grouped, (keys[None, :, begin:], values[None, :, begin:]), seen, scaling, softcap)
+        out[run.tokens] = given.reshape(heads, run.n_tokens, -1).transpose(0, 1)
+    return out[None], None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from loracast.errors import (
@@ -40,15 +41,7 @@ _TYPES = {403: "permission_error", 429: "rate_limit_error"}
 class ApiError(LoracastError):
     """A refusal with a status of its own."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] = {},
-    ):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
@@ -63,12 +56,14 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineBusy):
-        after = {"Retry-After": str(math.ceil(error.retry_after_s))}
-        return ApiError(429, str(error), code="rate_limit_exceeded", headers=after)
+        after = str(math.ceil(error.retry_after_s))
+        return ApiError(429, str(error), code="rate_limit_exceeded", **{"Retry-After": after})
     if isinstance(error, NoSuchAdapterError):
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, RequestValidationError):
         return _invalid(error.errors(), error.body)
+    if isinstance(error, ValidationError):  # of a body that a route checks itself
+        return _invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors()], None)
     for status, kinds in _STATUS:
         if isinstance(error, kinds):
             return ApiError(status, str(error))
@@ -86,7 +81,7 @@ def log_failure(error: BaseException) -> None:
 def error_response(error: Exception) -> JSONResponse:
     """The response that tells an error."""
     shown = as_api_error(error)
-    return JSONResponse(shown.body(), shown.status, headers=dict(shown.headers))
+    return JSONResponse(shown.body(), shown.status, headers=shown.headers)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -96,10 +91,10 @@ def add_handlers(app: FastAPI) -> None:
         if isinstance(error, HTTPException):
             is_plain = error.detail == HTTPStatus(error.status_code).phrase
             where = f": {request.method} {request.url.path[:200]}" if is_plain else ""
-            error = ApiError(error.status_code, error.detail + where, headers=error.headers or {})
+            error = ApiError(error.status_code, error.detail + where, **error.headers or {})
         return error_response(error)
 
-    for kind in (LoracastError, HTTPException, RequestValidationError):
+    for kind in (LoracastError, HTTPException, RequestValidationError, ValidationError):
         app.add_exception_handler(kind, refuse)
 
 

@@ -6,14 +6,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from threading import Condition
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from queue import SimpleQueue
+from threading import Condition, Lock
 from typing import Any, Literal
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
 from loracast.base.copying import Copying
-from loracast.base.generate import Sampling, confidence
+from loracast.base.generate import AnswerText, Sampling, confidence
 from loracast.base.load import Base
-from loracast.errors import BaseModelError, ConfigError, LoracastError
+from loracast.errors import LoracastError
 from loracast.lora.algebra import LoRA
 
 Finish = Literal["stop", "length"]
@@ -107,92 +112,36 @@ class EngineConfig:
     """Keys and values that are kept of prompts and answers."""
 
 
+def _figure(kind: type[Metric], name: str, what: str) -> Any:
+    """A field that starts at 0, with the kind, name and description under which Prometheus reads it."""
+    return field(default=0, metadata={"metric": partial(kind, f"loracast_{name}", what)})
+
+
+_gauge, _counter = partial(_figure, GaugeMetricFamily), partial(_figure, CounterMetricFamily)
+
+
 @dataclass
 class EngineStats:
     """What an engine is doing, and what it has done since it started."""
 
-    n_slots: int
-    n_queued: int = 0
-    n_running: int = 0
-    n_generated_tokens: int = 0
-    n_prompt_tokens: int = 0
-    n_cached_tokens: int = 0
-    """Tokens of prompts that came from the prefix cache."""
-    n_prefix_hits: int = 0
-    n_prefix_misses: int = 0
-    n_adapters_in_memory: int = 0
-    adapter_bytes: int = 0
-    prefix_bytes: int = 0
-    n_steps: int = 0
-    """Forward passes in this process."""
-    n_decoded_rows: int = 0
-    """Tokens chosen in all of them: divided by `n_steps` it is the mean size of the batch."""
+    n_queued: int = _gauge("queued_requests", "Requests that wait for a slot")
+    n_running: int = _gauge("running_requests", "Requests that are being answered: the size of the batch")
+    n_slots: int = _gauge("slots", "Requests that can be answered at the same time")
+    n_adapters_in_memory: int = _gauge("adapters_in_memory", "LoRAs in memory")
+    adapter_bytes: int = _gauge("adapter_bytes", "Bytes of the LoRAs in memory")
+    prefix_bytes: int = _gauge("prefix_cache_bytes", "Bytes of the cached prompts")
+    n_steps: int = _counter("engine_steps", "Forward passes of the base")
+    n_decoded_rows: int = _counter("decoded_rows", "Rows of all forward passes; over engine_steps: the mean batch")
+    n_generated_tokens: int = _counter("generated_tokens", "Tokens generated")
+    n_prompt_tokens: int = _counter("prompt_tokens", "Tokens of prompts")
+    n_cached_tokens: int = _counter("prompt_tokens_saved", "Tokens of prompts that the prefix cache had")
+    n_prefix_hits: int = _counter("prefix_cache_hits", "Prompts whose beginning was in the prefix cache")
+    n_prefix_misses: int = _counter("prefix_cache_misses", "Prompts whose beginning was not in the prefix cache")
 
-
-_INCOMPLETE = "\ufffd"
-
-
-class AnswerText:
-    """The text of one answer, as its tokens come in.
-
-    Held back are bytes of an incomplete character, what may be the beginning of a stop string, and whitespace that may
-    be the answer's last. All pieces together are the whole text, cut before the first stop string.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), strips: bool = True):
-        """
-        Args:
-            strips: leave out whitespace before and after the answer.
-        """
-        self._tokenizer, self._stop, self._strips = tokenizer, [text for text in stop if text], strips
-        self._ids: list[int] = []
-        self._n_decoded = 0  # ids whose text is in `_waiting` or was given
-        self._n_context = 0  # ids before these no longer change what follows them
-        self._waiting = ""
-        self._has_begun = False
-
-    def add(self, token: int) -> tuple[str, bool]:
-        """The text that may be shown after one more token, and whether a stop string has ended the answer."""
-        self._ids.append(token)
-        context = self._decode(self._n_context, self._n_decoded)
-        text = self._decode(self._n_context, len(self._ids))
-        if text.endswith(_INCOMPLETE):
-            return "", False
-        self._n_context, self._n_decoded = self._n_decoded, len(self._ids)
-        return self._show(text[len(context) :])
-
-    def rest(self) -> str:
-        """The text that is still held back when the answer ends."""
-        context = self._decode(self._n_context, self._n_decoded)
-        piece, is_stopped = self._show(self._decode(self._n_context, len(self._ids))[len(context) :])
-        if is_stopped:
-            return piece
-        held, self._waiting = self._waiting, ""
-        return piece + (held.rstrip() if self._strips else held)
-
-    def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
-
-    def _show(self, new: str) -> tuple[str, bool]:
-        self._waiting += new
-        if self._strips and not self._has_begun:
-            self._waiting = self._waiting.lstrip()
-        self._has_begun = self._has_begun or bool(self._waiting)
-        found = [at for text in self._stop if (at := self._waiting.find(text)) >= 0]
-        if found:
-            piece, self._waiting = self._waiting[: min(found)], ""
-            return piece.rstrip() if self._strips else piece, True
-        n_held = max((_overlap(self._waiting, text) for text in self._stop), default=0)
-        shown = self._waiting[: len(self._waiting) - n_held]
-        if self._strips:
-            shown = shown.rstrip()
-        self._waiting = self._waiting[len(shown) :]
-        return shown, False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    def metrics(self) -> Iterator[Metric]:
+        """The figures as Prometheus' client takes them."""
+        for one in fields(self):
+            yield one.metadata["metric"](getattr(self, one.name))
 
 
 class Ticket:
@@ -217,51 +166,43 @@ class Ticket:
         """Seconds from `submit` to the first token; None until then."""
         self.total_s: float | None = None
         """Seconds from `submit` to the end; None until then."""
-        self.is_cancelled = False
         self._logprobs: list[float] = []
         self._started = time.perf_counter()
         self._tokens: list[Token] = []
         self._error: BaseException | None = None
-        self._changed = Condition()
-        self._listeners: list[Callable[[], object]] = []
+        self._lock = Lock()
+        self._followers: list[Callable[[Token | None], object]] = []
+
+    def _follow(self, take: Callable[[Token | None], object]) -> None:
+        """Hand all tokens to a function, those that come later too; None after the last."""
+        with self._lock:
+            for token in self._tokens:
+                take(token)
+            if self.has_ended:
+                take(None)
+            self._followers.append(take)
 
     def __iter__(self) -> Iterator[Token]:
         """Yield each token when it is generated; raises what failed."""
-        n_seen = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda n=n_seen: len(self._tokens) > n or self.has_ended)  # type: ignore[misc]
-            tokens, has_ended = self._since(n_seen)
-            yield from tokens
-            n_seen += len(tokens)
-            if has_ended:
-                return
+        tokens: SimpleQueue[Token | None] = SimpleQueue()
+        self._follow(tokens.put)
+        yield from iter(tokens.get, None)
+        if self._error is not None:
+            raise self._error
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """The same for an event loop."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        loop, tokens = asyncio.get_running_loop(), asyncio.Queue[Token | None]()
 
-        def wake() -> None:
+        def take(token: Token | None) -> None:
             with suppress(RuntimeError):  # the loop was closed while the engine went on
-                loop.call_soon_threadsafe(changed.set)
+                loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        with self._changed:
-            self._listeners.append(wake)
-        n_seen = 0
-        try:
-            while True:
-                changed.clear()
-                tokens, has_ended = self._since(n_seen)
-                for token in tokens:
-                    yield token
-                n_seen += len(tokens)
-                if has_ended:
-                    return
-                if not tokens:  # an error may already follow those that were seen
-                    await changed.wait()
-        finally:
-            with self._changed:
-                self._listeners.remove(wake)
+        self._follow(take)
+        while (token := await tokens.get()) is not None:
+            yield token
+        if self._error is not None:
+            raise self._error
 
     @property
     def has_ended(self) -> bool:
@@ -278,22 +219,13 @@ class Ticket:
 
     def cancel(self) -> None:
         """Stop the generation: the request leaves the queue, or its slot before the next step."""
-        self.is_cancelled = True
         self.end(None)
-
-    def _since(self, n_seen: int) -> tuple[list[Token], bool]:
-        """The tokens after the first `n_seen`, and whether they are the last; raises what failed after them."""
-        with self._changed:
-            tokens, has_ended = self._tokens[n_seen:], self.has_ended
-        if has_ended and not tokens and self._error is not None:
-            raise self._error
-        return tokens, has_ended and (self._error is None or not tokens)
 
     # ---- what the engine does
 
     def put(self, token: Token) -> None:
         """Hand over the next token, unless the answer has ended."""
-        with self._changed:
+        with self._lock:
             if self.has_ended:
                 return
             if token.id is not None:
@@ -303,7 +235,7 @@ class Ticket:
             if self.first_token_s is None:
                 self.first_token_s = time.perf_counter() - self._started
             self._tokens.append(token)
-            self._notify()
+            self._notify(token)
 
     def end(self, finish: Finish | None, error: BaseException | None = None, logprob: float | None = None) -> None:
         """End the answer, unless it has ended.
@@ -312,18 +244,17 @@ class Ticket:
             error: what failed, if anything.
             logprob: of the token that ended it, where that is known.
         """
-        with self._changed:
+        with self._lock:
             if self.has_ended:
                 return
             if logprob is not None:
                 self._logprobs.append(logprob)
             self.finish, self._error, self.total_s = finish, error, time.perf_counter() - self._started
-            self._notify()
+            self._notify(None)
 
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        for wake in self._listeners:
-            wake()
+    def _notify(self, token: Token | None) -> None:
+        for take in self._followers:
+            take(token)
 
 
 class AnswerWriter:
@@ -361,31 +292,31 @@ class Engine:
 
     takes_copying: bool
     """Whether it adds the bonus for what an answer may copy from documents (`GenerationRequest.copying`)."""
-    window_of = "the base's window"
-    """What the message of a prompt that is too long calls the window."""
 
     def __init__(self, base: Base, config: EngineConfig, window: int):
-        """
-        Args:
-            window: most tokens of a prompt together with its answer.
-        """
-        self.base, self.config, self._window = base, config, window
+        self.base, self.config, self.counts = base, config, EngineStats(n_slots=config.n_slots)
+        self.window = window
+        """Most tokens of a prompt together with its answer; requests that are submitted keep to it."""
         self._changed = Condition()
         self._is_draining = False
         self._mean_s = 1.0  # of a request from its start to its end
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        """Queue a request.
+        """Queue a request, whose prompt has a token at least, and fits into the window with its answer.
 
         Raises:
             EngineBusy: too many requests wait already.
             EngineStopped: the engine takes no more requests.
-            BaseModelError: the prompt is empty or too long.
             AdapterError: the LoRA does not fit the base.
         """
         raise NotImplementedError
 
     def stats(self) -> EngineStats:
+        with self._changed:
+            return replace(self.counts, **self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        """The fields of the statistics that are not counted but looked up."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -404,17 +335,8 @@ class Engine:
 
     def _is_idle(self) -> bool:
         """Whether no request waits or runs."""
-        raise NotImplementedError
-
-    def _check(self, request: GenerationRequest) -> None:
-        n_prompt, n_new = len(request.prompt), request.sampling.max_new_tokens
-        if not n_prompt or n_new < 1:
-            raise ConfigError("a request needs a prompt of at least one token, and room for one new token")
-        if n_prompt + n_new > self._window:
-            raise BaseModelError(
-                f"the prompt has {n_prompt} tokens and {self.window_of} holds {self._window}; learn the long text as a "
-                "document, or ask for a shorter answer"
-            )
+        sizes = self._sizes()
+        return not sizes["n_queued"] + sizes["n_running"]
 
     def _refuse_if_full(self) -> None:
         if self._is_draining:

@@ -117,7 +117,7 @@ class Jobs:
         """
         if (n := count(db, "SELECT count(*) FROM jobs WHERE ended_at IS NULL")) >= self._max_active:
             after = {"Retry-After": str(_RETRY_AFTER_S)}
-            raise ApiError(429, f"{n:,} documents are waiting to be learned; try again later", headers=after)
+            raise ApiError(429, f"{n:,} documents are waiting to be learned; try again later", **after)
         values = (id := new_id("job-"), kind, adapter, file, encode(work), for_stores, now())
         columns = "id, kind, adapter, file, work, for_stores, created_at"
         db.execute(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
@@ -135,7 +135,7 @@ class Jobs:
     def page(self, paging: Paging) -> tuple[list[Job], bool]:
         """A page of the jobs, and whether more follow."""
         with self._state.reading() as db:
-            rows, has_more = page_of(db, "SELECT * FROM jobs", (), paging, "job")
+            rows, has_more = page_of(db, ("SELECT * FROM jobs", ()), paging, "job")
         return [_job(row) for row in rows], has_more
 
     def cancel(self, id: str) -> Job:
@@ -150,7 +150,7 @@ class Jobs:
     # ---- the worker
 
     def start(self) -> None:
-        """Start the worker."""
+        """Start the worker, which goes on with what a killed server left."""
         self._thread = threading.Thread(target=self._work, name="loracast-jobs", daemon=True)
         self._thread.start()
 
@@ -213,7 +213,9 @@ class Jobs:
             with self._state.writing() as db:
                 update_jobs(db, "status = 'queued', n_starts = n_starts - 1", "id = ?", job.id)
         except LoracastError as error:
-            self._fail(job.id, _code(error), str(error))
+            codes = {DocumentError: "invalid_file", HypernetworkError: "unsupported_file"}  # OpenAI's
+            code = next((code for kind, code in codes.items() if isinstance(error, kind)), "server_error")
+            self._fail(job.id, code, str(error))
         except Exception as error:
             log_failure(error)
             message = f"the server failed to learn this ({type(error).__name__}); its log says where"
@@ -269,15 +271,6 @@ def cancel_in(db: sqlite3.Connection, where: str, *values: Any) -> None:
     db.execute(f"UPDATE jobs SET wants_cancel = 1 WHERE status = 'running' AND {where}", values)
 
 
-def _code(error: LoracastError) -> str:
-    """OpenAI's code for what was wrong with a file."""
-    if isinstance(error, DocumentError):
-        return "invalid_file"
-    return "unsupported_file" if isinstance(error, HypernetworkError) else "server_error"
-
-
 def _job(row: Row) -> Job:
     values = {key: row[key] for key in Job.__dataclass_fields__}
-    values["work"] = json.loads(row["work"])
-    values["error"] = None if row["error"] is None else json.loads(row["error"])
-    return Job(**values)
+    return Job(**values | {key: json.loads(row[key] or "null") for key in ("work", "error")})

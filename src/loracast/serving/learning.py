@@ -25,10 +25,9 @@ from loracast.library.save import Progress
 from loracast.library.sync import BulkReport, learn_folder
 from loracast.lora.quantize import DEFAULT_STORAGE
 from loracast.serving.errors import log_failure
+from loracast.serving.guard import ServerSettings
 from loracast.serving.jobs import Job, Jobs
-from loracast.serving.settings import ServerSettings
-from loracast.serving.state import State
-from loracast.serving.uploads import INTERNAL, Uploads
+from loracast.serving.state import INTERNAL, State, Uploads
 from loracast.serving.vector_stores import VectorStores
 
 if TYPE_CHECKING:
@@ -60,15 +59,10 @@ class Watcher:
 
     def __init__(self, model: Model, folders: Sequence[Path]):
         self._model, self._folders = model, tuple(folder.resolve() for folder in folders)
-        self._states = {folder: WatchedFolder(folder.name) for folder in self._folders}
+        self.states = [WatchedFolder(folder.name) for folder in self._folders]
         self._fault: str | None = None
         self._stopping = Event()
         self._thread = Thread(target=self._run, name="watcher", daemon=True)
-
-    @property
-    def states(self) -> list[WatchedFolder]:
-        """The state of each folder, in the order in which they were given."""
-        return [self._states[folder] for folder in self._folders]
 
     def start(self) -> None:
         if self._folders:
@@ -105,8 +99,8 @@ class Watcher:
 
     def _look(self) -> None:
         """Learn what is new in each folder. What goes wrong becomes the folder's state and ends no thread."""
-        for folder in self._folders:
-            self._states[folder] = state = replace(self._states[folder], is_learning=True)
+        for i, folder in enumerate(self._folders):
+            self.states[i] = state = replace(self.states[i], is_learning=True)
             try:
                 report = self._learn(folder)
                 faults = {file.path: file.error or "" for file in report.files if file.outcome == "failed"}
@@ -118,7 +112,7 @@ class Watcher:
             except Exception as error:
                 log_failure(error)
                 state = replace(state, error="the folder could not be read; the server's log says why")
-            self._states[folder] = replace(state, is_learning=False)
+            self.states[i] = replace(state, is_learning=False)
 
     def _learn(self, folder: Path) -> BulkReport:
         def learn(path: Path, name: str) -> None:
@@ -138,7 +132,7 @@ def _shortened(message: str, folder: Path) -> str:
 
 
 class Learning:
-    """All that a server is given to learn. `start` begins to work on it; until then jobs only wait."""
+    """All that a server is given to learn; jobs wait until the worker is started (`jobs.start`)."""
 
     def __init__(self, model: Model, settings: ServerSettings):
         self._model, self._settings = model, settings
@@ -147,14 +141,6 @@ class Learning:
         self.uploads = Uploads(self._state, settings.max_stored_bytes)
         self.jobs = Jobs(self._state, self._make, self.tidy, settings.max_queued_jobs)
         self.stores = VectorStores(self._state, self.uploads, self.jobs, self.library)
-
-    def start(self) -> None:
-        """Start the worker, which goes on with what a killed server left."""
-        self.jobs.start()
-
-    def close(self) -> None:
-        """Stop the worker; what it works on goes on when a server starts again."""
-        self.jobs.close()
 
     # ---- what is asked for
 
@@ -203,7 +189,8 @@ class Learning:
     def delete_upload(self, id: str) -> None:
         """Delete an upload and take it out of all vector stores, with their adapters. Raises ApiError (404)."""
         with self._state.writing() as db:
-            self.uploads.delete_in(db, id)
+            self.uploads.find_in(db, id)
+            db.execute("DELETE FROM files WHERE id = ?", (id,))  # its rows in vector stores go with it
             self.stores.tidy(db)
         self.uploads.unlink([id])
         self.stores.remove_undone()

@@ -37,10 +37,6 @@ class Pair:
     a: Tensor
     b: Tensor
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
 
 class SharedLoRA:
     """A static LoRA, on the base's device and in its type."""
@@ -68,10 +64,6 @@ class PackedLoRA:
     """By module, the first module whose own B is equal, which may be itself."""
 
     @property
-    def names(self) -> frozenset[str]:
-        return frozenset((*self.own, *(self.shared.pairs if self.shared else ()), *self.dense))
-
-    @property
     def n_bytes(self) -> int:
         """Of what is not shared."""
         tensors = [pair.a for pair in self.own.values()] + list(self.dense.values())
@@ -94,7 +86,7 @@ class SharedParts:
     def pack(self, lora: LoRA) -> PackedLoRA:
         """Split a LoRA into what it shares and its own."""
         pairs = {name: _pair(factors) for name, factors in lora.factors.items() if name not in lora.static}
-        own = {name: pair for name, pair in pairs.items() if pair.rank}
+        own = {name: pair for name, pair in pairs.items() if len(pair.a)}
         static = {name: lora.factors[name] for name in lora.factors if name in lora.static}
         with self._lock:
             shared = next((one for one in self._known if one.is_of(static)), None)
@@ -239,7 +231,7 @@ class LoRABatcher:
     def add(self, packed: PackedLoRA) -> Place:
         """Note that one more row uses a LoRA."""
         if (place := self._places.get(id(packed))) is None:
-            ranks = {name: _rounded(pair.rank) for name, pair in packed.own.items()}
+            ranks = {name: _rounded(len(pair.a)) for name, pair in packed.own.items()}
             key = (tuple(ranks.items()), tuple(packed.same_b.items()))  # LoRAs of one group have equal keys
             group = self._groups.setdefault(key, Group(key, self._n_places))
             dense = {name: delta.to(self._device, self._dtype) for name, delta in packed.dense.items()}
@@ -266,7 +258,8 @@ class LoRABatcher:
             runs: tokens after those that belong to one row, with its LoRA.
         """
         step = self._step(decoded, runs)
-        names = {name for place in self._places.values() for name in place.packed.names}
+        packed = [place.packed for place in self._places.values()]
+        names = {name for one in packed for name in (*one.own, *one.dense, *(one.shared.pairs if one.shared else ()))}
         handles = [self._model.get_submodule(name).register_forward_hook(partial(step.apply, name)) for name in names]
         try:
             yield

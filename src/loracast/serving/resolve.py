@@ -45,14 +45,14 @@ class Windowed:
 
 
 def in_window(
-    base: Base, adapters: Sequence[Adapter], messages: Sequence[Message], max_new_tokens: int, most: int | None = None
+    base: Base, adapters: Sequence[Adapter], messages: Sequence[Message], max_new_tokens: int, most: int
 ) -> Windowed:
     """Put the documents' texts, and the tasks' descriptions, before the last question of a chat.
 
     The wording is the one with which bases answered best from a document on the dev split (docs/notebook).
 
     Args:
-        most: longest prompt in tokens, where it is shorter than the base's window with the answer.
+        most: longest prompt in tokens; the base's window with the answer is another limit.
 
     Raises:
         AdapterError: an adapter was made from no text (an image, a combination).
@@ -61,12 +61,11 @@ def in_window(
     text = "\n\n".join(map(_text, adapters))
     has_document = any(adapter.manifest.kind == "document" for adapter in adapters)
     n_around = len(base.chat.conversation(_asked(messages, "", has_document)))
-    longest = base.window - max_new_tokens if most is None else min(base.window - max_new_tokens, most)
-    room = longest - n_around - _JOINTS
+    room = min(base.window - max_new_tokens, most) - n_around - _JOINTS
     if room < 1:
         raise BaseModelError(
             f"beside {n_around} tokens of prompt and {max_new_tokens} of the answer, there is no room left for a text: "
-            f"the base's window holds {base.window}" + (f", and a prompt {most} at most" if most is not None else "")
+            f"the base's window holds {base.window}, and a prompt {most} at most"
         )
     shown = without_middle(base.tokenizer, text, room)
     counts = [len(encode_text(base.tokenizer, one)) for one in (text, shown)]

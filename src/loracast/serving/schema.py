@@ -7,10 +7,10 @@ that say nothing of the answer (`user`, `metadata`, ...) are taken and left alon
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import core_schema
 
 from loracast.base.chat import Message
@@ -76,8 +76,8 @@ class AdapterPart(Body):
     scale: float = Field(1.0, ge=-16, le=16)
 
 
-class Extensions(Body):
-    """What this package adds to OpenAI's requests."""
+class Generating(Body):
+    """What all requests say of how tokens are chosen; the first five fields are additions of this package."""
 
     adapters: list[AdapterPart] = Field([], max_length=_MAX_ITEMS)
     """Adapters besides those that `model` names, each with the factor on its LoRA."""
@@ -89,10 +89,6 @@ class Extensions(Body):
     """Answer with the documents' adapters even where the question is not about them."""
     strict: bool = False
     """Where a question is about none of the documents, answer that the document does not say."""
-
-
-class Generating(Extensions):
-    """What all requests say of how tokens are chosen."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -119,25 +115,20 @@ class StreamOptions(Body):
     include_obfuscation: Ignored = None
 
 
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class Sampled(Generating):
     """What chat and text completions share."""
 
     n: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS)] | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[Any, Only(0)] = None
     presence_penalty: Annotated[Any, Only(0)] = None
     logit_bias: Annotated[Any, Only({})] = None
-
-    @field_validator("stop")
-    @classmethod
-    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        texts = [stop] if isinstance(stop, str) else stop or []
-        if len(texts) > 4 or not all(1 <= len(text) <= 256 for text in texts):
-            raise ValueError("give up to 4 texts of 1 to 256 characters")
-        return stop
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -241,16 +232,7 @@ class CompletionRequest(Sampled):
 
 
 Value = bool | int | float | Annotated[str, Field(max_length=512)]
-_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "gt": operator.gt,
-    "gte": operator.ge,
-    "lt": operator.lt,
-    "lte": operator.le,
-    "in": lambda value, wanted: value in wanted,
-    "nin": lambda value, wanted: value not in wanted,
-}
+_COMPARE = {"gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte": operator.le}
 
 
 class Comparison(KnownFields):
@@ -263,12 +245,14 @@ class Comparison(KnownFields):
     def fits(self, attributes: Mapping[str, Value]) -> bool:
         if self.key not in attributes:
             return self.type in ("ne", "nin")
-        value = attributes[self.key]
+        value: Any = attributes[self.key]
         if self.type in ("in", "nin"):
             wanted = self.value if isinstance(self.value, list) else [self.value]
-            return _COMPARE[self.type](value, wanted)
+            return (value in wanted) == (self.type == "in")
+        if self.type in ("eq", "ne"):
+            return (value == self.value) == (self.type == "eq")
         are_alike = isinstance(value, str) == isinstance(self.value, str) and not isinstance(self.value, list)
-        return _COMPARE[self.type](value, self.value) if are_alike else self.type == "ne"
+        return are_alike and _COMPARE[self.type](value, self.value)
 
 
 class Compound(KnownFields):
@@ -344,20 +328,9 @@ class ResponsesRequest(Chatting):
 
     def turns(self) -> list[Message]:
         """The messages, the instructions first."""
-        given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else []
-        items = [] if isinstance(self.input, str) else self.input
-        messages = [item.turn() for item in items if isinstance(item, ChatMessage)]
+        items = [ChatMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        return [*system, *given, *messages]
-
-
-class LoadAdapterRequest(Body):
-    """Body of vLLM's /v1/load_lora_adapter."""
-
-    lora_name: str
-    lora_path: str
-    load_inplace: bool = False
-    lora_int_id: Ignored = None
+        return [*system, *(item.turn() for item in items if isinstance(item, ChatMessage))]
 
 
 class UnloadAdapterRequest(Body):
@@ -365,3 +338,10 @@ class UnloadAdapterRequest(Body):
 
     lora_name: str
     lora_int_id: Ignored = None
+
+
+class LoadAdapterRequest(UnloadAdapterRequest):
+    """Body of vLLM's /v1/load_lora_adapter."""
+
+    lora_path: str
+    load_inplace: bool = False

@@ -4,75 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from loracast.answering.model import Model
 from loracast.serving.generation import Engine, Ticket
+from loracast.serving.guard import ServerSettings
 from loracast.serving.learning import Learning, Watcher
 from loracast.serving.resolve import Names
-from loracast.serving.settings import ServerSettings
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (1, 2, 5, 10, 20, 30, 50, 75, 100, 200, 500, 1000)
 
 
-_FIGURES = (
-    (GaugeMetricFamily, "queued_requests", "Requests that wait for a slot", "n_queued"),
-    (GaugeMetricFamily, "running_requests", "Requests that are being answered: the size of the batch", "n_running"),
-    (GaugeMetricFamily, "slots", "Requests that can be answered at the same time", "n_slots"),
-    (GaugeMetricFamily, "adapters_in_memory", "LoRAs in memory", "n_adapters_in_memory"),
-    (GaugeMetricFamily, "adapter_bytes", "Bytes of the LoRAs in memory", "adapter_bytes"),
-    (GaugeMetricFamily, "prefix_cache_bytes", "Bytes of the cached prompts", "prefix_bytes"),
-    (CounterMetricFamily, "engine_steps", "Forward passes of the base", "n_steps"),
-    (CounterMetricFamily, "decoded_rows", "Rows of all forward passes; over engine_steps: the mean batch",
-     "n_decoded_rows"),
-    (CounterMetricFamily, "generated_tokens", "Tokens generated", "n_generated_tokens"),
-    (CounterMetricFamily, "prompt_tokens", "Tokens of prompts", "n_prompt_tokens"),
-    (CounterMetricFamily, "prompt_tokens_saved", "Tokens of prompts that the prefix cache had", "n_cached_tokens"),
-    (CounterMetricFamily, "prefix_cache_hits", "Prompts whose beginning was in the prefix cache", "n_prefix_hits"),
-    (CounterMetricFamily, "prefix_cache_misses", "Prompts whose beginning was not in the prefix cache",
-     "n_prefix_misses"),
-)  # fmt: skip
-"""Kind, name and description of each figure of an engine, and the field of its statistics."""
-
-
-class _EngineCollector(Collector):
-    """Reads an engine's own figures when Prometheus asks."""
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
-        for kind, name, what, field in _FIGURES:
-            yield kind(f"loracast_{name}", what, getattr(stats, field))
-
-
-class Metrics:
-    """The figures of one server."""
+class Metrics(Collector):
+    """The figures of one server, those of its engine among them."""
 
     def __init__(self, engine: Engine):
         registry = self._registry = CollectorRegistry()
-        registry.register(_EngineCollector(engine))
+        registry.register(self)
+        self._engine = engine
         self._requests = Counter(
             "loracast_requests", "Requests by route and status", ["route", "status"], registry=registry
         )
-        histogram = partial(Histogram, registry=registry)
-        self._first_token_s = histogram(
-            "loracast_first_token_seconds", "From a request to its first token", buckets=_SECONDS
-        )
-        self._total_s = histogram("loracast_answer_seconds", "From a request to its last token", buckets=_SECONDS)
-        self._rate = histogram(
-            "loracast_tokens_per_second", "Tokens per second of an answer, after its first", buckets=_RATES
-        )
+        seconds, rate = (partial(Histogram, registry=registry, buckets=one) for one in (_SECONDS, _RATES))
+        self._first_token_s = seconds("loracast_first_token_seconds", "From a request to its first token")
+        self._total_s = seconds("loracast_answer_seconds", "From a request to its last token")
+        self._rate = rate("loracast_tokens_per_second", "Tokens per second of an answer, after its first")
 
     def count_request(self, route: str, status: int) -> None:
         """Count a request by its route's pattern, such as /v1/models/{id}, and the status of its response."""
@@ -89,6 +53,10 @@ class Metrics:
             if ticket.n_tokens > 1 and after_first_s > 0:
                 self._rate.observe((ticket.n_tokens - 1) / after_first_s)
 
+    def collect(self) -> Iterator[Metric]:
+        """The engine's own figures, read when Prometheus asks."""
+        return self._engine.stats().metrics()
+
     def text(self) -> bytes:
         """All figures, as Prometheus reads them."""
         return generate_latest(self._registry)
@@ -103,17 +71,10 @@ class Service:
     settings: ServerSettings
     learning: Learning
     watcher: Watcher
+    names: Names
+    metrics: Metrics
     is_draining: bool = False
     """Set when the server is asked to stop: it finishes what runs and takes nothing new."""
-
-    @cached_property
-    def names(self) -> Names:
-        """What the models of requests mean."""
-        return Names(self.model, self.settings.max_adapters)
-
-    @cached_property
-    def metrics(self) -> Metrics:
-        return Metrics(self.engine)
 
 
 async def _service(request: Request) -> Service:  # a function that is not async would be called in another thread

@@ -9,17 +9,23 @@ share the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+from pydantic import BaseModel, Field
+
+from loracast.documents.clean import bare_name
 from loracast.errors import LoracastError
+from loracast.files import write_with
 from loracast.library.library import Library
 from loracast.library.register import migrate, schema_version
 from loracast.serving.errors import ApiError
@@ -65,6 +71,8 @@ _MIGRATIONS: tuple[str, ...] = (
 )
 """As in library/register.py: append, and never change a script that was released."""
 Row = sqlite3.Row
+Query = tuple[str, Sequence[Any]]
+"""An SQL query and the values of its parameters."""
 
 
 def new_id(prefix: str) -> str:
@@ -77,18 +85,12 @@ def now() -> int:
     return int(time.time())
 
 
-def not_found(what: str, id: str) -> ApiError:
-    """The refusal of an id that is not there."""
-    return ApiError(404, f"there is no {what} with the id {id[:80]!r}")
-
-
-@dataclass(frozen=True)
-class Paging:
+class Paging(BaseModel):
     """Which part of a list a client wants, as in OpenAI's API: after or before an id, newest first by default."""
 
-    after: str | None = None
-    before: str | None = None
-    limit: int = 20
+    after: str | None = Field(None, max_length=80)
+    before: str | None = Field(None, max_length=80)
+    limit: int = Field(20, ge=1, le=100)
     order: Literal["asc", "desc"] = "desc"
 
 
@@ -98,16 +100,13 @@ class State:
     def __init__(self, library: Library):
         self.folder = library.folder / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._path = self.folder / "state.sqlite"
         with self._connected() as db:
             db.execute("PRAGMA journal_mode = WAL")  # kept in the file: readers do not wait for a writer
             if schema_version(db) > len(_MIGRATIONS):
                 raise LoracastError(f"{self._path} was written by a newer loracast; update loracast")
         with self.writing() as db:
             migrate(db, _MIGRATIONS)
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / "state.sqlite"
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -145,7 +144,7 @@ def one_row(db: sqlite3.Connection, query: str, *values: Any) -> Row | None:
 def known_row(db: sqlite3.Connection, what: str, id: str, query: str, *values: Any) -> Row:
     """The first row of a query for something with an id. Raises ApiError (404) where there is none."""
     if (row := one_row(db, query, *values)) is None:
-        raise not_found(what, id)
+        raise ApiError(404, f"there is no {what} with the id {id[:80]!r}")
     return row
 
 
@@ -155,17 +154,12 @@ def count(db: sqlite3.Connection, query: str) -> int:
 
 
 def page_of(
-    db: sqlite3.Connection,
-    query: str,
-    values: Sequence[Any],
-    paging: Paging,
-    what: str = "item",
-    whole: tuple[str, Sequence[Any]] | None = None,
+    db: sqlite3.Connection, query: Query, paging: Paging, what: str, whole: Query | None = None
 ) -> tuple[list[Row], bool]:
     """A page of the rows of a query that selects `number` and `id`, and whether more follow.
 
     Args:
-        whole: the query without its filter, and its values: a cursor may have left the filtered rows meanwhile.
+        whole: the query without its filter: a cursor may have left the filtered rows meanwhile.
 
     Raises ApiError for a cursor that is not in the list.
     """
@@ -173,7 +167,7 @@ def page_of(
     descending = paging.order == "desc"
     for cursor, is_after in ((paging.after, True), (paging.before, False)):
         if cursor is not None:
-            rows_of, given = whole or (query, values)
+            rows_of, given = whole or query
             row = known_row(db, what, cursor, f"SELECT number FROM ({rows_of}) WHERE id = ?", *given, cursor)
             where.append(f"number {'<' if descending == is_after else '>'} ?")
             bounds.append(row["number"])
@@ -181,9 +175,8 @@ def page_of(
     is_reversed = paging.before is not None and paging.after is None
     order = "DESC" if descending != is_reversed else "ASC"
     condition = f"WHERE {' AND '.join(where)}" if where else ""
-    rows = db.execute(
-        f"SELECT * FROM ({query}) {condition} ORDER BY number {order} LIMIT ?", (*values, *bounds, paging.limit + 1)
-    ).fetchall()
+    chosen = f"SELECT * FROM ({query[0]}) {condition} ORDER BY number {order} LIMIT ?"
+    rows = db.execute(chosen, (*query[1], *bounds, paging.limit + 1)).fetchall()
     page = rows[: paging.limit]
     return page[::-1] if is_reversed else page, len(rows) > paging.limit
 
@@ -191,3 +184,142 @@ def page_of(
 def encode(value: object) -> str:
     """A value as JSON for a column."""
     return json.dumps(value, ensure_ascii=False)
+
+
+INTERNAL = ""
+"""Purpose of an upload that only a job needs: no list shows it, and it goes when the job has ended."""
+_PIECE = 2**20
+_GRACE_S = 3600.0
+_LISTED = """
+    SELECT number, id, filename, purpose, n_bytes, sha256, created_at, expires_at FROM files
+    WHERE purpose != ? AND (expires_at IS NULL OR expires_at > ?)
+"""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One uploaded file, as a row of `_LISTED` after its number."""
+
+    id: str
+    filename: str
+    """For people: without folders and characters that do not print. It never becomes a path."""
+    purpose: str
+    n_bytes: int
+    sha256: str
+    created_at: int
+    expires_at: int | None
+
+
+class Uploads:
+    """The uploads of a server."""
+
+    def __init__(self, state: State, max_stored_bytes: int):
+        """
+        Args:
+            max_stored_bytes: of all uploads together.
+        """
+        self._state, self._max_stored_bytes = state, max_stored_bytes
+        self._folder = state.folder / "files"
+        self._folder.mkdir(exist_ok=True)
+
+    def add(self, source: BinaryIO, filename: str | None, purpose: str, expires_s: int | None = None) -> Upload:
+        """Keep the bytes of a stream. When this returns they are on the disk.
+
+        Args:
+            filename: as the client gave it.
+            expires_s: seconds until the file is deleted.
+
+        Raises:
+            ApiError: the uploads would take more than `max_stored_bytes` (413).
+        """
+        digest, id = hashlib.sha256(), new_id("file-")
+
+        def copy(temporary: Path) -> None:
+            with open(temporary, "wb") as out:
+                while piece := source.read(_PIECE):
+                    with self._state.reading() as db:
+                        self._check_room(db, out.tell() + len(piece))
+                    digest.update(piece)
+                    out.write(piece)
+
+        write_with(self.path(id), copy)
+        n_bytes, created_at = self.path(id).stat().st_size, now()
+        expires_at = None if expires_s is None else created_at + expires_s
+        name = bare_name(filename) or "file"
+        upload = Upload(id, name, purpose, n_bytes, digest.hexdigest(), created_at, expires_at)
+        try:
+            with self._state.writing() as db:
+                self._check_room(db, n_bytes)  # others may have come meanwhile
+                columns = "id, filename, purpose, n_bytes, sha256, created_at, expires_at"
+                db.execute(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", tuple(vars(upload).values()))
+        except BaseException:
+            self.path(id).unlink(missing_ok=True)
+            raise
+        return upload
+
+    def _check_room(self, db: sqlite3.Connection, n_bytes: int) -> None:
+        """Raise ApiError (413) where there is no room for so many bytes more."""
+        room = self._max_stored_bytes - count(db, "SELECT coalesce(sum(n_bytes), 0) FROM files")
+        if n_bytes > room:
+            most = f"{self._max_stored_bytes:,} bytes together, and {max(0, room):,} are left"
+            raise ApiError(413, f"the uploads of this server may take {most}: delete some")
+
+    def path(self, id: str) -> Path:
+        """Where the bytes of an upload lie. Call it only with ids of this class."""
+        return self._folder / id
+
+    def find(self, id: str) -> Upload:
+        """The upload with an id. Raises ApiError (404)."""
+        with self._state.reading() as db:
+            return self.find_in(db, id)
+
+    @staticmethod
+    def find_in(db: sqlite3.Connection, id: str) -> Upload:
+        """As `find`, within a transaction."""
+        return Upload(*known_row(db, "file", id, f"{_LISTED} AND id = ?", INTERNAL, now(), id)[1:])
+
+    def page(self, paging: Paging, purpose: str | None = None) -> tuple[list[Upload], bool]:
+        """A page of the uploads, and whether more follow."""
+        query = f"{_LISTED} AND coalesce(purpose = ?, TRUE)"
+        with self._state.reading() as db:
+            rows, has_more = page_of(db, (query, (INTERNAL, now(), purpose)), paging, "file")
+        return [Upload(*row[1:]) for row in rows], has_more
+
+    def name_of(self, id: str) -> str | None:
+        """The file name of an upload, also of an internal one; None where it is gone."""
+        with self._state.reading() as db:
+            row = one_row(db, "SELECT filename FROM files WHERE id = ?", id)
+        return None if row is None else row["filename"]
+
+    # ---- deleting
+
+    def discard(self, id: str) -> None:
+        """Delete an internal upload that became no job."""
+        with self._state.writing() as db:
+            db.execute("DELETE FROM files WHERE id = ?", (id,))
+        self.unlink([id])
+
+    @staticmethod
+    def drop_expired(db: sqlite3.Connection) -> list[str]:
+        """Delete the rows of uploads that have expired, and of internal ones whose job has ended; their ids."""
+        needless = "purpose = ? AND (id IN (SELECT file FROM jobs WHERE ended_at IS NOT NULL) OR created_at <= ?)"
+        rows = db.execute(
+            f"DELETE FROM files WHERE (expires_at <= ? OR {needless}) AND id NOT IN "
+            "(SELECT file FROM jobs WHERE ended_at IS NULL AND file IS NOT NULL AND NOT for_stores) RETURNING id",
+            (now(), INTERNAL, now() - _GRACE_S),
+        ).fetchall()
+        return [row["id"] for row in rows]
+
+    def unlink(self, ids: Iterable[str]) -> None:
+        """Delete the bytes of uploads whose rows are gone."""
+        for id in ids:
+            self.path(id).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Delete the bytes that a killed server left without a row."""
+        with self._state.reading() as db:
+            known = {row["id"] for row in db.execute("SELECT id FROM files")}
+        for entry in os.scandir(self._folder):
+            # Another server may be about to write the row of a new one.
+            if entry.name not in known and time.time() - entry.stat().st_mtime > _GRACE_S:
+                Path(entry.path).unlink(missing_ok=True)

@@ -26,8 +26,7 @@ from loracast.reading.search import phrases
 from loracast.serving.errors import ApiError, log
 from loracast.serving.jobs import Jobs, cancel_in, update_jobs
 from loracast.serving.schema import Filter, KnownFields
-from loracast.serving.state import Paging, Row, State, encode, known_row, new_id, now, one_row, page_of
-from loracast.serving.uploads import Uploads
+from loracast.serving.state import Paging, Row, State, Uploads, encode, known_row, new_id, now, one_row, page_of
 
 FileStatus = Literal["in_progress", "completed", "failed", "cancelled"]
 Json = dict[str, Any]
@@ -108,15 +107,13 @@ class VectorStores:
 
     # ---- stores
 
-    def create(
-        self, name: str, files: Sequence[NewFile], metadata: Mapping[str, str], expires_days: int | None
-    ) -> Json:
+    def create(self, name: str, files: Sequence[NewFile], metadata: Mapping[str, str], n_days: int | None) -> Json:
         """Make a store and attach files. Errors as in `attach`; there is no store then."""
         id = new_id("vs_")
         self._look()
         with self._state.writing() as db:
             columns = "id, name, metadata, created_at, last_active_at, expires_days"
-            values = (id, name, encode(metadata), now(), now(), expires_days)
+            values = (id, name, encode(metadata), now(), now(), n_days)
             db.execute(f"INSERT INTO stores ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
             self._attach(db, id, files)
         self._jobs.wake()
@@ -130,7 +127,7 @@ class VectorStores:
     def page(self, paging: Paging) -> tuple[list[Json], bool]:
         """A page of the stores, and whether more follow."""
         with self._reading() as db:
-            rows, has_more = page_of(db, "SELECT * FROM stores", (), paging, "vector store")
+            rows, has_more = page_of(db, ("SELECT * FROM stores", ()), paging, "vector store")
             return [_store(db, row) for row in rows], has_more
 
     def update(self, id: str, changes: Mapping[str, Any]) -> Json:
@@ -212,16 +209,15 @@ class VectorStores:
         self, store: str, paging: Paging, status: FileStatus | None = None, batch: str | None = None
     ) -> tuple[list[Json], bool]:
         """A page of a store's files, perhaps only those with a status or of a batch, and whether more follow."""
-        query, values = f"{_FILES} WHERE store = ?", [store]
-        whole = query, [store]
-        if status is not None:
-            query += f" AND {_STATUS} = ?"
-            values.append(status)
-        if batch is not None:
-            query += " AND store_files.id IN (SELECT file FROM batch_files WHERE batch = ?)"
-            values.append(batch)
+        whole = f"{_FILES} WHERE store = ?"
+        query = (
+            f"{whole} AND coalesce({_STATUS} = ?, TRUE) "
+            "AND (? IS NULL OR store_files.id IN (SELECT file FROM batch_files WHERE batch = ?))"
+        )
         with self._reading(store) as db:
-            rows, has_more = page_of(db, query, values, paging, "file in this vector store", whole)
+            values = (store, status, batch, batch)
+            what = "file in this vector store"
+            rows, has_more = page_of(db, (query, values), paging, what, (whole, (store,)))
         return [_file(row) for row in rows], has_more
 
     def set_attributes(self, store: str, file: str, attributes: Attributes) -> Json:
@@ -325,14 +321,10 @@ class VectorStores:
 
         After it `remove_undone` removes what they made.
         """
-        db.execute(
-            f"UPDATE stores SET is_expired = 1 WHERE NOT is_expired AND last_active_at + {_DAY_S} * expires_days <= ?",
-            (now(),),
-        )
-        unneeded = (
-            "for_stores AND id NOT IN "
-            "(SELECT job FROM store_files JOIN stores ON stores.id = store WHERE NOT is_expired)"
-        )
+        is_over = f"last_active_at + {_DAY_S} * expires_days <= ?"
+        db.execute(f"UPDATE stores SET is_expired = 1 WHERE NOT is_expired AND {is_over}", (now(),))
+        needed = "SELECT job FROM store_files JOIN stores ON stores.id = store WHERE NOT is_expired"
+        unneeded = f"for_stores AND id NOT IN ({needed})"
         cancel_in(db, unneeded)
         update_jobs(db, "status = 'cancelled'", f"status = 'completed' AND {unneeded}")
 

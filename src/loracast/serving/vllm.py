@@ -20,7 +20,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -38,7 +38,6 @@ from loracast.serving.generation import (
     Engine,
     EngineConfig,
     EngineFailed,
-    EngineStats,
     EngineStopped,
     Finish,
     GenerationRequest,
@@ -250,77 +249,49 @@ class LoadedLoRAs:
                 one.n_bytes, one.is_loaded = made.lora.n_bytes, True
 
 
-@dataclass
-class _Request:
-    """A request, with the servers that it has not tried yet, and the one that it is at."""
-
-    ticket: Ticket
-    untried: Iterator[LoadedLoRAs]
-    server: LoadedLoRAs
-    lora: LoadedLoRA | None = None
-    failures: list[str] = field(default_factory=list)
-
-
 class VllmEngine(Engine):
     """An engine whose tokens come from vLLM servers."""
 
     takes_copying = False
-    window_of = "the window of the vLLM server"
 
-    def __init__(
-        self,
-        base: Base,
-        servers: Sequence[LoadedLoRAs],
-        config: EngineConfig = EngineConfig(),
-        on_close: Callable[[], object] = lambda: None,
-    ):
+    def __init__(self, base: Base, servers: Sequence[LoadedLoRAs], config: EngineConfig, close: Callable[[], object]):
         """
         Args:
             config: its slots and its queue are those of each server.
-            on_close: called when the engine is closed: ends what was started for it.
+            close: ends what was started for the engine.
         """
         n = len(servers)
         config = replace(config, n_slots=n * config.n_slots, max_queued=n * config.max_queued)
         super().__init__(base, config, min(base.window, *(server.client.window for server in servers)))
-        self.servers, self._on_close = servers, on_close
-        self._counts = EngineStats(config.n_slots)
-        self._queue: SimpleQueue[_Request] = SimpleQueue()
+        self.servers, self._close = servers, close
+        self._queue: SimpleQueue[tuple[Ticket, Iterator[None]]] = SimpleQueue()
         self._live: set[Ticket] = set()
         for i in range(config.n_slots):  # each waits for the tokens of one request
             threading.Thread(target=self._work, name=f"loracast-vllm-{i}", daemon=True).start()
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """As `Engine.submit`. Raises EngineFailed where all servers fail."""
-        self._check(request)
-        servers = in_order(self.servers, request)
-        one = _Request(Ticket(request), iter(servers), servers[0])
+        ticket = Ticket(request)
+        answering = self._answer(ticket)
         with self._changed:
             self._refuse_if_full()
-            self._live.add(one.ticket)
+            self._live.add(ticket)
         try:
-            self._go_to_next(one)
+            next(answering, None)  # loads the LoRA, so that what is wrong with it is raised here
         except BaseException:
-            self._leave(one.ticket)
+            self._leave(ticket)
             raise
-        one.ticket.n_lora_bytes = 0 if one.lora is None else one.lora.n_bytes
-        self._queue.put(one)
-        return one.ticket
+        self._queue.put((ticket, answering))
+        return ticket
 
     def _n_waiting(self) -> int:
         return len(self._live) - self.config.n_slots
 
-    def _is_idle(self) -> bool:
-        return not self._live
-
-    def stats(self) -> EngineStats:
+    def _sizes(self) -> dict[str, int]:
         """What is known here; the servers' own /metrics tell of their forward passes and caches."""
-        with self._changed:
-            return replace(
-                self._counts,
-                n_queued=len(self._live) - self._counts.n_running,
-                n_adapters_in_memory=sum(map(len, self.servers)),
-                adapter_bytes=sum(server.n_bytes for server in self.servers),
-            )
+        n_loaded, n_bytes = sum(map(len, self.servers)), sum(server.n_bytes for server in self.servers)
+        running = {"n_queued": len(self._live) - self.counts.n_running, "n_running": self.counts.n_running}
+        return {**running, "n_adapters_in_memory": n_loaded, "adapter_bytes": n_bytes}
 
     def close(self) -> None:
         with self._changed:
@@ -330,62 +301,54 @@ class VllmEngine(Engine):
             ticket.end(None, EngineStopped())
         for server in self.servers:
             server.close()
-        self._on_close()
+        self._close()
 
     def _leave(self, ticket: Ticket) -> None:
         with self._changed:
             self._live.discard(ticket)
             self._changed.notify_all()
 
-    def _go_to_next(self, one: _Request) -> None:
-        """Load the LoRA of a request at the first server that takes it. Raises EngineFailed where none is left."""
-        request = one.ticket.request
-        for server in one.untried:
-            one.server = server
-            try:
-                if request.lora is not None:
-                    one.lora = server.take(request.lora_key, request.read_lora)
-                return
-            except EngineFailed as error:
-                self._note(one, error)
-        raise EngineFailed("; ".join(one.failures))
-
-    def _note(self, one: _Request, error: EngineFailed) -> None:
-        """Note that a server has failed a request."""
-        one.failures.append(str(error))
-        one.server.down_until = time.monotonic() + _DOWN_S
-
     # ---- the threads that wait for tokens
 
     def _work(self) -> None:
         while True:
-            one = self._queue.get()
+            ticket, answering = self._queue.get()
             with self._changed:
-                self._counts.n_running += 1
+                self.counts.n_running += 1
             try:
-                self._answer(one)
+                for _ in answering:
+                    pass
             except Exception as error:  # whoever waits gets the error, and the thread goes on with the next request
-                one.ticket.end(None, error)
+                ticket.end(None, error)
             with self._changed:
-                self._counts.n_running -= 1
-                self._count_time(one.ticket)
-            self._leave(one.ticket)
+                self.counts.n_running -= 1
+                self._count_time(ticket)
+            self._leave(ticket)
 
-    def _answer(self, one: _Request) -> None:
-        """Have a server generate, and the next one where it fails before the first token."""
-        while not one.ticket.has_ended:
+    def _answer(self, ticket: Ticket) -> Iterator[None]:
+        """Have a server generate, and the next one where it fails before the first token.
+
+        Yields whenever a server has the request's LoRA, before it generates. Raises EngineFailed where all fail.
+        """
+        request, failures = ticket.request, []
+        for server in in_order(self.servers, request):
+            lora = None
             try:
-                with _refusals():
-                    self._generate(one.ticket, one.server, one.lora)
+                if request.lora is not None and (lora := server.take(request.lora_key, request.read_lora)):
+                    ticket.n_lora_bytes = lora.n_bytes
+                yield
+                if not ticket.has_ended:
+                    with _refusals():
+                        self._generate(ticket, server, lora)
                 return
             except EngineFailed as error:
-                self._note(one, error)
-                if one.ticket.n_tokens:
+                failures.append(str(error))
+                server.down_until = time.monotonic() + _DOWN_S
+                if ticket.n_tokens or ticket.has_ended:
                     raise
             finally:
-                one.server.give_back(one.lora)
-            self._go_to_next(one)
-        one.server.give_back(one.lora)
+                server.give_back(lora)
+        raise EngineFailed("; ".join(failures))
 
     def _generate(self, ticket: Ticket, server: LoadedLoRAs, lora: LoadedLoRA | None) -> None:
         request = ticket.request
@@ -403,7 +366,7 @@ class VllmEngine(Engine):
                             finish, end_logprob = "stop", logprob
                             break
                         with self._changed:
-                            self._counts.n_generated_tokens += 1
+                            self.counts.n_generated_tokens += 1
                         if writer.put(token, logprob, top):
                             return
                     reason = choice.get("finish_reason")
@@ -452,10 +415,10 @@ class VllmEngine(Engine):
             return
         ticket.n_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         with self._changed:
-            self._counts.n_prompt_tokens += ticket.n_prompt_tokens
-            self._counts.n_cached_tokens += ticket.n_cached_tokens
-            self._counts.n_prefix_hits += bool(ticket.n_cached_tokens)
-            self._counts.n_prefix_misses += not ticket.n_cached_tokens
+            self.counts.n_prompt_tokens += ticket.n_prompt_tokens
+            self.counts.n_cached_tokens += ticket.n_cached_tokens
+            self.counts.n_prefix_hits += bool(ticket.n_cached_tokens)
+            self.counts.n_prefix_misses += not ticket.n_cached_tokens
 
 
 def in_order(servers: Sequence[LoadedLoRAs], request: GenerationRequest) -> list[LoadedLoRAs]:

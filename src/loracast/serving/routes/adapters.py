@@ -6,22 +6,21 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
+from starlette.background import BackgroundTask
 from starlette.datastructures import UploadFile
 
 from loracast.documents.task_spec import TaskSpec, as_examples
@@ -45,7 +44,6 @@ from loracast.serving.service import Shared
 router = APIRouter()
 Name = Annotated[str, StringConstraints(max_length=200)]
 Format = Annotated[str, StringConstraints(pattern=f"^({'|'.join(name for name in FORMATS if name != MERGED)})$")]
-Checked = TypeVar("Checked", bound=BaseModel)
 _exports = threading.BoundedSemaphore(2)
 """Exports compute for seconds and take disk space meanwhile."""
 _BLOCK = 1 << 20
@@ -119,7 +117,7 @@ async def make_adapter(service: Shared, request: Request) -> JSONResponse:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        task = _checked(_NewTask, await request.body())
+        task = _NewTask.model_validate_json(await request.body())
         spec = TaskSpec(task.description.strip(), as_examples([example.model_dump() for example in task.examples]))
         if not spec.title:
             raise ApiError(400, "send a `description`, `examples`, or both", param="description")
@@ -130,10 +128,8 @@ async def make_adapter(service: Shared, request: Request) -> JSONResponse:
         if not isinstance(file, UploadFile):
             raise ApiError(400, "send a `file`, or JSON with a `description`", param="file")
         given: dict[str, Any] = {key: form[key] for key in form if key not in ("file", "tags")}
-        given["tags"] = [
-            tag for text in form.getlist("tags") if isinstance(text, str) for tag in text.split(",") if tag
-        ]
-        how = _checked(_NewDocument, given)
+        given["tags"] = [tag for text in form.getlist("tags") for tag in str(text).split(",") if tag]
+        how = _NewDocument.model_validate(given)
         options = {"max_chunk_tokens": how.chunk_tokens, "storage": how.storage}
         job = await run_in_threadpool(
             service.learning.learn, file.file, file.filename, how.name, tags=how.tags, replace=how.replace,
@@ -224,7 +220,7 @@ def export(
     adapter = service.model.adapter(name)
     check_memories(request, [adapter])
     if not _exports.acquire(blocking=False):
-        raise ApiError(429, "other exports are running; try again in a moment", headers={"Retry-After": "5"})
+        raise ApiError(429, "other exports are running; try again in a moment", **{"Retry-After": "5"})
     # It has no name: nothing stays of it, however the request ends.
     archive = tempfile.TemporaryFile()  # noqa: SIM115
     try:
@@ -239,25 +235,11 @@ def export(
         raise
     finally:
         _exports.release()
-    n_bytes = archive.seek(0, os.SEEK_END)
-    headers = {"Content-Length": str(n_bytes), "Content-Disposition": f'attachment; filename="{adapter.name}-{to}.zip"'}
-    return StreamingResponse(_blocks(archive), media_type="application/zip", headers=headers)
-
-
-def _blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """The bytes of a file, which is closed with the last of them."""
-    with file:
-        file.seek(0)
-        while block := file.read(_BLOCK):
-            yield block
-
-
-def _checked(model: type[Checked], given: bytes | dict[str, Any]) -> Checked:
-    """A body that FastAPI does not check, since there are two kinds of it."""
-    try:
-        return model.model_validate_json(given) if isinstance(given, bytes) else model.model_validate(given)
-    except ValidationError as error:
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+    disposition = f'attachment; filename="{adapter.name}-{to}.zip"'
+    headers = {"Content-Length": str(archive.tell()), "Content-Disposition": disposition}
+    archive.seek(0)
+    blocks = iter(partial(archive.read, _BLOCK), b"")
+    return StreamingResponse(blocks, 200, headers, "application/zip", BackgroundTask(archive.close))
 
 
 def _accepted(job: Job) -> JSONResponse:

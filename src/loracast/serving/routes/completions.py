@@ -52,10 +52,8 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     """Continue prompts; the chunks of documents are chosen by the prompt's text. Errors as for
     chats.
     """
-    sampling = body.sampling(body.max_tokens or DEFAULT_TOKENS, body.seed)
-    wanted = AnswerRequest(
-        body, sampling, prompts=body.prompts, n=body.n or 1, stop=body.stops, n_logprobs=body.logprobs
-    )
+    rules = body.sampling(body.max_tokens or DEFAULT_TOKENS, body.seed)
+    wanted = AnswerRequest(body, rules, prompts=body.prompts, n=body.n or 1, stop=body.stops, n_logprobs=body.logprobs)
     return await _respond(request, _TextCompletion(Call(service, wanted), body))
 
 
@@ -210,10 +208,7 @@ class _TextCompletion(_Protocol):
         }
 
     def whole(self) -> Json:
-        choices = [
-            self._choice(i, self._whole(answer), answer.tokens, answer.finish)
-            for i, answer in enumerate(self.call.answers)
-        ]
+        choices = [self._choice(i, self._whole(one), one.tokens, one.finish) for i, one in enumerate(self.call.answers)]
         return {**self._head(self.kind), "choices": choices, "usage": self._usage(), "loracast": self.call.account()}
 
     async def events(self) -> AsyncIterator[str]:
@@ -237,8 +232,7 @@ class _TextCompletion(_Protocol):
                     offset = len(call.answers[i].text) - len(token.text)
                     yield _event(chunk(self._choice(i, self._piece(token.text), tokens, offset=offset)))
             ends = [
-                chunk(self._choice(i, self._last_piece(answer), finish=answer.finish))
-                for i, answer in enumerate(call.answers)
+                chunk(self._choice(i, self._last_piece(one), finish=one.finish)) for i, one in enumerate(call.answers)
             ]
             if self.body.includes_usage:
                 ends.append({**head, "choices": [], "usage": self._usage()})
@@ -288,15 +282,11 @@ class _Response(_Protocol):
             "object": "response",
             "created_at": self.call.created,
             "status": status,
-            "error": None,
-            "incomplete_details": None,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
+            **dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage")),
+            **body.model_dump(include={"instructions", "max_output_tokens", "model", "user"}),
             "metadata": body.metadata or {},
-            "model": body.model,
             "output": output,
             "parallel_tool_calls": False,
-            "previous_response_id": None,
             "store": False,
             "temperature": body.temperature or 0.0,
             "text": {"format": {"type": "text"}},
@@ -304,8 +294,6 @@ class _Response(_Protocol):
             "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
-            "usage": None,
-            "user": body.user,
             **fields,
         }
 

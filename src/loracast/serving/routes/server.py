@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mimetypes
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from datetime import datetime
-from functools import cache
-from hashlib import sha256
-from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from loracast import __version__
 from loracast.export import FORMATS, MERGED
 from loracast.library.adapter import Adapter
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.serving.batch import token_bytes
+from loracast.serving.engine import token_bytes
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import needs
-from loracast.serving.routes.files import Page, listing
+from loracast.serving.routes.files import listing
 from loracast.serving.schema import ChatRequest
 from loracast.serving.service import Service, Shared
+from loracast.serving.state import Paging
 
 router = APIRouter()
 _POLL_S = 0.1
@@ -113,7 +113,7 @@ def _seconds(created: str) -> int:
 
 
 @router.get("/v1/jobs", dependencies=[needs("read")])
-def list_jobs(service: Shared, paging: Page) -> dict[str, Any]:
+def list_jobs(service: Shared, paging: Annotated[Paging, Query()]) -> dict[str, Any]:
     """The jobs of the last week, newest first."""
     found, has_more = service.learning.jobs.page(paging)
     return listing([job.to_dict() for job in found], has_more)
@@ -144,9 +144,8 @@ async def follow_job(
     seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
     if job.has_ended and job.revision <= seen:
         return Response(status_code=204)
-    return StreamingResponse(
-        _job_events(service, job_id, seen), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-    )
+    headers = {"Cache-Control": "no-store"}
+    return StreamingResponse(_job_events(service, job_id, seen), 200, headers, "text/event-stream")
 
 
 async def _job_events(service: Service, job_id: str, seen: int) -> AsyncIterator[str]:
@@ -167,7 +166,8 @@ async def _job_events(service: Service, job_id: str, seen: int) -> AsyncIterator
 
 # ---- the page, which loads nothing from elsewhere and runs no script but its own
 
-_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_PAGE = StaticFiles(packages=[("loracast.serving", "page")])
+mimetypes.add_type("text/javascript", ".js")  # whatever this system calls it
 _POLICY = {
     "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self'",
     "connect-src": "'self'", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
@@ -180,30 +180,15 @@ _HEADERS = {
 }
 
 
-@cache
-def _files() -> dict[str, tuple[bytes, str, str]]:
-    """The content, type and ETag of each file of the page. They are read once; no path is made from a request."""
-    found = {}
-    for path in (files("loracast.serving") / "page").iterdir():
-        if kind := _TYPES.get(path.name.rpartition(".")[2]):
-            content = path.read_bytes()
-            found[path.name] = content, kind, f'"{sha256(content).hexdigest()[:16]}"'
-    return found
-
-
 @router.get("/", include_in_schema=False)
-def index(request: Request) -> Response:
+async def index(request: Request) -> Response:
     """The page."""
-    return page_file("index.html", request)
+    return await page_file("index.html", request)
 
 
 @router.get("/page/{name}", include_in_schema=False)
-def page_file(name: str, request: Request) -> Response:
-    """A style sheet, a module or the icon of the page. Raises ApiError (404) for any other name."""
-    if (file := _files().get(name)) is None:
-        raise ApiError(404, "the page has no such file")
-    content, media_type, etag = file
-    headers = {**_HEADERS, "ETag": etag}
-    if request.headers.get("if-none-match") == etag:
-        return Response(status_code=304, headers=headers)
-    return Response(content, media_type=media_type, headers=headers)
+async def page_file(name: str, request: Request) -> Response:
+    """A style sheet, a module or the icon of the page. Raises HTTPException (404) for any other name."""
+    file = await _PAGE.get_response(name, request.scope)
+    file.headers.update(_HEADERS)
+    return file
