@@ -448,15 +448,15 @@ def test_route_all_takes_every_chunk_and_an_adapter_counts_once(run, tiny, lante
 def test_two_versions_of_a_name_are_both_reported_and_each_is_routed_once(
     run, tiny, learning, lanterns, manual, monkeypatch
 ):
-    from loracast.reading import wide_route
+    from loracast.reading import routing
 
     first = Library(lanterns).open("lanterns").version
     manual.write_text(MANUAL.replace("lantern", "kettle"))
     assert run("learn", manual, "--replace", *learning).exit_code == 0
     second = Library(lanterns).open("lanterns").version
-    routed, route = [], wide_route.route_adapter
+    routed, route = [], routing.route_adapter
     monkeypatch.setattr(
-        wide_route, "route_adapter", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
+        routing, "route_adapter", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
     )
     question = ("ask", "What is the code of the blue kettle?", "--json", "--max-tokens", "4", "--route", "2", *tiny)
     report = only_json(run(*question, "-a", first, "-a", "lanterns", "-a", second))

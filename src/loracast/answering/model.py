@@ -47,9 +47,9 @@ from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage
 from loracast.reading.matching import candidates_together
 from loracast.reading.outline import Overview, overview
-from loracast.reading.routing import DEFAULT_ROUTE, Route
-from loracast.reading.search import queries
-from loracast.reading.wide_route import (
+from loracast.reading.routing import (
+    DEFAULT_ROUTE,
+    Route,
     loras_together,
     patterns_in,
     route_adapters,
@@ -57,6 +57,7 @@ from loracast.reading.wide_route import (
     scaled,
     sources,
 )
+from loracast.reading.search import queries
 
 if TYPE_CHECKING:
     import torch

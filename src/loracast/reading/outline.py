@@ -19,7 +19,7 @@ from loracast.documents.units import find_headings
 from loracast.library.adapter import Adapter
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences, write_index
 from loracast.reading.relevance import shipped_words
-from loracast.reading.wide_route import Source, patterns_in
+from loracast.reading.routing import Source, patterns_in
 from loracast.text import stem_words
 
 if TYPE_CHECKING:

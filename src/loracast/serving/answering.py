@@ -24,7 +24,7 @@ from loracast.base.generate import Answer, Sampling
 from loracast.cast.memory import Memory
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
-from loracast.reading.wide_route import Source, routing_key
+from loracast.reading.routing import Source, routing_key
 from loracast.serving.errors import ApiError
 from loracast.serving.generation import Finish, GenerationRequest, Ticket, Token, finished_ticket
 from loracast.serving.resolve import Windowed, in_window
