@@ -479,7 +479,7 @@ def test_a_seed_repeats_a_draw(run, tiny):
 
 
 def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
-    def answers(base, prompts, loras, sampling, copying, on_text):
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
         on_text("  \x1b]0;owned\x07red \x1b[31m")
         on_text("\u202eevil\r\n\ttail")
         return [loracast.base.generate.Answer("", 1, 1, 0.1, 0.1, True)]
@@ -489,7 +489,7 @@ def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
 
 
 def test_ctrl_c_while_answering_is_130(run, tiny, monkeypatch):
-    def answers(base, prompts, loras, sampling, copying, on_text):
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
         on_text("It is")
         raise KeyboardInterrupt
 
@@ -547,7 +547,7 @@ def talk(model, tiny_folder):
 def test_a_conversation_is_remembered(talk, monkeypatch):
     seen = []
 
-    def answers(base, prompts, loras, sampling, copying, on_text):
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
         seen.append(base.tokenizer.decode(prompts[0]))
         on_text("Bob.")
         return [loracast.base.generate.Answer("Bob.", len(prompts[0]), 2, 0.1, 0.1, True)]
@@ -562,7 +562,7 @@ def test_a_conversation_is_remembered(talk, monkeypatch):
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(talk, monkeypatch, capsys):
-    def answers(base, prompts, loras, sampling, copying, on_text):
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
         on_text("It was ")
         raise KeyboardInterrupt
 

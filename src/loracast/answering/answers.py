@@ -46,7 +46,7 @@ class Prepared:
     sources: tuple[Source, ...]
     answer: SourcedAnswer | None = None
     """The answer where no model is needed: from the outlines of the documents (`Model.overview`), or `NOT_SAID`."""
-    likely: tuple[Candidate, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     """What the answer may begin with, by the words of the documents."""
     least_confidence: float = 0.0
     """An answer of a lower confidence becomes `NOT_SAID`; where it is above 0, no text must be shown before the end."""

@@ -104,6 +104,7 @@ def _group(text: str) -> str:
 
 
 _MAX_PARTS = 10_000
+_MAX_STYLE_DEPTH = 20
 _SMALL_PART = 1_000_000  # bytes; below it a ratio says nothing, since a page of blanks packs a hundredfold
 _OTHER_PACKAGES = {
     r"xl/.*": "an Excel file: save each sheet as CSV",
@@ -201,12 +202,10 @@ class _Walker:
             elif name.startswith(("list bullet", "list number")):
                 self.items.add(style_id)
             parents[style_id] = _value(style, "w:basedOn") or ""
-        for style_id in parents:
-            ancestor, steps = style_id, 0
-            while ancestor and ancestor not in self.levels and steps < 20:  # styles form a cycle in a broken file
-                ancestor, steps = parents.get(ancestor, ""), steps + 1
-            if ancestor in self.levels:
-                self.levels.setdefault(style_id, self.levels[ancestor])
+        for _ in range(_MAX_STYLE_DEPTH):
+            for style_id, parent in parents.items():
+                if parent in self.levels:
+                    self.levels.setdefault(style_id, self.levels[parent])
 
     def parts(self, *kinds: str) -> list[Any]:
         """The roots of the other parts of the document that have one of these relations to it."""

@@ -239,7 +239,7 @@ class Call:
             None if key is None else lambda: service.model.lora_of(prepared.routed),
             key,
             replace(sampling, max_new_tokens=sampling.max_new_tokens or longest, seed=seed),
-            service.model.copying(prepared) if service.engine.takes_copying else None,
+            service.model.copy_bias(prepared) if service.engine.takes_copy_bias else None,
             request.stop,
             n_logprobs,
             strips=not request.prompts,

@@ -49,7 +49,7 @@ class _Queued(NamedTuple):
 class LocalEngine(Engine):
     """An engine on a base in this process."""
 
-    takes_copying = True
+    takes_copy_bias = True
 
     def __init__(self, base: Base, config: EngineConfig = EngineConfig()):
         """Raises BaseModelError for a base whose requests cannot be computed side by side."""

@@ -264,7 +264,7 @@ class _Request:
 class VllmEngine(Engine):
     """An engine whose tokens come from vLLM servers."""
 
-    takes_copying = False
+    takes_copy_bias = False
     window_of = "the window of the vLLM server"
 
     def __init__(

@@ -311,13 +311,13 @@ merged = adapter("document", route=None, always=True)
 
 def likeliest_place(setup: DocumentSetup, case: DocumentCase) -> Request:
     """No model: the text from the place on at which the answer most likely begins, as far as copying may follow it."""
-    likely = setup.request(case.question, case.document.adapter).prepared.likely
-    given = without_model(likely[0].text, "text") if likely else without_model(NOT_SAID, "refusal")  # type: ignore[arg-type]
+    candidates = setup.request(case.question, case.document.adapter).prepared.candidates
+    given = without_model(candidates[0].text, "text") if candidates else without_model(NOT_SAID, "refusal")  # type: ignore[arg-type]
     return Request(given)
 
 
 def copying_alone(with_static: bool) -> Asks:
-    """The question alone with the bonus for copying, and in place of the document's LoRA the static one, or none."""
+    """The question alone with the bias for copying, and in place of the document's LoRA the static one, or none."""
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
         asked = setup.request(case.question, case.document.adapter)
