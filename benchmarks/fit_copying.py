@@ -18,7 +18,7 @@ import typer
 from sklearn.linear_model import LogisticRegression
 
 import loracast
-from loracast.base.copying import Copying, signs
+from loracast.base.copying import CopyBias, signs
 from loracast.lab.data.everyday import load_genres, make_document
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, adapter
@@ -53,7 +53,7 @@ def main(dev_documents: str) -> None:
     rows, labels, kinds, ids = list[list[float]](), list[bool](), list[str](), list[str]()
     for kind, case in questions(setup, dev_documents):
         asked = request(setup, case)
-        shares = Copying(model.base.tokenizer, asked.prepared.likely, model.base.end_ids).shares(())
+        shares = CopyBias(model.base.tokenizer, asked.prepared.candidates, model.base.end_ids).shares(())
         if not shares:
             continue
         setup.cast_ahead([asked])
@@ -64,7 +64,7 @@ def main(dev_documents: str) -> None:
         rows.append([found[name] for name in names])
         # A yes or no, or a count, is no copy, whatever word of the text is spelled like it.
         answers = [answer.lower() for answer in case.answers]
-        is_text = any(text.lower().startswith(tuple(answers)) for text, _ in asked.prepared.likely)
+        is_text = any(text.lower().startswith(tuple(answers)) for text, _ in asked.prepared.candidates)
         labels.append(kind in ("span", "comparison", "people") and is_text)
         kinds.append(kind)
         ids.append(case.doc_id)

@@ -51,7 +51,7 @@ def main() -> None:
     from loracast.base.generate import Sampling
     from loracast.documents import Document
     from loracast.lab.evaluation.report import markdown
-    from loracast.reading.wide_route import routing_key
+    from loracast.reading.routing import routing_key
     from loracast.serving.app import create_app
     from loracast.serving.engine import LocalEngine
     from loracast.serving.generation import GenerationRequest

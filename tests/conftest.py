@@ -136,7 +136,7 @@ def tiny_hypernet_folder(base, tmp_path_factory) -> Path:
 @pytest.fixture
 def no_copying(monkeypatch) -> None:
     """Answers go by the LoRA alone: the long answers of a tiny base are cut short where it copies its document."""
-    monkeypatch.setattr("loracast.answering.model.Model.copying", lambda self, prepared: None)
+    monkeypatch.setattr("loracast.answering.model.Model.copy_bias", lambda self, prepared: None)
 
 
 @pytest.fixture

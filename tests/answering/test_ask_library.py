@@ -26,9 +26,8 @@ from loracast.library.library import Library
 from loracast.library.register import Match
 from loracast.library.save import save_lora
 from loracast.lora.algebra import LoRA, concat
-from loracast.reading.routing import Route, route_adapter
+from loracast.reading.routing import Route, route_adapter, routing_key, share_out, sources
 from loracast.reading.search import phrases
-from loracast.reading.wide_route import routing_key, share_out, sources
 
 TEXTS = {
     "manual-kettle": (
@@ -110,7 +109,7 @@ def test_documents_share_the_places_of_one_route(asked):
     assert [len(route.chunks) for _, route in (first, second)] == [1, 1]
     assert first[1].weights == (1.0,) and 0 < second[1].weights[0] < 1
     lora, routed = asked.lora_for(question, "*")
-    parts = [adapter.lora(route.picked, static=i == 0) for i, (adapter, route) in enumerate(routed)]
+    parts = [adapter.lora(route.chunk_weights, static=i == 0) for i, (adapter, route) in enumerate(routed)]
     assert_same(lora, concat(parts))
 
 
@@ -270,15 +269,16 @@ class Always:
         return self.given
 
 
-def test_a_worse_document_weighs_less_in_chunks_and_sentences():
+def test_a_worse_document_weighs_less_in_chunks_and_sentences(monkeypatch):
+    monkeypatch.setattr("loracast.reading.routing.route_adapter", Always.route)
     one = Always(Route((4,), (3.0,), (1.0,), ((0.5, 1.0),)))
     two = Always(Route(sentences=((1.0, 0.0),)))
     matches = [Match("a", "va", 9, 4, 8.0), Match("b", "vb", 1, 0, 7.0), Match("c", "vc", 5, 3, 4.0)]
-    shared = share_out(matches, "?", 3, 0.5, lambda match: {"a": one, "b": two}[match.name], Always.route)
+    shared = share_out(matches, "?", 3, 0.5, {"a@va": one, "b@vb": two}.__getitem__)
     assert (one.places, two.places) == ([2], [1])  # c matches too little: its place goes to the best document
     assert shared[0] == (one, one.given)
     weight = (7 / 8) ** 8
-    assert shared[1][1].picked == pytest.approx({0: weight})
+    assert shared[1][1].chunk_weights == pytest.approx({0: weight})
     assert shared[1][1].sentence_weights[0] == pytest.approx((weight, 0.0))
 
 

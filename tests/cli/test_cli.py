@@ -448,15 +448,15 @@ def test_route_all_takes_every_chunk_and_an_adapter_counts_once(run, tiny, lante
 def test_two_versions_of_a_name_are_both_reported_and_each_is_routed_once(
     run, tiny, learning, lanterns, manual, monkeypatch
 ):
-    from loracast.reading import wide_route
+    from loracast.reading import routing
 
     first = Library(lanterns).open("lanterns").version
     manual.write_text(MANUAL.replace("lantern", "kettle"))
     assert run("learn", manual, "--replace", *learning).exit_code == 0
     second = Library(lanterns).open("lanterns").version
-    routed, route = [], wide_route.route_adapter
+    routed, route = [], routing.route_adapter
     monkeypatch.setattr(
-        wide_route, "route_adapter", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
+        routing, "route_adapter", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
     )
     question = ("ask", "What is the code of the blue kettle?", "--json", "--max-tokens", "4", "--route", "2", *tiny)
     report = only_json(run(*question, "-a", first, "-a", "lanterns", "-a", second))
@@ -479,7 +479,7 @@ def test_a_seed_repeats_a_draw(run, tiny):
 
 
 def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
-    def answers(base, prompts, loras, sampling, copying, on_text):
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
         on_text("  \x1b]0;owned\x07red \x1b[31m")
         on_text("\u202eevil\r\n\ttail")
         return [loracast.base.generate.Answer("", 1, 1, 0.1, 0.1, True)]
@@ -489,7 +489,7 @@ def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
 
 
 def test_ctrl_c_while_answering_is_130(run, tiny, monkeypatch):
-    def answers(base, prompts, loras, sampling, copying, on_text):
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
         on_text("It is")
         raise KeyboardInterrupt
 
@@ -547,7 +547,7 @@ def talk(model, tiny_folder):
 def test_a_conversation_is_remembered(talk, monkeypatch):
     seen = []
 
-    def answers(base, prompts, loras, sampling, copying, on_text):
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
         seen.append(base.tokenizer.decode(prompts[0]))
         on_text("Bob.")
         return [loracast.base.generate.Answer("Bob.", len(prompts[0]), 2, 0.1, 0.1, True)]
@@ -562,7 +562,7 @@ def test_a_conversation_is_remembered(talk, monkeypatch):
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(talk, monkeypatch, capsys):
-    def answers(base, prompts, loras, sampling, copying, on_text):
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
         on_text("It was ")
         raise KeyboardInterrupt
 

@@ -22,14 +22,14 @@ from loracast.errors import AdapterError
 from loracast.export.adapter import export_adapter
 from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig
 from loracast.lab.training.doc import answer_questions
-from loracast.lab.training.losses import sentence_gates, weights_of
+from loracast.lab.training.losses import sentence_gates, sentence_weights, weights_of
 from loracast.library.adapter import SENTENCE
 from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.target import target_from_config
-from loracast.reading.routing import pick, route_adapter, route_set, sentence_weights
+from loracast.reading.routing import pick, route_adapter, route_set
 from loracast.reading.search import sentence_scores
 from tiny import make_hypernet
 
@@ -393,16 +393,16 @@ def test_one_lora_serves_a_fixed_set_of_questions(model, tmp_path):
     asked = ["How heavy is the kettle?", "When is the green bin emptied?"]
     routes = [pick(index, n, question) for question in asked]
     alone = route_set(index, n, asked[:1])
-    assert alone.picked == routes[0].picked and alone.sentence_weights == routes[0].sentence_weights
+    assert alone.chunk_weights == routes[0].chunk_weights and alone.sentence_weights == routes[0].sentence_weights
     together = route_set(index, n, asked)
     for chunk, weights in together.sentence_weights.items():
-        given = [route.sentence_weights[chunk] for route in routes if chunk in route.picked]
+        given = [route.sentence_weights[chunk] for route in routes if chunk in route.chunk_weights]
         assert list(weights) == [max(column) for column in zip(*given, strict=True)]
-    assert together.picked.keys() == routes[0].picked.keys() | routes[1].picked.keys()
+    assert together.chunk_weights.keys() == routes[0].chunk_weights.keys() | routes[1].chunk_weights.keys()
     assert route_set(index, n, ["What is it about?", *asked]).chunks is None
     (made,) = export_adapter(adapter, "peft", tmp_path / "out", questions=asked)
     written = LoRA(read_peft(made.path, linear_shapes(model.base.model)))
-    expected = adapter.lora(together.picked, together.sentence_weights, dense=False).to(dtype=torch.float32)
+    expected = adapter.lora(together.chunk_weights, together.sentence_weights, dense=False).to(dtype=torch.float32)
     for name in expected.names:
         torch.testing.assert_close(written.delta(name).float(), expected.delta(name), rtol=1e-2, atol=1e-2)
     with pytest.raises(AdapterError, match="leave out --questions"):

@@ -12,13 +12,13 @@ import torch
 from loracast.base.scoring import pack, score_answers
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
-from loracast.documents.task_spec import STYLES, Example, TaskSpec, as_examples, read_examples
+from loracast.documents.task_spec import Example, TaskSpec, as_examples, read_examples
 from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.lab.data.tasks import Task, read_tasks
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.loras import OracleRecipe, PeftConfig, train_multitask
-from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.task_source import STYLES, TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe, train_text
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest
@@ -122,7 +122,7 @@ def test_the_text_has_the_description_first_and_the_examples_behind_it():
         f"{SENTENCE}\n\nInput: hot\nOutput: cold\nInput: big\nOutput: small"
     )
     assert TaskSpec("", EXAMPLES[:1]).text() == "Input: hot\nOutput: cold" and TaskSpec(SENTENCE).text() == SENTENCE
-    texts = {TaskSpec(SENTENCE, EXAMPLES[:2]).text(style) for style in STYLES}
+    texts = {TaskSpec(SENTENCE, EXAMPLES[:2]).text(style) for style in STYLES.values()}
     assert len(texts) == len(STYLES) and all("hot" in text and "small" in text for text in texts)
 
 

@@ -251,7 +251,7 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
     assert len(made) == long.manifest.n_chunks == len(listing["chunks"])
     from loracast.reading.routing import pick
 
-    picked = pick(tmp_path / "out" / "chunks.sqlite", len(made), "Who built the old bridge?", 1).picked
+    picked = pick(tmp_path / "out" / "chunks.sqlite", len(made), "Who built the old bridge?", 1).chunk_weights
     assert len(picked) == 1
     for i in picked:
         chunk = listing["chunks"][i]

@@ -5,7 +5,6 @@ A target makes an input from random numbers and reads it as the package does. An
 
 from __future__ import annotations
 
-import importlib
 import random
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from fuzz.guard import OutOfTime, at_most
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
 from loracast.cast.load import BaseFacts, convert
-from loracast.documents import images, read, read_document
+from loracast.documents import images, read, read_document, worker
 from loracast.documents.chunks import split_text
 from loracast.documents.file_types import Limits, Parsed
 from loracast.errors import DocumentError, LoracastError
@@ -299,7 +298,7 @@ def parse_here(kind: str, data: bytes, label: str, limits: Limits) -> Parsed:
     """What the child process of the parsers does, in this one: a lack of memory, stack or time is an error too."""
     try:
         with at_most(CHILD_S):
-            return importlib.import_module(f"loracast.documents.{kind}").parse(data, label, limits)
+            return worker.parse(kind, data, label, limits)
     except (MemoryError, RecursionError, OutOfTime) as error:
         raise DocumentError(f"{label}: {type(error).__name__}") from error
 

@@ -121,8 +121,8 @@ def asked_word(base, prompt) -> str:
 def answer_with(monkeypatch, answer_batch):
     """Let evaluations ask a stand-in, which gives the texts of the answers."""
 
-    def answers(base, prompts, loras, sampling, copying, on_text):
-        assert not any(copying)  # a task has no text to copy
+    def answers(base, prompts, loras, sampling, copy_biases, on_text):
+        assert not any(copy_biases)  # a task has no text to copy
         return [Answer(text, 0, 0, 0.0, 0.0, True) for text in answer_batch(base, prompts, loras, sampling)]
 
     monkeypatch.setattr("loracast.answering.model.answers", answers)

@@ -131,12 +131,12 @@ def test_what_is_left_without_parts_of_the_adapter(model, documents):
     asked = cases(setup, first, second)[0]
     whole = BASELINES["adapter"].request(setup, asked)
     parts = {name: BASELINES[name].request(setup, asked) for name in ("place", "copying", "static", "lora", "merged")}
-    likely, place = whole.prepared.likely, parts["place"].prepared.answer
-    assert (place.text, place.answered_by) == (likely[0].text, "text")
+    candidates, place = whole.prepared.candidates, parts["place"].prepared.answer
+    assert (place.text, place.answered_by) == (candidates[0].text, "text")
     assert parts["copying"].key == dataclasses.replace(whole, lora=None).key
-    assert parts["static"].prepared.likely == likely and parts["static"].lora == setup.static
-    assert parts["lora"].lora == whole.lora and parts["lora"].prepared.likely == ()
-    assert parts["merged"].prepared.routed[0][1].chunks is None and parts["merged"].prepared.likely == ()
+    assert parts["static"].prepared.candidates == candidates and parts["static"].lora == setup.static
+    assert parts["lora"].lora == whole.lora and parts["lora"].prepared.candidates == ()
+    assert parts["merged"].prepared.routed[0][1].chunks is None and parts["merged"].prepared.candidates == ()
 
 
 def test_a_window_lora_is_told_from_other_loras(base, window_folder, tmp_path):

@@ -12,13 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.documents.task_spec import DEFAULT_STYLE, Example, TaskSpec
+from loracast.documents.task_spec import Example, TaskSpec
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lab.data.tasks import Task, read_tasks
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.recipe import read_recipe
-from loracast.lab.training.task_source import DrawnTask, TaskDataConfig, TaskSource
+from loracast.lab.training.task_source import DEFAULT_STYLE, DrawnTask, TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe, gibberish, train_text
 from suites import DATA, OPPOSITES, WordCounts, answer_loss, write_rows, write_suite
 from tiny import make_sentence_encoder
@@ -149,7 +149,7 @@ def test_only_so_many_examples_are_read_as_fit():
     spec = TaskSpec("Name it", tuple(Example(word, (word,)) for word in ("one", "two", "three")))
     drawn = DrawnTask(Task("it", {}, (), ()), spec, DEFAULT_STYLE, (), None)
     for n in (0, 1, 3):
-        whole = dataclasses.replace(spec, examples=spec.examples[:n]).text(DEFAULT_STYLE)
+        whole = dataclasses.replace(spec, examples=spec.examples[:n]).text()
         fitting = drawn.within(lambda text, most=len(whole): len(text) <= most)
         assert fitting.text == whole and fitting.rows == drawn.rows
 

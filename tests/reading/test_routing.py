@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
+from loracast.lab.evaluation.documents import best_passages
 from loracast.library.index import OpenIndex, read_chunks, write_index
 from loracast.reading.routing import pick
-from loracast.reading.search import best_passages, search
+from loracast.reading.search import search
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",
@@ -148,7 +149,7 @@ def test_a_chunk_counts_less_the_lower_its_score_is_beside_the_best(index):
     assert route.chunks[0] == 2 and route.weights[0] == 1 and len(route.chunks) == 4
     for score, weight in zip(route.scores, route.weights, strict=True):
         assert weight == pytest.approx((score / route.scores[0]) ** 8)
-    assert route.picked == dict(zip(route.chunks, route.weights, strict=True))
+    assert route.chunk_weights == dict(zip(route.chunks, route.weights, strict=True))
 
 
 def test_so_does_one_whose_words_do_not_occur(index):
@@ -162,7 +163,7 @@ def test_k(index):
         assert sorted(route.chunks) == [0, 1, 2, 3, 4] and set(route.chunks[:2]) == {0, 1}  # all there are
         assert route.weights[0] == 1 > route.weights[1] > 0.8 and route.weights[2:] == (0.3,) * 3
         assert route.weights[1] == pytest.approx(route.scores[1] / route.scores[0])
-    assert pick(index, 1, "kettle", 2).picked is None
+    assert pick(index, 1, "kettle", 2).chunk_weights is None
     assert pick(index, 5, "kettle", 1).chunks in ((0,), (1,))
     assert set(pick(index, 5, "kettle opens", 4).chunks) == {0, 1, 2, 3}
     for k in (0, -1):

@@ -7,9 +7,10 @@ import sqlite3
 import pytest
 
 from loracast.documents.chunks import Chunk
+from loracast.lab.training.losses import sentence_weights
 from loracast.library.index import write_index
 from loracast.reading.matching import about_others, names_in
-from loracast.reading.routing import pick, sentence_weights
+from loracast.reading.routing import pick
 from loracast.reading.search import sentence_scores
 
 CAFES = [

@@ -118,7 +118,7 @@ def test_the_sentences_of_an_index_are_read_once_while_it_is_open(tmp_path):
     write_index(tmp_path / "i.sqlite", [Chunk(text, 0, len(text), "", 9) for text in texts])
     kept = OpenIndex(tmp_path / "i.sqlite")
     read = read_index(kept)
-    assert read.chunks == {0: (0, 2), 1: (2, 3)} and read_index(kept) is read
+    assert read.spans == {0: (0, 2), 1: (2, 3)} and read_index(kept) is read
     assert read_index(tmp_path / "i.sqlite") is not read
 
 

@@ -16,7 +16,7 @@ from loracast.errors import AdapterError
 from loracast.lab.data.facts import make_sheet
 from loracast.lora.algebra import LoRA
 from loracast.lora.factors import Factors
-from loracast.reading.wide_route import routing_key
+from loracast.reading.routing import routing_key
 from loracast.serving.generation import EngineConfig, GenerationRequest
 from loracast.serving.vllm_server import vllm_engine
 

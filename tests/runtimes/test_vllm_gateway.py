@@ -8,7 +8,7 @@ import pytest
 
 from loracast.base.generate import Sampling, answer
 from loracast.documents import Document
-from loracast.reading.wide_route import routing_key
+from loracast.reading.routing import routing_key
 from loracast.serving.app import make_engine
 from loracast.serving.generation import EngineFailed, GenerationRequest
 from loracast.serving.guard import ServerSettings

@@ -494,7 +494,7 @@ def test_a_stop_string_ends_an_answer(base, engine):
 def test_documents_of_the_embedded_base_answer_as_they_do_alone(tmp_path):
     """With the shipped hypernetwork: the static LoRA is found and kept once, and so is each memory's B."""
     import loracast
-    from loracast.reading.wide_route import routing_key
+    from loracast.reading.routing import routing_key
 
     model = loracast.load(library=tmp_path)
     texts = [

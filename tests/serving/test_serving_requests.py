@@ -45,7 +45,7 @@ def model(filled):
 class ByHand:
     """An engine whose tokens the test gives."""
 
-    takes_copying = True
+    takes_copy_bias = True
     window = 10_000
 
     def __init__(self):
@@ -345,7 +345,7 @@ def serve_slowly(base: str, hypernetwork: str, library: str) -> None:
     from loracast.serving.app import bound, run
 
     model = loracast.load(base, hypernetwork, library=library, device="cpu")
-    model.copying = lambda prepared: None  # which would end its answers early
+    model.copy_bias = lambda prepared: None  # which would end its answers early
     model.base.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     settings = ServerSettings(port=0)
     with bound(settings) as sock:

@@ -58,7 +58,7 @@ def client(filled, engine):
 
 
 def request(model, adapter="manual", question=QUESTIONS[0], n_tokens=8, **options) -> GenerationRequest:
-    from loracast.reading.wide_route import routing_key
+    from loracast.reading.routing import routing_key
 
     prepared = model.prepare(question, adapter)
     key = routing_key(prepared.routed)

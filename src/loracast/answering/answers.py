@@ -10,8 +10,7 @@ from typing import Literal
 from loracast.base.generate import Answer
 from loracast.library.adapter import Adapter
 from loracast.reading.matching import Candidate
-from loracast.reading.routing import Route
-from loracast.reading.wide_route import Source
+from loracast.reading.routing import Route, Source
 
 NOT_SAID = "The document does not say."
 """The answer of a refusal, and in training to a question that the document does not answer."""
@@ -47,7 +46,7 @@ class Prepared:
     sources: tuple[Source, ...]
     answer: SourcedAnswer | None = None
     """The answer where no model is needed: from the outlines of the documents (`Model.overview`), or `NOT_SAID`."""
-    likely: tuple[Candidate, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     """What the answer may begin with, by the words of the documents."""
     least_confidence: float = 0.0
     """An answer of a lower confidence becomes `NOT_SAID`; where it is above 0, no text must be shown before the end."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 from loracast.answering.answers import NOT_SAID, Prepared, SourcedAnswer, least_confidence, without_model
 from loracast.answering.options import Asking, Chosen, Question, Readable, is_batch, listed, read_source
 from loracast.base.chat import Message
-from loracast.base.copying import Copying, copying
+from loracast.base.copying import CopyBias, copy_bias
 from loracast.base.embedded import Say
 from loracast.base.fingerprint import check
 from loracast.base.generate import OnText, Sampling, answers, pieces
@@ -47,9 +47,9 @@ from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage
 from loracast.reading.matching import candidates_together
 from loracast.reading.outline import Overview, overview
-from loracast.reading.routing import DEFAULT_ROUTE, Route
-from loracast.reading.search import queries
-from loracast.reading.wide_route import (
+from loracast.reading.routing import (
+    DEFAULT_ROUTE,
+    Route,
     loras_together,
     patterns_in,
     route_adapters,
@@ -57,6 +57,7 @@ from loracast.reading.wide_route import (
     scaled,
     sources,
 )
+from loracast.reading.search import queries
 
 if TYPE_CHECKING:
     import torch
@@ -311,13 +312,13 @@ class Model:
     ) -> list[SourcedAnswer]:
         """Answer questions in one batch, but those that need no model; give each answer or refuse it."""
         asked = [(one, lora) for one, lora in zip(prepared, loras, strict=True) if one.answer is None]
-        prompts, hints = [one.prompt for one, _ in asked], [self.copying(one) for one, _ in asked]
-        generated = iter(answers(self.base, prompts, [lora for _, lora in asked], sampling, hints, on_text))
+        prompts, biases = [one.prompt for one, _ in asked], [self.copy_bias(one) for one, _ in asked]
+        generated = iter(answers(self.base, prompts, [lora for _, lora in asked], sampling, biases, on_text))
         return [one.answer or one.sourced(next(generated)) for one in prepared]
 
-    def copying(self, prepared: Prepared) -> Copying | None:
-        """The bonus for what an answer may copy from the documents; None where nothing is likely."""
-        return copying(self.base, prepared.likely)
+    def copy_bias(self, prepared: Prepared) -> CopyBias | None:
+        """The bias for what an answer may copy from the documents; None without candidates."""
+        return copy_bias(self.base, prepared.candidates)
 
     def _request(self, question: Question, adapter: Chosen, **options: Any) -> tuple[Prepared, LoRA | None]:
         if isinstance(adapter, LoRA):
@@ -345,7 +346,7 @@ class Model:
             scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
             check: called with the prompt's token ids before routing; raises an error to refuse the prompt.
             outlines: answer questions about documents as a whole from their outlines, without the model, and say with
-                what other answers may begin (`Prepared.likely`).
+                what other answers may begin (`Prepared.candidates`).
         """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
@@ -371,9 +372,9 @@ class Model:
         if strict and all(route.is_empty for route in documents):
             return without_model(NOT_SAID, "refusal", routed=routed)
         may_copy = outlines and len(documents) == len(routed)  # a task's adapter beside them may want other words
-        likely = candidates_together([route.candidates for route in documents]) if may_copy else ()
+        candidates = candidates_together([route.candidates for route in documents]) if may_copy else ()
         least = least_confidence([route for _, route in routed]) if strict else 0.0
-        return Prepared(prompt, routed, sources(routed), likely=likely, least_confidence=least)
+        return Prepared(prompt, routed, sources(routed), candidates=candidates, least_confidence=least)
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
         """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.

@@ -1,9 +1,10 @@
-"""Makes a base copy: a bonus on the logits of tokens with which an answer stands in a text, where that is likely.
+"""Makes a base copy: a bias on the logits of tokens with which an answer stands in a text, where that is likely.
 
-A hint of several texts and their probabilities raises the logits of the tokens with which they begin. Once an answer
+Several candidate texts with their probabilities raise the logits of the tokens with which they begin. Once an answer
 has begun like one of them, it goes on like one of them, or ends; one that begins otherwise is left alone (as the copy
 distribution of pointer-generator networks: See et al., arXiv 1704.04368, but added to logits). Whether an answer is a
-copy at all, logistic regression says at its first token, from what the model and the hint think of each other's words.
+copy at all, logistic regression says at its first token, from what the model and the candidates give each other's
+words.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ _BEFORE = re.compile(r"(?:the|a|an|on|at|in|by|for|from|to)\s+", re.IGNORECASE)
 """What an answer may leave out of the text's beginning."""
 
 
-class Copying:
-    """The bonus for one question's answer."""
+class CopyBias:
+    """The bias on the logits of one question's answer."""
 
-    def __init__(self, tokenizer: Any, likely: Iterable[tuple[str, float]], ends: Sequence[int]):
+    def __init__(self, tokenizer: Any, candidates: Iterable[tuple[str, float]], ends: Sequence[int]):
         """
         Args:
-            likely: texts with which the answer may begin, with their probabilities.
+            candidates: texts with which the answer may begin, with their probabilities.
             ends: the ids of tokens that end an answer.
         """
         texts, shares = list[str](), list[float]()
-        for text, probability in likely:
+        for text, probability in candidates:
             ways = _ways(text)
             texts += ways
             shares += [probability] * len(ways)
@@ -45,7 +46,7 @@ class Copying:
         self._tokenizer, self._ends = tokenizer, list(ends)
         self._applies = True
 
-    def bonus(self, said: Sequence[int], logits: Tensor) -> Tensor | None:
+    def bias(self, said: Sequence[int], logits: Tensor) -> Tensor | None:
         """What is added to the model's logits of the next token [vocabulary], after these tokens; None for nothing.
 
         At the first token it is decided whether copying applies to this answer.
@@ -57,14 +58,14 @@ class Copying:
         if not shares or not self._applies:
             return None
         of_tokens = {token: math.log((share + _LEAST) / _LEAST) for token, share in shares.items()}
-        bonus = torch.zeros(len(logits))
+        bias = torch.zeros(len(logits))
         if said:  # it goes on like one of the texts, or ends where a word does
-            bonus -= math.log((sum(shares.values()) + _LEAST) / _LEAST)
-            of_tokens = {token: gain + float(bonus[0]) for token, gain in of_tokens.items()}
+            bias -= math.log((sum(shares.values()) + _LEAST) / _LEAST)
+            of_tokens = {token: gain + float(bias[0]) for token, gain in of_tokens.items()}
             if not self._is_within_word(said, shares):
-                bonus[self._ends] = 0.0
-        bonus[[*of_tokens]] = torch.tensor([*of_tokens.values()])
-        return bonus
+                bias[self._ends] = 0.0
+        bias[[*of_tokens]] = torch.tensor([*of_tokens.values()])
+        return bias
 
     def shares(self, said: Sequence[int]) -> dict[int, float]:
         """The probability of each token with which one of the texts goes on after these tokens."""
@@ -83,10 +84,11 @@ def signs(shares: Mapping[int, float], logits: Tensor) -> dict[str, float]:
     """What tells whether an answer is a copy, natural logarithms of probabilities but for the constant "bias":
 
     - theirs, others: the model's, of its likeliest token among those of the texts, and among all others;
-    - somewhere, likeliest: the hint's, that the answer is a text of the document, and of its likeliest first token.
+    - somewhere, likeliest: the candidates', that the answer is a text of the document, and of its likeliest first
+      token.
 
     Args:
-        shares: the hint's probabilities of first tokens.
+        shares: the candidates' probabilities of first tokens.
         logits: the model's, of the first token [vocabulary].
     """
     logprobs, tokens = logits.float().log_softmax(-1), torch.tensor([*shares], device=logits.device)
@@ -103,9 +105,9 @@ def signs(shares: Mapping[int, float], logits: Tensor) -> dict[str, float]:
     }
 
 
-def copying(base: Base, likely: Sequence[tuple[str, float]]) -> Copying | None:
-    """The bonus for what an answer of a base may copy; None where no text is likely."""
-    return Copying(base.tokenizer, likely, base.end_ids) if likely else None
+def copy_bias(base: Base, candidates: Sequence[tuple[str, float]]) -> CopyBias | None:
+    """The bias for what an answer of a base may copy; None without candidates."""
+    return CopyBias(base.tokenizer, candidates, base.end_ids) if candidates else None
 
 
 def _ways(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from loracast.base.copying import Copying
+from loracast.base.copying import CopyBias
 from loracast.base.load import Base
 from loracast.errors import LoracastError, PromptTooLong
 from loracast.lora.algebra import LoRA, inject
@@ -166,10 +166,10 @@ def answer(
     lora: LoRA | None = None,
     sampling: Sampling = Sampling(),
     on_text: OnText | None = None,
-    copying: Copying | None = None,
+    copy_bias: CopyBias | None = None,
 ) -> Answer:
     """Answer one prompt of token ids; `on_text` receives each piece of text as it is generated."""
-    return answers(base, [prompt], [lora], sampling, [copying], on_text)[0]
+    return answers(base, [prompt], [lora], sampling, [copy_bias], on_text)[0]
 
 
 def answers(
@@ -177,7 +177,7 @@ def answers(
     prompts: Sequence[Sequence[int]],
     loras: Sequence[LoRA | None],
     sampling: Sampling = Sampling(),
-    copying: Sequence[Copying | None] | None = None,
+    copy_biases: Sequence[CopyBias | None] | None = None,
     on_text: OnText | None = None,
 ) -> list[Answer]:
     """Answer several prompts in one batch, each with a LoRA of its own or none, and what it may copy or nothing.
@@ -189,7 +189,7 @@ def answers(
         return []
     started = time.perf_counter()
     streamer = None if on_text is None else _Streamer(base, on_text)
-    rows, logprobs, began = _generate(base, prompts, loras, sampling, copying or [None] * len(prompts), streamer)
+    rows, logprobs, began = _generate(base, prompts, loras, sampling, copy_biases or [None] * len(prompts), streamer)
     total_s = time.perf_counter() - started
     given = []
     for prompt, ids, of_row in zip(prompts, rows, logprobs, strict=True):
@@ -235,7 +235,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     loras: Sequence[LoRA | None],
     sampling: Sampling,
-    copying: Sequence[Copying | None],
+    copy_biases: Sequence[CopyBias | None],
     streamer: _Streamer | None,
 ) -> tuple[list[list[int]], list[list[float]], float]:
     """New token ids for each prompt, their logprobs, and the time at which all prompts had their first token."""
@@ -259,10 +259,10 @@ def _generate(
 
     def copy(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
-        for row, hint in enumerate(copying):
-            if hint and (bonus := hint.bonus(ids[row, longest:].tolist(), last_logits[0][row])) is not None:
-                scores[row] += bonus.to(scores)
-                last_logits[0][row] += bonus.to(last_logits[0])  # an answer's probabilities are those with the bonus
+        for row, copy_bias in enumerate(copy_biases):
+            if copy_bias and (bias := copy_bias.bias(ids[row, longest:].tolist(), last_logits[0][row])) is not None:
+                scores[row] += bias.to(scores)
+                last_logits[0][row] += bias.to(last_logits[0])  # an answer's probabilities are those with the bias
         return scores
 
     def count(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -284,7 +284,7 @@ def _generate(
             eos_token_id=list(base.end_ids),
             pad_token_id=base.pad_id,
             streamer=streamer,
-            logits_processor=LogitsProcessorList([copy] if any(copying) else []),
+            logits_processor=LogitsProcessorList([copy] if any(copy_biases) else []),
             stopping_criteria=StoppingCriteriaList([count]),
             **sampling.options,
         )

@@ -21,7 +21,7 @@ from loracast.errors import ConfigError, LoracastError, PromptTooLong
 from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.reading.outline import overview
-from loracast.reading.wide_route import check_patterns, patterns_in
+from loracast.reading.routing import check_patterns, patterns_in
 from loracast.text import is_unicode
 
 if TYPE_CHECKING:

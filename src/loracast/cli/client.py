@@ -21,7 +21,7 @@ from loracast.documents.read import read_bytes, read_document
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
 from loracast.library.manifest import marked_name, name_for, name_for_task, name_from
 from loracast.lora.quantize import DEFAULT_STORAGE
-from loracast.reading.wide_route import Source, check_patterns, patterns_in
+from loracast.reading.routing import Source, check_patterns, patterns_in
 
 if TYPE_CHECKING:
     from loracast.answering.answers import AnsweredBy

@@ -21,8 +21,7 @@ from loracast.files import library_dir
 from loracast.library.library import Library as AdapterLibrary
 from loracast.library.manifest import check_name
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
-from loracast.reading.routing import DEFAULT_ROUTE
-from loracast.reading.wide_route import patterns_in
+from loracast.reading.routing import DEFAULT_ROUTE, patterns_in
 from loracast.text import is_unicode
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from loracast.cli.terminal import plural, print_json, print_table, printable, sa
 from loracast.errors import AdapterError
 from loracast.library.index import read_chunks
 from loracast.reading.outline import read_outline
-from loracast.reading.routing import DEFAULT_ROUTE
-from loracast.reading.wide_route import route_adapters
+from loracast.reading.routing import DEFAULT_ROUTE, route_adapters
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter

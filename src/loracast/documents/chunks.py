@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -104,32 +104,26 @@ class _Splitter:
             path.append(came_from[path[-1]])
         return [seams[i].offset for i in reversed(path)]
 
-    def fit(self, start: int, end: int) -> list[Chunk]:
+    def fit(self, start: int, end: int) -> Iterator[Chunk]:
         """The chunk of text[start:end]; where the estimate was too low and it does not fit, its parts."""
-        pieces: list[Chunk] = []
-        todo = [(start, end)]
-        while todo:
-            start, end = todo.pop()
-            piece = self.text[start:end]
-            bare = piece.lstrip()
-            if not bare:
-                continue
-            start += len(piece) - len(bare)
-            bare = bare.rstrip()
-            end = start + len(bare)
-            heading = self._heading(start)[0]
-            n_tokens = len(self.encode(f"{heading}\n{bare}" if heading else bare)[0])
-            if n_tokens <= self.max_tokens:
-                pieces.append(Chunk(bare, start, end, heading, n_tokens, self._rows_in(start, end)))
-                continue
-            if end - start < 2:
-                raise ValueError(f"the character {bare!r} alone has {n_tokens} tokens, more than a chunk may have")
-            middle = (start + end) // 2
-            quarter = (end - start) // 4
-            seam = self.finder.best(middle - quarter, middle + quarter, (middle,))
-            cut = seam.offset if seam and start < seam.offset < end else middle
-            todo += [(cut, end), (start, cut)]  # a stack: the first part comes out first
-        return pieces
+        piece = self.text[start:end]
+        bare = piece.strip()
+        if not bare:
+            return
+        start += len(piece) - len(piece.lstrip())
+        end = start + len(bare)
+        heading = self._heading(start)[0]
+        n_tokens = len(self.encode(f"{heading}\n{bare}" if heading else bare)[0])
+        if n_tokens <= self.max_tokens:
+            yield Chunk(bare, start, end, heading, n_tokens, self._rows_in(start, end))
+            return
+        if end - start < 2:
+            raise ValueError(f"the character {bare!r} alone has {n_tokens} tokens, more than a chunk may have")
+        middle, quarter = (start + end) // 2, (end - start) // 4
+        seam = self.finder.best(middle - quarter, middle + quarter, (middle,))
+        cut = seam.offset if seam and start < seam.offset < end else middle
+        yield from self.fit(start, cut)  # each part has at most three quarters, so the recursion is not deep
+        yield from self.fit(cut, end)
 
     def _rows_in(self, start: int, end: int) -> tuple[int, ...]:
         """The rows of a chunk; one that began in the chunk before goes on at its start."""

@@ -21,7 +21,7 @@ from docx.oxml import parse_xml
 from docx.oxml.ns import qn
 from lxml import etree
 
-from loracast.documents.clean import brief, join_blocks, normalise, sensible_title, superscript
+from loracast.documents.clean import join_blocks, normalise, sensible_title, superscript
 from loracast.documents.file_types import READABLE, Limits, Parsed
 from loracast.documents.pdf import PAGE_NUMBER
 from loracast.documents.tables import ROW, rows_to_lines
@@ -104,6 +104,7 @@ def _group(text: str) -> str:
 
 
 _MAX_PARTS = 10_000
+_MAX_STYLE_DEPTH = 20
 _SMALL_PART = 1_000_000  # bytes; below it a ratio says nothing, since a page of blanks packs a hundredfold
 _OTHER_PACKAGES = {
     r"xl/.*": "an Excel file: save each sheet as CSV",
@@ -128,22 +129,19 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     _check_package(data, label, limits)
     try:
         document = docx.Document(io.BytesIO(data))
-        walker = _Walker(document)
-        blocks = walker.blocks(document.element.body)
-        for note in (note for kind in _NOTES for part in walker.parts(kind) for note in part):
-            if note.get(qn("w:type")) is None:  # the separators that Word draws above the notes have a type
-                blocks += walker.blocks(note)
-        # Headers and footers, each once; not those that only count pages.
-        running = dict.fromkeys(block for part in walker.parts(*_RUNNING) for block in walker.blocks(part))
-        blocks += [block for block in running if not PAGE_NUMBER.fullmatch(block.lstrip(ROW).rstrip("."))]
-        title = sensible_title(document.core_properties.title)
-    except (MemoryError, RecursionError, DocumentError):
-        raise
-    except Exception as error:  # whatever a damaged package makes python-docx or lxml raise
-        if isinstance(error, ValueError) and ("macroEnabled" in str(error) or "template" in str(error)):
+    except ValueError as error:
+        if "macroEnabled" in str(error) or "template" in str(error):
             raise DocumentError(f"{label} is a Word file with macros or a template: save it as .docx") from None
-        damage = f"a damaged Word file ({brief(error)})"
-        raise DocumentError(f"{label} is {damage}: open it in Word and save it again") from None
+        raise
+    walker = _Walker(document)
+    blocks = walker.blocks(document.element.body)
+    for note in (note for kind in _NOTES for part in walker.parts(kind) for note in part):
+        if note.get(qn("w:type")) is None:  # the separators that Word draws above the notes have a type
+            blocks += walker.blocks(note)
+    # Headers and footers, each once; not those that only count pages.
+    running = dict.fromkeys(block for part in walker.parts(*_RUNNING) for block in walker.blocks(part))
+    blocks += [block for block in running if not PAGE_NUMBER.fullmatch(block.lstrip(ROW).rstrip("."))]
+    title = sensible_title(document.core_properties.title)
     text = normalise(join_blocks(blocks))
     if not text.strip():
         raise DocumentError(f"{label} holds no text: if its pages are pictures, save it as PDF and run `ocrmypdf`")
@@ -155,33 +153,25 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
 
 def _check_package(data: bytes, label: str, limits: Limits) -> None:
     """Raises DocumentError unless `data` is a whole zip archive of a Word file that unfolds to a reasonable size."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as package:
-            parts = package.infolist()
-            names = package.namelist()
-            if "word/document.xml" not in names:
-                what = next(what for rule, what in _OTHER_PACKAGES.items() if any(re.fullmatch(rule, n) for n in names))
-                raise DocumentError(f"{label} is {what}")
-            unpacked = sum(part.file_size for part in parts)
-            is_bomb = unpacked > limits.max_unpacked_bytes or len(parts) > _MAX_PARTS
-            ratios = [part.file_size / max(part.compress_size, 1) for part in parts if part.file_size > _SMALL_PART]
-            if is_bomb or any(ratio > limits.max_ratio for ratio in ratios):
+    with zipfile.ZipFile(io.BytesIO(data)) as package:
+        parts, names = package.infolist(), package.namelist()
+        if "word/document.xml" not in names:
+            what = next(what for rule, what in _OTHER_PACKAGES.items() if any(re.fullmatch(rule, n) for n in names))
+            raise DocumentError(f"{label} is {what}")
+        unpacked = sum(part.file_size for part in parts)
+        is_bomb = unpacked > limits.max_unpacked_bytes or len(parts) > _MAX_PARTS
+        ratios = [part.file_size / max(part.compress_size, 1) for part in parts if part.file_size > _SMALL_PART]
+        if is_bomb or any(ratio > limits.max_ratio for ratio in ratios):
+            raise DocumentError(
+                f"{label} unpacks to {unpacked / 1e6:,.0f} MB from {len(data) / 1e6:,.1f} MB, as a zip bomb does: "
+                "remove its pictures and empty tables and save it again"
+            )
+        for name in names:
+            if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in package.read(name):
                 raise DocumentError(
-                    f"{label} unpacks to {unpacked / 1e6:,.0f} MB from {len(data) / 1e6:,.1f} MB, as a zip bomb does: "
-                    "remove its pictures and empty tables and save it again"
+                    f"{label} declares XML entities in {name}, which no Word processor writes and which "
+                    "can reach for other files: save its text in a new file"
                 )
-            for name in names:
-                if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in package.read(name):
-                    raise DocumentError(
-                        f"{label} declares XML entities in {name}, which no Word processor writes and which "
-                        "can reach for other files: save its text in a new file"
-                    )
-    except (MemoryError, DocumentError):
-        raise
-    except Exception as error:  # BadZipFile, but also what zlib, seek and struct raise on damaged numbers
-        raise DocumentError(
-            f"{label} is a damaged or truncated Word file ({brief(error)}): copy or download it again"
-        ) from None
 
 
 def _value(element: Any, path: str) -> str | None:
@@ -198,14 +188,10 @@ class _Walker:
         self.levels: dict[str, int] = {}  # style id -> heading level
         self.items: set[str] = set()  # styles of list items
         self.unknown: Counter[str] = Counter()  # fonts of symbols that have no character here
-        self._read_styles()
-
-    def _read_styles(self) -> None:
-        """Built-in names are English in the files of every Word."""
-        parents: dict[str, str] = {}
-        for style in self.document.styles.element.iter(qn("w:style")):
+        parents: dict[str, str] = {}  # style id -> style that it is based on
+        for style in document.styles.element.iter(qn("w:style")):
             style_id = style.get(qn("w:styleId")) or ""
-            name = (_value(style, "w:name") or "").lower()
+            name = (_value(style, "w:name") or "").lower()  # built-in names are English in the files of every Word
             outline = _value(style, "w:pPr/w:outlineLvl") or ""
             if found := re.fullmatch(r"heading (\d)", name):
                 self.levels[style_id] = int(found[1])
@@ -216,12 +202,10 @@ class _Walker:
             elif name.startswith(("list bullet", "list number")):
                 self.items.add(style_id)
             parents[style_id] = _value(style, "w:basedOn") or ""
-        for style_id in parents:
-            ancestor, steps = style_id, 0
-            while ancestor and ancestor not in self.levels and steps < 20:  # styles form a cycle in a broken file
-                ancestor, steps = parents.get(ancestor, ""), steps + 1
-            if ancestor in self.levels:
-                self.levels.setdefault(style_id, self.levels[ancestor])
+        for _ in range(_MAX_STYLE_DEPTH):
+            for style_id, parent in parents.items():
+                if parent in self.levels:
+                    self.levels.setdefault(style_id, self.levels[parent])
 
     def parts(self, *kinds: str) -> list[Any]:
         """The roots of the other parts of the document that have one of these relations to it."""

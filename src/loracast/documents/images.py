@@ -72,14 +72,8 @@ def read_image_file(
     kind = image_format(data)
     if kind is None:
         raise DocumentError(f"{label} is not an image that can be read: give a JPEG, PNG, WebP, GIF, BMP or TIFF file")
-    return ImageFile(
-        title=readable_stem(file_name),
-        image=decode_image(data, kind, label),
-        file_name=file_name,
-        media_type=f"image/{kind.lower()}",
-        sha256=hashlib.sha256(data).hexdigest(),
-        n_bytes=len(data),
-    )
+    image, sha256 = decode_image(data, kind, label), hashlib.sha256(data).hexdigest()
+    return ImageFile(readable_stem(file_name), image, file_name, f"image/{kind.lower()}", sha256, len(data))
 
 
 def decode_image(data: bytes, kind: str, label: str) -> Image:

@@ -6,7 +6,7 @@ import re
 from email import message_from_bytes, policy
 from typing import Any
 
-from loracast.documents.clean import brief, normalise
+from loracast.documents.clean import normalise
 from loracast.documents.file_types import Limits, Parsed
 from loracast.documents.html import parse as parse_html
 from loracast.errors import DocumentError
@@ -16,16 +16,11 @@ _SHOWN = ("Subject", "From", "To", "Cc", "Date")
 
 def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     """The text of an e-mail below its headers, and its subject. Of two forms of a text the plain one counts."""
-    try:
-        message = message_from_bytes(data, policy=policy.default)
-        headers = {name: " ".join(str(message.get(name) or "").split()) for name in _SHOWN}
-        body = message.get_body(("plain", "html"))
-        text = "" if body is None else _text(body, label, limits)
-        attached = [one.get_filename() or one.get_content_type() for one in message.iter_attachments()]
-    except (MemoryError, RecursionError, DocumentError):
-        raise
-    except Exception as error:  # what the parser raises for headers that no standard allows
-        raise DocumentError(f"{label} is a damaged e-mail ({brief(error)}): save its text in a file") from None
+    message = message_from_bytes(data, policy=policy.default)
+    headers = {name: " ".join(str(message.get(name) or "").split()) for name in _SHOWN}
+    body = message.get_body(("plain", "html"))
+    text = "" if body is None else _text(body, label, limits)
+    attached = [one.get_filename() or one.get_content_type() for one in message.iter_attachments()]
     if not text.strip():
         also = f"; save its attachments ({', '.join(attached[:5])}) and learn them" if attached else ""
         raise DocumentError(f"{label} is an e-mail without text{also}")

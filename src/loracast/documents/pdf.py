@@ -1,7 +1,5 @@
 """Parses PDF into markdown-like text with pypdf: pages become lines, and lines paragraphs and headings.
 
-Joins the lines of PDF pages, which know no paragraphs, to paragraphs and headings.
-
 What speaks for a new paragraph: a wider gap than usual, another letter size, a bullet, a last line that stops short.
 Running headers and page numbers are taken out first, since they stand between the two halves of a sentence.
 """
@@ -75,8 +73,9 @@ def join_lines(lines: Sequence[Line]) -> str:
         text = "- " + line.text[bullet.end() :] if bullet else line.text
         separator = "\n\n"
         if above and (level or above_level):
-            if level == above_level and not _is_gap(above, line, usual_gap * 1.5):
-                separator = ""  # a heading of two lines
+            gap = _gap(above, line)
+            if level == above_level and (gap is None or -1 <= gap <= _GAP * (usual_gap * 1.5)):
+                separator = ""  # a heading of two lines; upwards would be the next column
         elif above:
             separator = _separator(above, line, usual_gap, width)
         if above and not separator:
@@ -94,7 +93,7 @@ def _with_marks(block: str, width: int) -> str:
     return "\n".join(ROW + line for line in lines) if are_rows else block
 
 
-def _body_size(lines: Sequence[Line]) -> float:
+def _main_size(lines: Sequence[Line]) -> float:
     """The size in which most letters are set."""
     weights: Counter[float] = Counter()
     for line in lines:
@@ -111,7 +110,7 @@ def _without_running_lines(lines: Sequence[Line]) -> list[Line]:
     pages: dict[int, list[Line]] = defaultdict(list)
     for line in lines:
         pages[line.page].append(line)
-    body = _body_size(lines)
+    body = _main_size(lines)
     dropped: set[int] = set()  # ids, since equal lines stand on many pages
     for go_down in (True, False):
         orders = [_by_height(own, go_down) for own in pages.values()]
@@ -191,7 +190,7 @@ def _with_their_bullets(lines: Sequence[Line]) -> list[Line]:
 
 def _heading_levels(lines: Sequence[Line]) -> list[int]:
     """For each line 1 (the largest letters) to 6, or 0 for the body."""
-    body = _body_size(lines)
+    body = _main_size(lines)
     n_bold, n_all = (sum(len(line.text) for line in some) for some in ([x for x in lines if x.is_bold], lines))
     candidates = {line for line in lines if len(line.text) <= _MAX_HEADING and sum(c.isalpha() for c in line.text) >= 2}
     large = sorted({line.size for line in candidates if line.size >= _HEADING_SCALE * body > 0}, reverse=True)
@@ -218,11 +217,6 @@ def _gap(above: Line, below: Line) -> float | None:
     if above.page != below.page or above.height is None or below.height is None or not above.size:
         return None
     return (above.height - below.height) / above.size
-
-
-def _is_gap(above: Line, below: Line, usual: float) -> bool:
-    gap = _gap(above, below)
-    return gap is not None and (gap > _GAP * usual or gap < -1)  # upwards: the next column
 
 
 def _separator(above: Line, below: Line, usual_gap: float, width: int) -> str:
@@ -279,7 +273,6 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     logger.propagate = False
     lines: list[Line] = []
     scans: list[int] = []
-    where = ""
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
@@ -293,7 +286,6 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
         metadata = reader.metadata
         title = sensible_title(metadata.get("/Title") if metadata else None)
         for number in range(1, n_pages + 1):
-            where = f" on page {number}"
             page = reader.pages[number - 1]
             own = _page_lines(page, number) + _filled_in(page, number)
             lines += own
@@ -301,16 +293,10 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
                 scans.append(number)
     except DependencyError:  # AES needs a library that loracast does not ask for
         raise encrypted from None
-    except (MemoryError, RecursionError, DocumentError):
-        raise
     except LimitReachedError as error:
         raise DocumentError(
             f"{label} goes beyond a safety limit of the PDF parser ({brief(error)}): if you trust it, "
             "print it to a new PDF, e.g. with `gs -o out.pdf -sDEVICE=pdfwrite in.pdf`"
-        ) from None
-    except Exception as error:  # damage makes pypdf raise nearly anything
-        raise DocumentError(
-            f"{label} is a damaged PDF ({brief(error)}{where}): repair it with `qpdf in.pdf out.pdf`"
         ) from None
 
     usual = Counter(" ".join(line.split())[:120] for line in complaints.getvalue().splitlines()).most_common(5)
@@ -337,38 +323,27 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     return Parsed(text, title, n_pages, tuple(warnings))
 
 
-class _Run(NamedTuple):
-    """A piece of a line that is set alike."""
-
-    text: str
-    size: float
-    height: float
-    is_bold: bool
-
-
 def _page_lines(page: Any, number: int) -> list[Line]:
     """The lines of a page in pypdf's order, each with its size in points and its height on the page."""
-    lines: list[list[_Run]] = [[]]
+    lines: list[list[Line]] = [[]]  # of each, the pieces that are set alike
 
     def visit(text: str, cm: list[float], tm: list[float], font: Any, font_size: float) -> None:
         size = round(2 * abs(font_size) * hypot(tm[2], tm[3]) * hypot(cm[2], cm[3])) / 2
         name = str(font.get("/BaseFont", "")) if font else ""
         is_bold = any(word in name for word in ("Bold", "Black", "Heavy"))
-        runs = [_Run(piece, size, tm[4] * cm[1] + tm[5] * cm[3] + cm[5], is_bold) for piece in text.split("\n")]
-        lines[-1].append(runs[0])
-        lines.extend([run] for run in runs[1:])
+        height = tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
+        first, *others = [Line(piece, size, height, number, is_bold) for piece in text.split("\n")]
+        lines[-1].append(first)
+        lines.extend([piece] for piece in others)
 
     page.extract_text(visitor_text=visit)
     joined = []
-    for runs in lines:
-        text = " ".join("".join(run.text for run in runs).translate(_LIGATURES).split())
-        sizes: Counter[float] = Counter()
-        seen = [run for run in runs if run.text.strip()]
-        for run in seen:
-            sizes[run.size] += len(run.text)
+    for pieces in lines:
+        text = " ".join("".join(piece.text for piece in pieces).translate(_LIGATURES).split())
+        seen = [piece for piece in pieces if piece.text.strip()]
         if text:
-            n_bold = sum(len(run.text) for run in seen if run.is_bold)
-            joined.append(Line(text, sizes.most_common(1)[0][0], seen[0].height, number, 2 * n_bold > len(text)))
+            n_bold = sum(len(piece.text) for piece in seen if piece.is_bold)
+            joined.append(Line(text, _main_size(seen), seen[0].height, number, 2 * n_bold > len(text)))
     return joined
 
 
@@ -397,8 +372,5 @@ def _entry(holder: Any, key: str) -> Any:
 
 
 def _has_image(page: Any) -> bool:
-    try:
-        objects = page["/Resources"]["/XObject"]
-    except KeyError:
-        return False
+    objects = _entry(_entry(page, "/Resources"), "/XObject") or {}
     return any(objects[name].get("/Subtype") == "/Image" for name in objects)  # by name: [] follows references

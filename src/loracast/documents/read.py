@@ -68,6 +68,7 @@ def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
     search_path = [_PACKAGE_PARENT, *(folder for folder in sys.path if folder)]
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(search_path))
+    stopped = "to parse and was stopped: it is damaged, malicious or needs to be split"
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaints:
         try:
             done = subprocess.run(
@@ -75,10 +76,7 @@ def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed
                 timeout=limits.timeout_s, env=environment,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise DocumentError(
-                f"{label} took more than {limits.timeout_s:g} s to parse and was stopped: "
-                "it is damaged, malicious or needs to be split"
-            ) from None
+            raise DocumentError(f"{label} took more than {limits.timeout_s:g} s {stopped}") from None
         size = answer.seek(0, os.SEEK_END)
         if done.returncode == 0 and size <= 2 * limits.max_text_bytes + 65_536:  # where there are no rlimits
             answer.seek(0)
@@ -89,10 +87,7 @@ def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed
         complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 500))
         last_words = complaints.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
     if _SIGXCPU is not None and done.returncode == -_SIGXCPU:
-        raise DocumentError(
-            f"{label} took more than {limits.max_cpu_s} s of processor time to parse and was stopped: "
-            "it is damaged, malicious or needs to be split"
-        )
+        raise DocumentError(f"{label} took more than {limits.max_cpu_s} s of processor time {stopped}")
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     raise DocumentError(
         f"{label} made its parser fail ({how}; {last_words or 'no message'}): the file is damaged; export it again"
@@ -125,17 +120,8 @@ def read_document(
     if len(parsed.text) > limits.max_text_bytes or len(parsed.text.encode()) > limits.max_text_bytes:
         raise DocumentError(f"{label} holds more than {_mega(limits.max_text_bytes)} of text: split it into parts")
     text, rows = take_marks(parsed.text)
-    return Document(
-        title=sensible_title(parsed.title) or readable_stem(file_name),
-        text=text,
-        file_name=file_name,
-        media_type=MEDIA_TYPES[kind],
-        sha256=hashlib.sha256(data).hexdigest(),
-        n_bytes=len(data),
-        n_pages=parsed.n_pages,
-        warnings=parsed.warnings,
-        rows=rows,
-    )
+    title, sha256 = sensible_title(parsed.title) or readable_stem(file_name), hashlib.sha256(data).hexdigest()
+    return Document(title, text, file_name, MEDIA_TYPES[kind], sha256, len(data), parsed.n_pages, parsed.warnings, rows)
 
 
 def read_bytes(source: str | Path | BinaryIO, file_name: str | None, limits: Limits) -> tuple[bytes, str | None, str]:

@@ -121,28 +121,20 @@ def parse_csv(text: str, label: str, delimiter: str | None = None) -> Parsed:
     """
     named = _NAMED_DELIMITER.match(text)
     delimiter = named[1] if named else delimiter or find_delimiter(text)
-    lines: list[str] = []
-    header: list[str] | None = None
     # Strict, since a quotation mark that is never closed would swallow all further rows into one cell.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
-        for raw in islice(reader, 1 if named else 0, None):
-            row = [" ".join(cell.split()) for cell in raw]
-            if not any(row):
-                continue
-            if header is None:
-                header = row if looks_like_header(row) else []
-                if header:
-                    continue
-            lines.append(named_row(header, row))
+        read = ([" ".join(cell.split()) for cell in row] for row in islice(reader, 1 if named else 0, None))
+        rows = [row for row in read if any(row)]
     except csv.Error as error:
         raise DocumentError(
             f"{label} breaks off at line {reader.line_num} ({error}): "
             "is a quotation mark never closed, or not doubled in a cell?"
         ) from None
-    if not lines:
+    header = rows.pop(0) if rows and looks_like_header(rows[0]) else []
+    if not rows:
         raise DocumentError(f"{label} has a header but no row below it: export it again with its rows")
-    return Parsed("\n".join(lines))
+    return Parsed("\n".join(named_row(header, row) for row in rows))
 
 
 def find_delimiter(text: str) -> str:

@@ -18,16 +18,7 @@ from typing import Any
 from loracast.errors import ConfigError
 from loracast.text import is_unicode
 
-DEFAULT_STYLE = "labelled"
-STYLES: dict[str, str] = {
-    DEFAULT_STYLE: "Input: {input}\nOutput: {output}",
-    "arrow": "{input} -> {output}",
-    "double_arrow": "{input} => {output}",
-    "question": "Q: {input}\nA: {output}",
-    "example": "Example: {input}\nAnswer: {output}",
-    "quoted": '"{input}" becomes "{output}".',
-}
-"""By name, how an example is written; people write them in many ways, so training reads all of them."""
+EXAMPLE_FORMAT = "Input: {input}\nOutput: {output}"
 ARROW = "=>"
 """What stands between the input and the output of an example on one line."""
 _TITLE_CHARACTERS = 60
@@ -63,9 +54,9 @@ class TaskSpec:
         if not is_unicode(self.description):
             raise ConfigError("the description of the task is not valid Unicode: give it in UTF-8")
 
-    def text(self, style: str = DEFAULT_STYLE) -> str:
+    def text(self, example_format: str = EXAMPLE_FORMAT) -> str:
         """The text that is read: the description, then the examples."""
-        shown = "\n".join(STYLES[style].format(input=e.input, output=e.outputs[0]) for e in self.examples)
+        shown = "\n".join(example_format.format(input=e.input, output=e.outputs[0]) for e in self.examples)
         return "\n\n".join(part for part in (self.description, shown) if part)
 
     def conversation(self, asked: str, system: str = "") -> list[dict[str, str]]:
@@ -127,24 +118,15 @@ def _example(given: object) -> Example:
         given = dict(zip(("input", "output"), given, strict=True))
     if missing := [key for key in ("input", "output") if key not in given]:
         raise ValueError(f"there is no {missing[0]!r}")
-    example = example_from({"input": given["input"], "output": given["output"]})
-    stripped = Example(example.input.strip(), tuple(output.strip() for output in example.outputs))
+    outputs = texts_in(given["output"])
+    if not outputs or not isinstance(given["input"], str):
+        raise ValueError("an example needs an input and an output, both of them text")
+    stripped = Example(given["input"].strip(), tuple(output.strip() for output in outputs))
     if not stripped.input or not all(stripped.outputs):
         raise ValueError("its input or output is empty")
     if not all(map(is_unicode, (stripped.input, *stripped.outputs))):
         raise ValueError("it is not valid Unicode")
     return stripped
-
-
-def example_from(row: Mapping[str, Any]) -> Example:
-    """An example from a row: `input`, `output`, perhaps `alts` and `choices`. Raises ValueError or KeyError."""
-    outputs = (*texts_in(row["output"]), *texts_in(row.get("alts", ())))
-    if not outputs or not isinstance(row["input"], str):
-        raise ValueError("an example needs an input and an output, both of them text")
-    choices = texts_in(row.get("choices", ()))
-    if choices and outputs[0] not in choices:
-        raise ValueError(f"the output {outputs[0]!r} is not among the choices")
-    return Example(row["input"], outputs, choices)
 
 
 def texts_in(texts: str | Sequence[str]) -> tuple[str, ...]:

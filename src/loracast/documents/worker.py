@@ -14,19 +14,18 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from loracast.documents.file_types import Limits
+from loracast.documents.clean import brief
+from loracast.documents.file_types import Limits, Parsed
 from loracast.errors import DocumentError
 
-_FORBIDDEN = (
-    "socket.",
-    "subprocess.",
-    "os.system",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "os.spawn",
-    "ctypes.dlopen",
-)
+_REFUSED = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "ctypes.dlopen")
+_DAMAGED = {
+    "pdf": ("a damaged PDF", "repair it with `qpdf in.pdf out.pdf`"),
+    "docx": ("a truncated or damaged Word file", "download it again, or open it in Word and save it again"),
+    "html": ("a damaged page", "save it again from a browser"),
+    "message": ("a damaged e-mail", "save its text in a file"),
+}
+"""What a file is that its parser fails at, and what to do."""
 _WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -58,10 +57,21 @@ def forbid_side_effects() -> None:
 
     def refuse(event: str, args: tuple[Any, ...]) -> None:
         is_write = event == "open" and isinstance(args[2], int) and args[2] & _WRITE
-        if is_write or event.startswith(_FORBIDDEN):
+        if is_write or event.startswith(_REFUSED):
             raise PermissionError(f"a document parser may not use {event}")
 
     sys.addaudithook(refuse)
+
+
+def parse(kind: str, data: bytes, label: str, limits: Limits) -> Parsed:
+    """What the parser of a format reads; damage makes parsers raise nearly anything, and this a DocumentError."""
+    try:
+        return importlib.import_module(f"loracast.documents.{kind}").parse(data, label, limits)
+    except (MemoryError, RecursionError, DocumentError):
+        raise
+    except Exception as error:
+        what, remedy = _DAMAGED[kind]
+        raise DocumentError(f"{label} is {what} ({brief(error)}): {remedy}") from None
 
 
 def main() -> None:
@@ -71,9 +81,9 @@ def main() -> None:
     reply: dict[str, Any]
     try:
         data = sys.stdin.buffer.read()
-        parse = importlib.import_module(f"loracast.documents.{kind}").parse
+        importlib.import_module(f"loracast.documents.{kind}")
         forbid_side_effects()
-        parsed = parse(data, label, limits)
+        parsed = parse(kind, data, label, limits)
         reply = asdict(parsed)
         if len(parsed.text.encode()) > limits.max_text_bytes:
             reply = {"error": f"{label} unfolds into more than {limits.max_text_bytes:,} bytes of text: split it"}

@@ -95,7 +95,7 @@ def export_adapter(
     route = route_set(adapter.index, m.n_chunks, questions) if questions else Route()
 
     def lora() -> LoRA:
-        return adapter.lora(route.picked, route.sentence_weights, dense=False)
+        return adapter.lora(route.chunk_weights, route.sentence_weights, dense=False)
 
     base = base or m.made_for.base
     if to == MERGED:

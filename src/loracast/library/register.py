@@ -115,9 +115,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX texts_of_by_first ON texts_of (first);
     CREATE TABLE unsettled (id TEXT PRIMARY KEY);
     """,
-    """
-    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-    """,
+    "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);",
     """
     ALTER TABLE namings RENAME TO aliases;
     DROP INDEX namings_by_name;
@@ -142,9 +140,7 @@ MIGRATIONS: tuple[str, ...] = (
         UPDATE name_words SET name = new.name WHERE rowid = new.number;
     END;
     """,
-    """
-    CREATE TABLE name_numbers (name TEXT PRIMARY KEY, number INTEGER NOT NULL);
-    """,
+    "CREATE TABLE name_numbers (name TEXT PRIMARY KEY, number INTEGER NOT NULL);",
 )
 """Script k brings the schema from version k to k + 1. Append; never change one that was released."""
 

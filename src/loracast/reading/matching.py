@@ -142,14 +142,14 @@ def matches(index: Index, question: str, n_wanted: int | None) -> Matches:
     scores = np.zeros(n_sentences) if scores_by_words is None else np.array(scores_by_words)
     meanings = np.zeros(n_sentences) if answer is None else answer.sentences
     both = meanings + vectors.bm25 * scores / (scores.max() or 1.0)
-    best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
+    best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.spans.items()}
     n_most = None if n_wanted is None else max(_CHUNKS_COMPARED, n_wanted)
     chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(chunk_scores)[:n_most]})
     shares = np.zeros(n_sentences)  # of the scores by words; 0 in chunks that are not chosen
-    others = about_others(question, [(read.headings[chunk], read.sentences(chunk)) for chunk in chosen])
+    others = about_others(question, [(read.chunks[chunk].heading, read.sentences(chunk)) for chunk in chosen])
     for chunk, of_others in zip(chosen, others, strict=True):
-        sentences = slice(*read.chunks[chunk])
-        is_heading = [place.end <= len(read.headings[chunk]) for place in read.places[sentences]]
+        sentences = slice(*read.spans[chunk])
+        is_heading = [place.end <= len(read.chunks[chunk].heading) for place in read.places[sentences]]
         shares[sentences] = np.where(is_heading, _HEADING_SHARE, np.where(of_others, _OTHER_SHARE, 1.0))
     scores *= shares
     scores /= scores.max() or 1.0
@@ -158,13 +158,12 @@ def matches(index: Index, question: str, n_wanted: int | None) -> Matches:
     likelihoods = np.exp(logits - logits.max())
     better = np.maximum(scores, likelihoods)
     for chunk in chosen:
-        best = float(likelihoods[slice(*read.chunks[chunk])].max())
+        best = float(likelihoods[slice(*read.spans[chunk])].max())
         chunk_scores[chunk] = max(chunk_scores.get(chunk, 0.0), best)
     chunks = sorted(((chunk, chunk_scores[chunk]) for chunk in chosen), key=lambda pair: (-pair[1], pair[0]))
-    of_sentences = {chunk: tuple(better[slice(*read.chunks[chunk])].tolist()) for chunk in chosen}
-    if answer is None:
-        return Matches(dict(chunks), of_sentences)
-    return Matches(dict(chunks), of_sentences, *_candidates(answer, read, added))
+    of_sentences = {chunk: tuple(better[slice(*read.spans[chunk])].tolist()) for chunk in chosen}
+    candidates, nowhere = ((), None) if answer is None else _candidates(answer, read, added)
+    return Matches(dict(chunks), of_sentences, candidates, nowhere)
 
 
 def _candidates(
@@ -188,7 +187,7 @@ def _candidates(
     for i in np.argsort(-probabilities[:-1], kind="stable")[:_CANDIDATES_KEPT]:
         if probabilities[i] >= _MIN_PROBABILITY:
             chunk, start, end = read.places[sentences[i]]
-            sentence = normalize("NFC", read.prompts[chunk][start:end])
+            sentence = normalize("NFC", read.chunks[chunk].prompt[start:end])
             beginning = sentence[text.characters[words[i]] :].rstrip()
             if len(beginning) > _CANDIDATE_CHARACTERS:
                 beginning = beginning[:_CANDIDATE_CHARACTERS]

@@ -19,7 +19,7 @@ from loracast.documents.units import find_headings
 from loracast.library.adapter import Adapter
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences, write_index
 from loracast.reading.relevance import shipped_words
-from loracast.reading.wide_route import Source, patterns_in
+from loracast.reading.routing import Source, patterns_in
 from loracast.text import stem_words
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ def write_document_index(index: Index, chunks: Sequence[Chunk], title: str) -> N
     texts = {}
     for number, (i, start, end) in enumerate(read_sentences(index)):
         prompt = chunks[i].prompt
-        is_in_heading = start < len(prompt) - len(chunks[i].text)
-        if not is_in_heading and _stands_alone(prompt[start:end]):
-            texts[number] = prompt[start:end]
+        is_in_heading, sentence = start < len(prompt) - len(chunks[i].text), prompt[start:end]
+        n_words = len(_WORD.findall(sentence))
+        if not is_in_heading and _PROSE.fullmatch(sentence) and _MIN_WORDS <= n_words <= _MAX_WORDS:
+            texts[number] = sentence
     numbers = list(texts)
     with changing_index(index) as database:
         database.execute("CREATE TABLE headings (number INTEGER PRIMARY KEY, level INTEGER, title TEXT)")
@@ -96,10 +97,6 @@ def read_outline(index: Index) -> Outline | None:
         (i, " ".join(chunk.prompt[start:end].split())) for chunk, (i, start, end) in zip(chunks, places, strict=True)
     )
     return Outline(tuple(headings), tuple(summary))
-
-
-def _stands_alone(sentence: str) -> bool:
-    return bool(_PROSE.fullmatch(sentence)) and _MIN_WORDS <= len(_WORD.findall(sentence)) <= _MAX_WORDS
 
 
 def central(sentences: Sequence[str], n: int) -> list[int]:

@@ -1,22 +1,36 @@
-"""Routing: which chunks and sentences of a document a question gets, by how well they match it (matching.py).
+"""Routing: which documents, chunks and sentences a question gets, by how well they match it (matching.py).
 
 The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. A row of an associative
 memory belongs to a token, so to a sentence, and is weighted by how well that sentence matches.
+
+In a whole library the register ranks the chunks of all documents at once (`Register.best_chunks`). The documents that
+own the best of them share the places of a route, so that a question gets no more chunks of many documents than of one,
+and each document then picks its own chunks and sentences as if it had been named. A document whose best chunk matches
+worse than the best one's weighs less, by the rule of chunks in one document.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from loracast.errors import AdapterError
-from loracast.library.adapter import Adapter, SentenceWeights
-from loracast.library.index import Index, read_sentences
+from loracast.documents.units import find_headings
+from loracast.errors import AdapterError, NoSuchAdapterError
+from loracast.library.adapter import Adapter, SentenceWeights, first_with_static
+from loracast.library.index import Index, read_chunks, read_sentences
+from loracast.library.library import Library
+from loracast.library.register import Match
 from loracast.reading.matching import Candidate, Matches, matches
-from loracast.reading.relevance import THRESHOLD, about
-from loracast.reading.search import search
+from loracast.reading.relevance import THRESHOLD, THRESHOLD_OF_MANY, about, threshold_for
+from loracast.reading.search import phrases, search
+
+if TYPE_CHECKING:
+    from loracast.documents import Chunk
+    from loracast.lora.algebra import LoRA
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
@@ -57,7 +71,7 @@ class Route:
         return self.chunks == ()
 
     @property
-    def picked(self) -> dict[int, float] | None:
+    def chunk_weights(self) -> dict[int, float] | None:
         """The weight of each picked chunk; None: all of them, merged."""
         return None if self.chunks is None else dict(zip(self.chunks, self.weights, strict=True))
 
@@ -66,15 +80,15 @@ class Route:
         """The weights of the sentences by chunk; None: all rows weigh like their chunk."""
         if self.sentences is None:
             return None
-        return dict(
-            zip(range(len(self.sentences)) if self.chunks is None else self.chunks, self.sentences, strict=True)
-        )
+        chunks = range(len(self.sentences)) if self.chunks is None else self.chunks
+        return dict(zip(chunks, self.sentences, strict=True))
 
-
-def sentence_weights(index: Index, question: str) -> list[float] | None:
-    """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
-    by_chunk = matches(index, question, None).sentences
-    return None if by_chunk is None else [_weight(score) for scores in by_chunk.values() for score in scores]
+    def scaled(self, n_chunks: int, scale: float) -> Route:
+        """The route of a document of so many chunks, with all weights multiplied."""
+        chunks = tuple(range(n_chunks)) if self.chunks is None else self.chunks
+        weights = tuple(scale * weight for weight in self.weights or (1.0,) * len(chunks))
+        sentences = self.sentences and tuple(tuple(scale * weight for weight in chunk) for chunk in self.sentences)
+        return replace(self, chunks=chunks, weights=weights, sentences=sentences)
 
 
 def route_adapter(
@@ -88,40 +102,29 @@ def route_adapter(
         from loracast.reading.routing import route_adapter
         manual = model.adapter("manual")
         route = route_adapter(manual, "How long is the warranty?")
-        lora = manual.lora(route.picked, route.sentence_weights)
+        lora = manual.lora(route.chunk_weights, route.sentence_weights)
 
     Args:
         k: the most chunks it gets of a longer document; None for all chunks, merged.
-        threshold: the least probability that the question is about the document; below it, it gets nothing.
+        threshold: the least probability that the question is about the document; below it, it gets nothing. 0 for
+            questions that get something whatever they ask.
         name: of the document, where a question may find it by that.
     """
-    if adapter.manifest.kind != "document":
-        return Route(reason=f"{adapter.manifest.kind}: always whole")
-    if adapter.manifest.is_memory and threshold > 0:
-        if not search(adapter.open_index, question, 1):
+    index, manifest, probability = adapter.open_index, adapter.manifest, None
+    if manifest.kind != "document":
+        return Route(reason=f"{manifest.kind}: always whole")
+    if manifest.is_memory and threshold > 0:
+        if not search(index, question, 1):
             return Route((), reason="no word of the question was ever said")
         if not _SPEAKER.search(question):
             threshold = _IMPERSONAL_THRESHOLD
         name = ""
-    return route_question(adapter.open_index, adapter.manifest.n_chunks, question, k, threshold, name)
-
-
-def route_question(
-    index: Index, n_chunks: int, question: str, k: int | None, threshold: float, name: str = ""
-) -> Route:
-    """What a question gets of a document: what `pick` gives, or nothing where it is not about the document at all.
-
-    Args:
-        threshold: the least probability that it is; 0 for questions that get something whatever they ask.
-        name: of the document, where a question may find it by that.
-    """
-    if threshold <= 0:
-        return pick(index, n_chunks, question, k)
-    probability = about(index, question, name)
-    if probability >= threshold:
-        return replace(pick(index, n_chunks, question, k), about=probability)
-    reason = f"the question is not about the document (probability {probability:.2f})"
-    return Route((), reason=reason, about=probability)
+    if threshold > 0:
+        probability = about(index, question, name)
+        if probability < threshold:
+            reason = f"the question is not about the document (probability {probability:.2f})"
+            return Route((), reason=reason, about=probability)
+    return replace(pick(index, manifest.n_chunks, question, k), about=probability)
 
 
 def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:
@@ -137,7 +140,7 @@ def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | No
     sentences: dict[int, list[float]] = {}
     for route in routes:
         of_sentences = route.sentence_weights
-        for chunk, weight in (route.picked or dict.fromkeys(range(n_chunks), 1.0)).items():
+        for chunk, weight in (route.chunk_weights or dict.fromkeys(range(n_chunks), 1.0)).items():
             chunks[chunk] = max(weight, chunks.get(chunk, 0.0))
             new = of_sentences[chunk] if of_sentences else [weight] * counts[chunk]
             sentences[chunk] = list(map(max, new, sentences.get(chunk, new)))
@@ -159,7 +162,7 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
     matched = matches(index, question, k)
     if n_chunks == 1:
-        route = Route(sentences=_weighed(matched, [0], [1.0]), reason="the document has only one chunk")
+        route = Route(sentences=_weigh_sentences(matched, [0], [1.0]), reason="the document has only one chunk")
     elif not matched.chunks:
         return Route(reason="no word of the question occurs in the document: all chunks")
     else:
@@ -172,24 +175,26 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
             chunks, scores = zip(*(matched.chunks | dict.fromkeys(unmatched, 0.0)).items(), strict=True)
             weights = tuple(max(_MIN_CHUNK_WEIGHT, score) for score in scores)
             reason = f"all {n_chunks} chunks, weighed by BM25 and word vectors"
-        route = Route(chunks, scores, weights, _weighed(matched, chunks, weights), reason)
+        route = Route(chunks, scores, weights, _weigh_sentences(matched, chunks, weights), reason)
     candidates = tuple(one for chunk, one in matched.candidates if route.chunks is None or chunk in route.chunks)
     return replace(route, candidates=candidates, nowhere=matched.nowhere)
 
 
-def _weighed(matched: Matches, chunks: Sequence[int], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:
+def _weigh_sentences(
+    matched: Matches, chunks: Sequence[int], weights: Sequence[float]
+) -> tuple[tuple[float, ...], ...] | None:
     """The weights of the sentences of some weighed chunks, 1 for the best of them; None where no sentence matches."""
     scores = [matched.sentences[chunk] for chunk in chunks] if matched.sentences is not None else []
     best = max((score for of_chunk in scores for score in of_chunk), default=0.0)
     if best <= 0:
         return None
     return tuple(
-        tuple(_weight(score / best, weight) for score in of_chunk)
+        tuple(sentence_weight(score / best, weight) for score in of_chunk)
         for of_chunk, weight in zip(scores, weights, strict=True)
     )
 
 
-def _weight(score: float, of_chunk: float = 1.0) -> float:
+def sentence_weight(score: float, of_chunk: float = 1.0) -> float:
     """The weight of a sentence by its score, 1 for the best, in a chunk of a weight of its own.
 
     A sentence that does not match keeps a little, since it may say in other words what is asked.
@@ -197,3 +202,200 @@ def _weight(score: float, of_chunk: float = 1.0) -> float:
     least = _LEAST_SENTENCE_WEIGHT * of_chunk
     weight = least + (1 - least) * score
     return weight if weight >= _NEGLIGIBLE else 0.0
+
+
+# ---- routing among several documents, or over a whole library
+
+_MIN_DOCUMENT_WEIGHT = 0.1
+"""Weight of another document beside the best one from which on it gets a place (dev: level from 0 to 0.3)."""
+
+
+def patterns_in(chosen: Iterable[object], tag: str = "") -> list[str]:
+    """Those of the chosen adapters that are patterns of names, as in a shell; all documents for a tag without one."""
+    patterns = [one for one in chosen if isinstance(one, str) and any(sign in one for sign in "*?[")]
+    return patterns or ["*"] * bool(tag)
+
+
+def route_adapters(
+    library: Library,
+    question: str,
+    chosen: Iterable[Adapter | str],
+    k: int | None,
+    tag: str,
+    open_named: Callable[[str], Adapter],
+    always: bool = False,
+    strict: bool = False,
+) -> list[tuple[Adapter, Route]]:
+    """What a question gets of each adapter that is named, and of the documents that patterns and a tag stand for.
+
+    Args:
+        chosen: adapters, their names, or patterns of documents' names, among which the question chooses.
+        k: chunks of each named document, and of all others together.
+        tag: only documents with this tag are chosen among; "" for any. Without a pattern, all of them.
+        open_named: opens a name or a version `name@hash`.
+        always: do not look whether the question is about a document.
+        strict: the answer is given only where the model is sure of it.
+
+    Raises:
+        AdapterError: there is no such adapter, no document fits, or a library is to be given as a whole (k is None).
+    """
+    chosen = list(chosen)
+    patterns = patterns_in(chosen, tag)
+    versions: dict[str, Adapter] = {}  # two names of one document count once
+    for one in chosen:
+        if one not in patterns:
+            adapter = open_named(one) if isinstance(one, str) else one
+            versions.setdefault(adapter.manifest.version, adapter)
+    n_documents = sum(adapter.manifest.kind == "document" for adapter in versions.values())
+    threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents, strict)
+    routed = [(adapter, route_adapter(adapter, question, k, threshold)) for adapter in versions.values()]
+    if patterns:
+        if k is None:
+            raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
+        check_patterns(library, patterns, tag)
+        with library.reading() as register:
+            others = register.best_chunks(phrases(question), k, patterns, tag, versions.keys())
+        routed += share_out(others, question, k, threshold, open_named)
+    return routed
+
+
+def routes_of_documents(routed: Iterable[tuple[Adapter, Route]]) -> list[Route]:
+    """What a question gets of those adapters that are documents."""
+    return [route for adapter, route in routed if adapter.manifest.kind == "document"]
+
+
+def check_patterns(library: Library, patterns: Sequence[str], tag: str = "") -> None:
+    """Raise NoSuchAdapterError where patterns and a tag stand for no document."""
+    with library.reading() as register:
+        if not register.has_documents(patterns, tag):
+            called = "" if "*" in patterns else f" called {' or '.join(patterns)}"
+            tagged = f" with the tag {tag!r}" if tag else ""
+            raise NoSuchAdapterError(
+                f"there is no document{called}{tagged} in {library}; `loracast list` shows what there is"
+            )
+
+
+def share_out(
+    matches: Sequence[Match], question: str, k: int, threshold: float, open_named: Callable[[str], Adapter]
+) -> list[tuple[Adapter, Route]]:
+    """What a question gets of each document that owns one of the best chunks of a library, the best one first.
+
+    A document's weight is its best chunk's score beside the best one of all, raised as in one document.
+
+    Args:
+        matches: those chunks, best first.
+        k: the places of the route; the best document gets those of chunks that match too little, and those left over.
+        threshold: least probability that the question is about the document; others are left out. That of one named
+            document is enough where the question has a word of its name.
+        open_named: opens a version `name@hash`.
+    """
+    weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
+    close = [match for match in matches if weights[match] >= _MIN_DOCUMENT_WEIGHT]
+    routed: list[tuple[Adapter, Route]] = []
+    best = 1.0
+    for version in dict.fromkeys(match.version for match in close):
+        own = [match for match in close if match.version == version]
+        first, n_places = own[0], len(own) + (0 if routed else k - len(close))
+        # A word of the adapter's name, which the document itself need not hold.
+        is_called = not set(re.split(r"[-._]+", first.name)).isdisjoint(word for word, _ in phrases(question))
+        name, least = (first.name, min(threshold, THRESHOLD)) if is_called else ("", threshold)
+        document = open_named(first.reference)
+        route = route_adapter(document, question, n_places, least, name)
+        if route.is_empty:
+            continue
+        if route.chunks is None and first.n_chunks > n_places:
+            chunks = tuple(range(n_places))
+            route = Route(chunks, weights=(1.0,) * n_places, reason="only the document's name matches: its beginning")
+        best = best if routed else weights[first]
+        weight = weights[first] / best
+        routed.append((document, route if weight == 1.0 else route.scaled(first.n_chunks, weight)))
+    return routed
+
+
+def scaled(routed: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float]) -> list[tuple[Adapter, Route]]:
+    """What a question gets, with the weights of adapters multiplied by factors, which go by their versions' hashes.
+
+    A factor of 0 takes an adapter out. The static LoRA of documents keeps its weight of 1, as in combinations.
+    """
+    weighed = []
+    for adapter, route in routed:
+        scale = scales.get(adapter.manifest.version, 1.0)
+        if scale == 0:
+            route = Route((), reason="its scale is 0", about=route.about)
+        elif scale != 1 and not route.is_empty:
+            share = min(scale, 1.0)
+            candidates = tuple(Candidate(text, p * share) for text, p in route.candidates if share > 0)
+            route = replace(route.scaled(adapter.manifest.n_chunks, scale), candidates=candidates)
+        weighed.append((adapter, route))
+    return weighed
+
+
+@dataclass(frozen=True)
+class Source:
+    """A chunk that an answer came from, or a document as a whole, and where it stands in the document."""
+
+    adapter: str
+    title: str
+    heading: str
+    chunk: int | None
+    """None where the outline of the whole document gave the answer."""
+    start: int
+    """Its first character in the document's text."""
+    end: int
+    weight: float
+    """What its LoRA was multiplied with; 1 for an outline."""
+    version: str = ""
+    """Of the adapter, since a question may be asked of several versions of a name."""
+
+    def __str__(self) -> str:
+        where = self.heading or self.title
+        chunk = "" if self.chunk is None else f", chunk {self.chunk}"
+        return f"{self.adapter}{chunk}" + (f": {where}" if where else "")
+
+
+def sources(routed: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
+    """The chunks that a question gets of documents, those with most weight first; none of documents given whole."""
+    found = []
+    for adapter, route in routed:
+        index, manifest = adapter.open_index, adapter.manifest
+        chunks = (0,) if route.chunks is None and manifest.n_chunks == 1 else route.chunks
+        if manifest.kind != "document" or not chunks:
+            continue
+        for i, (number, chunk) in enumerate(zip(chunks, read_chunks(index, chunks), strict=True)):
+            heading, of_sentences = chunk.heading, route.sentences[i] if route.sentences else ()
+            if of_sentences and (places := read_sentences(index, [number])):
+                heading = _heading(chunk, places[of_sentences.index(max(of_sentences))].start)
+            weight = route.weights[i] if route.weights else 1.0
+            span = (chunk.start, chunk.end)
+            found.append(Source(adapter.name, manifest.title, heading, number, *span, weight, manifest.version))
+    return tuple(sorted(found, key=lambda source: -source.weight))
+
+
+def _heading(chunk: Chunk, at: int) -> str:
+    """The heading above a place in a chunk's prompt: the last one in the chunk's text, or else the chunk's own."""
+    above = [one for one in find_headings(chunk.text) if one.start <= at - (len(chunk.prompt) - len(chunk.text))]
+    if not above:
+        return chunk.heading
+    title = chunk.heading.partition(" / ")[0]
+    section = " ".join(above[-1].title.split())
+    return section if section == title or not title else f"{title} / {section}"
+
+
+# ---- the LoRA of a routed question
+
+
+def loras_together(routed: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
+    """The LoRAs of adapters to be added up, each of what a question gets, if anything; a static LoRA comes in once."""
+    routed = [(adapter, route) for adapter, route in routed if not route.is_empty]
+    brings_static = [True] if len(routed) == 1 else first_with_static([adapter for adapter, _ in routed])
+    return [
+        adapter.lora(route.chunk_weights, route.sentence_weights, static=is_first)
+        for (adapter, route), is_first in zip(routed, brings_static, strict=True)
+    ]
+
+
+def routing_key(routed: Iterable[tuple[Adapter, Route]]) -> str | None:
+    """Names the LoRA of `loras_together`: versions, chunks and all weights. None where the question gets nothing."""
+    given = [(adapter.manifest.version, route) for adapter, route in routed if not route.is_empty]
+    parts = [(version, route.chunks, route.weights, route.sentences) for version, route in given]
+    return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else None

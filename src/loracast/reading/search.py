@@ -36,12 +36,6 @@ def search(index: Index, question: str, k: int | None = None) -> list[tuple[int,
     return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
 
 
-def best_passages(index: Index, question: str, n_chunks: int, k: int) -> list[int]:
-    """The k of a document's chunks that match a question best, in the document's order; all where none matches."""
-    best = search(index, question, k) if n_chunks > k else []
-    return sorted(chunk for chunk, _ in best) or list(range(n_chunks))
-
-
 def sentence_scores(index: Index, question: str) -> list[float] | None:
     """How well each sentence of a document matches a question, 0 where no word does; None if none matches at all.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,18 +24,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import normalize
 from weakref import WeakKeyDictionary
 
-from loracast.library.index import (
-    Index,
-    OpenIndex,
-    SentencePlace,
-    open_index,
-    read_chunks,
-    read_sentences,
-)
+from loracast.library.index import Index, OpenIndex, SentencePlace, open_index, read_chunks, read_sentences
 from loracast.text import stem_words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from loracast.documents import Chunk
 
 
 _WORD = re.compile(r"[£$€]?\d(?:[\d,.:]*\d)?|[^\W\d_]+(?:['’][^\W\d_]+)?|%")
@@ -248,21 +242,19 @@ class ReadIndex:
     """The text of a document, the words of its sentences, and the sentences of each chunk."""
 
     text: ReadText
-    prompts: Sequence[str]
-    """Of the chunks."""
-    headings: Sequence[str]
+    chunks: Sequence[Chunk]
     places: Sequence[SentencePlace]
     """Where the sentences stand."""
-    chunks: Mapping[int, tuple[int, int]]
+    spans: Mapping[int, tuple[int, int]]
     """By chunk, its first sentence and the one behind its last."""
 
     def sentences(self, chunk: int) -> list[str]:
         """The sentences of a chunk."""
-        return [self.prompts[chunk][start:end] for _, start, end in self.places[slice(*self.chunks[chunk])]]
+        prompt = self.chunks[chunk].prompt
+        return [prompt[start:end] for _, start, end in self.places[slice(*self.spans[chunk])]]
 
 
 _READ: WeakKeyDictionary[OpenIndex, ReadIndex] = WeakKeyDictionary()
-_READING = threading.Lock()
 
 
 def read_index(index: Index) -> ReadIndex | None:
@@ -273,14 +265,13 @@ def read_index(index: Index) -> ReadIndex | None:
         places = read_sentences(database)
         if not places:
             return None
-        of_chunks = read_chunks(database)
-        prompts = [chunk.prompt for chunk in of_chunks]
-        chunks: dict[int, tuple[int, int]] = {}
-        for i, place in enumerate(places):
-            chunks[place.chunk] = (chunks.get(place.chunk, (i, i))[0], i + 1)
-        text = shipped_vectors().read([prompts[chunk][start:end] for chunk, start, end in places])
-    read = ReadIndex(text, prompts, [chunk.heading for chunk in of_chunks], places, chunks)
+        chunks = read_chunks(database)
+    spans: dict[int, tuple[int, int]] = {}
+    for i, place in enumerate(places):
+        spans[place.chunk] = (spans.get(place.chunk, (i, i))[0], i + 1)
+    prompts = [chunk.prompt for chunk in chunks]
+    text = shipped_vectors().read([prompts[chunk][start:end] for chunk, start, end in places])
+    read = ReadIndex(text, chunks, places, spans)
     if isinstance(index, OpenIndex):
-        with _READING:
-            _READ[index] = read
+        _READ[index] = read
     return read

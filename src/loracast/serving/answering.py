@@ -24,7 +24,7 @@ from loracast.base.generate import Answer, Sampling
 from loracast.cast.memory import Memory
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
-from loracast.reading.wide_route import Source, routing_key
+from loracast.reading.routing import Source, routing_key
 from loracast.serving.errors import ApiError
 from loracast.serving.generation import Finish, GenerationRequest, Ticket, Token, finished_ticket
 from loracast.serving.resolve import Windowed, in_window
@@ -233,7 +233,7 @@ class Call:
             None if key is None else lambda: service.model.lora_of(prepared.routed),
             key,
             replace(sampling, max_new_tokens=sampling.max_new_tokens or longest, seed=seed),
-            service.model.copying(prepared) if service.engine.takes_copying else None,
+            service.model.copy_bias(prepared) if service.engine.takes_copy_bias else None,
             request.stop,
             n_logprobs,
             strips=not request.prompts,

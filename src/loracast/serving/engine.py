@@ -64,7 +64,7 @@ class _Queued(NamedTuple):
 class LocalEngine(Engine):
     """An engine on a base in this process."""
 
-    takes_copying = True
+    takes_copy_bias = True
 
     def __init__(self, base: Base, config: EngineConfig = EngineConfig()):
         """Raises BaseModelError for a base whose requests cannot be computed side by side."""
@@ -199,9 +199,9 @@ class Sampler:
         model = base.model
         config, _ = model._prepare_generation_config(None, min_new_tokens=sampling.min_new_tokens, **sampling.options)
         config._eos_token_tensor = torch.tensor(list(base.end_ids), device=base.device)
-        self._bonus: Tensor | None = None
+        self._bias: Tensor | None = None
         self._rules = model._get_logits_processor(
-            config, n_prompt, logits_processor=LogitsProcessorList([self._add_bonus]), device=str(base.device)
+            config, n_prompt, logits_processor=LogitsProcessorList([self._add_bias]), device=str(base.device)
         )
         self._generator: torch.Generator | None = None
         if not sampling.is_greedy:
@@ -213,16 +213,16 @@ class Sampler:
         self.takes_likeliest = len(self._rules) == 1 and self._generator is None
         """Whether the token is that of the highest logit: no rule changes the logits, and nothing is drawn."""
 
-    def _add_bonus(self, ids: Tensor, scores: Tensor) -> Tensor:
-        return scores if self._bonus is None else scores + self._bonus.to(scores)
+    def _add_bias(self, ids: Tensor, scores: Tensor) -> Tensor:
+        return scores if self._bias is None else scores + self._bias.to(scores)
 
-    def choose(self, logits: Tensor, ids: Sequence[int], bonus: Tensor | None = None) -> int:
+    def choose(self, logits: Tensor, ids: Sequence[int], bias: Tensor | None = None) -> int:
         """The next token from logits [vocabulary], after the token ids of the prompt and of the answer so far.
 
         Args:
-            bonus: what is added to the logits of the likeliest answers [vocabulary] (base/copying.py).
+            bias: what is added to the logits of the likeliest answers [vocabulary] (base/copying.py).
         """
-        self._bonus = bonus
+        self._bias = bias
         scores = self._rules(torch.tensor([ids], device=logits.device), logits[None].float().clone())[0]
         if self._generator is None:
             return int(scores.argmax())
@@ -398,10 +398,10 @@ class Batch:
             try:
                 if not is_finite[i]:
                     raise AdapterError("the base's logits are not finite with this LoRA: lower its strength")
-                bonus = None if request.copying is None else request.copying.bonus(row.ids[n_prompt:], logits[i])
-                of_row = logits[i] if bonus is None else logits[i] + bonus.to(logits)
-                is_known = bonus is None and row.sampler.takes_likeliest
-                chosen = likeliest[i] if is_known else row.sampler.choose(logits[i], row.ids, bonus)
+                bias = None if request.copy_bias is None else request.copy_bias.bias(row.ids[n_prompt:], logits[i])
+                of_row = logits[i] if bias is None else logits[i] + bias.to(logits)
+                is_known = bias is None and row.sampler.takes_likeliest
+                chosen = likeliest[i] if is_known else row.sampler.choose(logits[i], row.ids, bias)
                 n_before = row.ticket.n_tokens
                 if row.take(chosen, of_row):
                     done.append(row)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from loracast.base.copying import Copying
+from loracast.base.copying import CopyBias
 from loracast.base.generate import AnswerText, Sampling, confidence
 from loracast.base.load import Base
 from loracast.errors import LoracastError
@@ -38,8 +38,8 @@ class GenerationRequest:
     """Names the LoRA: requests with equal keys have equal LoRAs, so they share it and the caches of prompts. For a
     routed adapter it says the version, the chunks and all weights. None shares nothing; ignored without a LoRA."""
     sampling: Sampling = field(default_factory=Sampling)
-    copying: Copying | None = None
-    """The bonus for what the answer may copy from documents; a vLLM server does not take it."""
+    copy_bias: CopyBias | None = None
+    """The bias for what the answer may copy from documents; a vLLM server does not take it."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
     n_logprobs: int | None = None
@@ -290,8 +290,8 @@ def finished_ticket(text: str) -> Ticket:
 class Engine:
     """A back end that generates the answers of a server: it checks requests, and refuses them while too many wait."""
 
-    takes_copying: bool
-    """Whether it adds the bonus for what an answer may copy from documents (`GenerationRequest.copying`)."""
+    takes_copy_bias: bool
+    """Whether it adds the bias for what an answer may copy from documents (`GenerationRequest.copy_bias`)."""
 
     def __init__(self, base: Base, config: EngineConfig, window: int):
         self.base, self.config, self.counts = base, config, EngineStats(n_slots=config.n_slots)

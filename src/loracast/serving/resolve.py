@@ -26,7 +26,7 @@ from loracast.library.adapter import MANIFEST, Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
 from loracast.library.register import Entry
-from loracast.reading.wide_route import check_patterns, patterns_in
+from loracast.reading.routing import check_patterns, patterns_in
 from loracast.serving.errors import ApiError, log
 
 _JOINTS = 8

@@ -252,7 +252,7 @@ class LoadedLoRAs:
 class VllmEngine(Engine):
     """An engine whose tokens come from vLLM servers."""
 
-    takes_copying = False
+    takes_copy_bias = False
 
     def __init__(self, base: Base, servers: Sequence[LoadedLoRAs], config: EngineConfig, close: Callable[[], object]):
         """

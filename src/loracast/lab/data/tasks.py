@@ -20,12 +20,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from loracast.documents.task_spec import Example, example_from, texts_in
+from loracast.documents.task_spec import Example, texts_in
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import each_row, read_content
 
@@ -249,3 +249,14 @@ def _examples(path: Path, lists_choices: bool) -> list[Example]:
 
     each_row(path, take)
     return found
+
+
+def example_from(row: Mapping[str, Any]) -> Example:
+    """An example from a row: `input`, `output`, perhaps `alts` and `choices`. Raises ValueError or KeyError."""
+    outputs = (*texts_in(row["output"]), *texts_in(row.get("alts", ())))
+    if not outputs or not isinstance(row["input"], str):
+        raise ValueError("an example needs an input and an output, both of them text")
+    choices = texts_in(row.get("choices", ()))
+    if choices and outputs[0] not in choices:
+        raise ValueError(f"the output {outputs[0]!r} is not among the choices")
+    return Example(row["input"], outputs, choices)

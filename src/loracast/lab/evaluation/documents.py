@@ -43,11 +43,12 @@ from loracast.lab.evaluation.runner import (
 )
 from loracast.lab.training.document_source import reading_prompt
 from loracast.library.adapter import Adapter
+from loracast.library.index import Index
 from loracast.lora.algebra import LoRA
 from loracast.lora.factors import Factors
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
-from loracast.reading.routing import DEFAULT_ROUTE, Route
-from loracast.reading.wide_route import routing_key
+from loracast.reading.routing import DEFAULT_ROUTE, Route, routing_key
+from loracast.reading.search import search
 
 Prompt = Callable[[ChatFormat, str, str], list[int]]
 """(chat, text, question) -> token ids of a prompt that shows the text."""
@@ -310,13 +311,13 @@ merged = adapter("document", route=None, always=True)
 
 def likeliest_place(setup: DocumentSetup, case: DocumentCase) -> Request:
     """No model: the text from the place on at which the answer most likely begins, as far as copying may follow it."""
-    likely = setup.request(case.question, case.document.adapter).prepared.likely
-    given = without_model(likely[0].text, "text") if likely else without_model(NOT_SAID, "refusal")  # type: ignore[arg-type]
+    candidates = setup.request(case.question, case.document.adapter).prepared.candidates
+    given = without_model(candidates[0].text, "text") if candidates else without_model(NOT_SAID, "refusal")  # type: ignore[arg-type]
     return Request(given)
 
 
 def copying_alone(with_static: bool) -> Asks:
-    """The question alone with the bonus for copying, and in place of the document's LoRA the static one, or none."""
+    """The question alone with the bias for copying, and in place of the document's LoRA the static one, or none."""
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
         asked = setup.request(case.question, case.document.adapter)
@@ -474,3 +475,9 @@ def _groups(setup: DocumentSetup, part: Part, deadline: Deadline) -> Iterator[li
         yield [[replace(case, other=after[0].document) for case in cases] for cases, after in pairwise(drawn)]
         setup.free(cases[0].document for cases in drawn[:-1])
     setup.free([ahead[0].document])
+
+
+def best_passages(index: Index, question: str, n_chunks: int, k: int) -> list[int]:
+    """The k of a document's chunks that match a question best, in the document's order; all where none matches."""
+    best = search(index, question, k) if n_chunks > k else []
+    return sorted(chunk for chunk, _ in best) or list(range(n_chunks))

@@ -41,6 +41,7 @@ from loracast.lab.evaluation.documents import (
     Updates,
     WindowedConfig,
     adapter,
+    best_passages,
     evaluate_documents,
     in_window_lora,
     learn,
@@ -74,7 +75,6 @@ from loracast.library.index import write_index
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Factors
 from loracast.lora.target import target_from_config
-from loracast.reading.search import best_passages
 
 _EXAMPLE = (
     "The Hartwell Bridge was opened in 1897 and is 312 metres long. It was designed by Clara Menzies, who had built "

@@ -66,7 +66,7 @@ class Request:
     def key(self) -> Hashable:
         """Requests with equal keys get equal answers."""
         one = self.prepared
-        return tuple(one.prompt), self.lora, one.likely, one.least_confidence, one.answer and one.answer.text
+        return tuple(one.prompt), self.lora, one.candidates, one.least_confidence, one.answer and one.answer.text
 
 
 def shown(prompt: Sequence[int], lora: LoRASource | None = None, found: bool | None = None) -> Request:

@@ -33,6 +33,7 @@ from loracast.lab.evaluation.documents import (
     Part,
     WindowedConfig,
     adapter,
+    best_passages,
     evaluate_documents,
     in_window_lora,
     merged,
@@ -65,7 +66,6 @@ from loracast.lab.evaluation.runner import (
     shown,
 )
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
-from loracast.reading.search import best_passages
 
 N_TIMED = 5
 """Questions that a baseline is asked one at a time, for the time that an answer takes; the others come in batches."""

@@ -15,9 +15,10 @@ from torch.nn import functional
 from loracast.base.scoring import Batch, Episode, Question, SoftTargets, pack, score_answers, soften
 from loracast.documents import Chunk
 from loracast.hypernets.associative_memory import END, OWNER, MemoryWrites
-from loracast.library.index import write_index
+from loracast.library.index import Index, write_index
 from loracast.lora.algebra import LoRA, LoRABatch, stack
-from loracast.reading.routing import sentence_weights
+from loracast.reading.matching import matches
+from loracast.reading.routing import sentence_weight
 
 _SHARPNESS = 10.0  # inverse temperature of retrieval: a key's response is about 1 in each module
 
@@ -102,6 +103,12 @@ def retrieval_loss(
     is_start = places[is_asked] == 0
     weights = torch.where(is_start, 1 / is_start.sum().clamp_min(1), 1 / (~is_start).sum().clamp_min(1))
     return (weights * losses).sum() / weights.sum(), (scores.argmax(1) == wanted).float().mean().item()
+
+
+def sentence_weights(index: Index, question: str) -> list[float] | None:
+    """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
+    by_chunk = matches(index, question, None).sentences
+    return None if by_chunk is None else [sentence_weight(score) for scores in by_chunk.values() for score in scores]
 
 
 def weights_of(prompts: Sequence[str], questions: Sequence[str]) -> list[tuple[float, ...]]:

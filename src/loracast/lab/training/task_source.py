@@ -20,13 +20,23 @@ from typing import Any
 
 from loracast.base.chat import ChatFormat
 from loracast.base.scoring import Episode, Question
-from loracast.documents.task_spec import DEFAULT_STYLE, STYLES, Example, TaskSpec, with_description
+from loracast.documents.task_spec import EXAMPLE_FORMAT, Example, TaskSpec, with_description
 from loracast.errors import ConfigError, TrainingError
 from loracast.lab.data.task_augmentation import EXAMPLES_TO_AUGMENT, Augmentation, augment, words_of
 from loracast.lab.data.tasks import Task
 from loracast.lab.training.document_source import SYSTEM_TURNS
 
 _TELLING = 3  # fewest examples that stand for a description which is left out
+DEFAULT_STYLE = "labelled"
+STYLES: dict[str, str] = {
+    DEFAULT_STYLE: EXAMPLE_FORMAT,
+    "arrow": "{input} -> {output}",
+    "double_arrow": "{input} => {output}",
+    "question": "Q: {input}\nA: {output}",
+    "example": "Example: {input}\nAnswer: {output}",
+    "quoted": '"{input}" becomes "{output}".',
+}
+"""By name, how an example is written; people write them in many ways, so training reads all of them."""
 _DEFAULT_STYLE_SHARE = 0.6  # of the texts, whose examples are written as they are in use
 
 
@@ -83,12 +93,12 @@ class DrawnTask:
     @property
     def text(self) -> str:
         """The specification as the text that is read."""
-        return self.spec.text(self.style)
+        return self.spec.text(STYLES[self.style])
 
     def within(self, fits: Callable[[str], bool]) -> DrawnTask:
         """The same with only so many of the examples that what is read of the task fits."""
         spec = self.spec
-        while spec.examples and not fits(spec.text(self.style)):
+        while spec.examples and not fits(spec.text(STYLES[self.style])):
             spec = dataclasses.replace(spec, examples=spec.examples[:-1])
         return dataclasses.replace(self, spec=spec)
 
@@ -207,7 +217,7 @@ class TaskSource:
         read: list[Example] = []
         n_tokens = 0
         for example in rng.sample(different, min(n, len(different) // 2)):
-            n_tokens += len(self.chat.reply(TaskSpec("", (example,)).text(style)))
+            n_tokens += len(self.chat.reply(TaskSpec("", (example,)).text(STYLES[style])))
             if n_tokens > self.config.tokens_read:
                 break
             read.append(example)
