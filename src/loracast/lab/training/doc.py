@@ -24,7 +24,6 @@ from torch.nn import functional
 from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.forward import pad_right
 from loracast.base.load import Base
-from loracast.base.scoring import AnswerScores, Batch, Episode, Passes, pack, score_answers
 from loracast.documents import split_text
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.associative_memory import N_PLACES
@@ -37,6 +36,7 @@ from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lab.training.loras import read_window_lora
 from loracast.lab.training.losses import Distillation, MemoryLosses, Teacher, retrieval_loss, sentence_gates, write_loss
 from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, recorded, start_from, train_hypernet
+from loracast.lab.training.scoring import AnswerScores, Batch, Episode, Passes, pack, score_answers
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.target import Layers, target_from_config
 
