@@ -106,18 +106,6 @@ class _Streamer:
             self.shown = text
 
 
-def answer(
-    base: Base,
-    prompt: Sequence[int],
-    lora: LoRA | None = None,
-    sampling: Sampling = Sampling(),
-    on_text: OnText | None = None,
-    copying: Copying | None = None,
-) -> Answer:
-    """Answer one prompt of token ids; `on_text` receives each piece of text as it is generated."""
-    return answers(base, [prompt], [lora], sampling, [copying], on_text)[0]
-
-
 def answers(
     base: Base,
     prompts: Sequence[Sequence[int]],
