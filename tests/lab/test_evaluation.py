@@ -320,7 +320,7 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
     from loracast.lab.evaluation import synthetic as everyday
 
     short(monkeypatch)
-    monkeypatch.setattr("loracast.answering.model.copying", lambda base, likely: None)
+    monkeypatch.setattr("loracast.answering.model.Model.copying", lambda self, prepared: None)
     config = everyday.EverydayConfig(documents=4, questions=4, chunk_tokens=128, split="dev")
     everyday.evaluate_everyday(model, config, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

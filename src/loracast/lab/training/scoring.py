@@ -18,14 +18,16 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from loracast.base.forward import capture_inputs, length_groups, pad_right
+from loracast.base.forward import capture_inputs, pad_right
 from loracast.base.scoring import PackedRows, answer_logits, hidden_at_answers, pack_rows, under_loras
+from loracast.hypernets.encoders import Features, HiddenStatesEncoder
 from loracast.lab.data.facts import TokenLabel
 from loracast.lora.algebra import LoRABatch
 
@@ -290,3 +292,52 @@ def _at_answers(
     with under_loras(*context), recomputed, capture_inputs(model, watched) as inputs:
         hidden = hidden_at_answers(model, batch)
     return hidden, {name: x[batch.answer_rows, batch.answer_positions] for name, x in inputs.items()}
+
+
+def length_groups(lengths: Sequence[int], n: int) -> list[list[int]]:
+    """Split sequences into at most `n` groups with the least padding, each padded to its longest: indices by group."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest = np.array([lengths[i] for i in order])
+    ends = np.arange(1, len(order) + 1)
+    cost = ends * longest[0]  # of the first 1, 2, ... sequences as one group
+    cuts = []
+    for _ in range(n - 1):  # dynamic programming: the last group begins at the best place for each end
+        before = np.concatenate([[0], cost[:-1]])
+        of_start = before + np.where(
+            ends[:, None] > np.arange(len(order)), (ends[:, None] - ends + 1) * longest, np.inf
+        )
+        cuts.append(of_start.argmin(1))
+        cost = of_start.min(1)
+    groups, end = [], len(order)
+    for cut in reversed(cuts):
+        start = int(cut[end - 1])
+        groups.append(order[start:end])
+        end = start
+        if end == 0:
+            return groups
+    return [*groups, order[:end]]
+
+
+def read_in_groups(encoder: HiddenStatesEncoder, input_ids: Tensor, mask: Tensor, n: int) -> Features:
+    """The features of rows [c, t], read in at most `n` groups of similar length; those of padding mean nothing.
+
+    Args:
+        mask: [c, t], true where a token is real.
+    """
+    if n == 1:
+        return encoder(input_ids, mask)
+    lengths = mask.sum(1).clamp_min(1).tolist()
+    groups = length_groups(lengths, n)
+    read = [encoder(input_ids[rows, : lengths[rows[0]]]) for rows in groups]
+    order = torch.tensor([row for rows in groups for row in rows], device=input_ids.device).argsort()
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(one, name) for one in read]
+        if parts[0] is None:
+            return None
+        padded = [functional.pad(part, (0, 0, 0, input_ids.shape[1] - part.shape[-2])) for part in parts]
+        return torch.cat(padded)[order]
+
+    states = joined("states")
+    assert states is not None
+    return Features(states, joined("starts"), joined("keys"), mask)
