@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from loracast.base.chat import encode_inside, encode_text
-from loracast.base.scoring import common_prefix
+from loracast.base.forward import common_prefix
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.lab.training.doc import answer_questions

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from loracast.base.footprint import bf16_autocast
+from loracast.base.forward import PackedRows, Schedule, answer_loss, lr_factor, pack_rows
 from loracast.base.load import Base
-from loracast.base.scoring import PackedRows, Schedule, answer_loss, lr_factor, pack_rows
 from loracast.cast.task import Refine
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError

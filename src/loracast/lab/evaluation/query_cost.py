@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.chat import encode_text
+from loracast.base.forward import common_prefix
 from loracast.base.generate import Sampling, answers
-from loracast.base.scoring import common_prefix
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import read_texts

@@ -34,8 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from loracast.base.chat import ChatFormat, encode_with_offsets
 from loracast.base.embedded import DEFAULT_BASE, Say, embedded, pull, quiet_transformers
 from loracast.base.footprint import Quantization, footprint
-from loracast.base.forward import capture_inputs
-from loracast.base.scoring import under_loras
+from loracast.base.forward import capture_inputs, under_loras
 from loracast.errors import BaseModelError, ConfigError
 from loracast.files import folder_of
 from loracast.hypernets.config import DocToLoRAConfig

@@ -1,6 +1,6 @@
 """Episodes of a training as batches, and the losses of their answers.
 
-A document is encoded once and answers all its questions in one row (base/scoring.py), so that the LoRA of a document
+A document is encoded once and answers all its questions in one row (base/forward.py), so that the LoRA of a document
 meets all its questions in one matmul.
 
 A teacher's distributions are kept by their k likeliest tokens (arXiv 2602.15902 keeps 16): about 100 bytes a token
@@ -25,8 +25,15 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from loracast.base.forward import capture_inputs, pad_right
-from loracast.base.scoring import PackedRows, answer_logits, hidden_at_answers, pack_rows, under_loras
+from loracast.base.forward import (
+    PackedRows,
+    answer_logits,
+    capture_inputs,
+    hidden_at_answers,
+    pack_rows,
+    pad_right,
+    under_loras,
+)
 from loracast.hypernets.encoders import Features, HiddenStatesEncoder
 from loracast.lab.data.facts import TokenLabel
 from loracast.lora.algebra import LoRABatch
