@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from loracast.base.scoring import Episode, pack, score_answers
 from loracast.documents.task_spec import TaskSpec
 from loracast.lab.data.tasks import Task, read_tasks
 from loracast.lab.training.document_source import SYSTEM_TURNS
+from loracast.lab.training.scoring import Episode, pack, score_answers
 from loracast.lab.training.task_source import DEFAULT_STYLE, DrawnTask, TaskDataConfig, TaskSource
 
 DATA = Path(__file__).parent / "files" / "data"

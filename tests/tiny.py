@@ -192,3 +192,10 @@ def drained(stream: Generator[str, None, SourcedAnswer]) -> tuple[list[str], Sou
             pieces.append(next(stream))
         except StopIteration as end:
             return pieces, end.value
+
+
+def answer(base, prompt, lora=None, sampling=None, on_text=None, copy_bias=None):
+    """The base's answer to one prompt of token ids."""
+    from loracast.base.generate import Sampling, answers
+
+    return answers(base, [prompt], [lora], sampling or Sampling(), [copy_bias], on_text)[0]

@@ -10,30 +10,18 @@ from typing import TYPE_CHECKING, Any
 from loracast.errors import LoracastError
 
 if TYPE_CHECKING:
-    from loracast.answering.model import Model, load
-    from loracast.base.generate import Sampling
-    from loracast.base.load import load_base
-    from loracast.documents import Document, read_document
-    from loracast.hypernets.protocol import Hypernetwork
-    from loracast.library.adapter import Adapter
-    from loracast.library.library import Library
-    from loracast.lora.algebra import LoRA
+    from loracast.answering.model import Model as Model
+    from loracast.answering.model import load as load
+    from loracast.base.generate import Sampling as Sampling
+    from loracast.base.load import load_base as load_base
+    from loracast.documents import Document as Document
+    from loracast.documents import read_document as read_document
+    from loracast.hypernets.protocol import Hypernetwork as Hypernetwork
+    from loracast.library.adapter import Adapter as Adapter
+    from loracast.library.library import Library as Library
+    from loracast.lora.algebra import LoRA as LoRA
 
 __version__ = "0.2.0"
-__all__ = [
-    "Adapter",
-    "Document",
-    "Hypernetwork",
-    "Library",
-    "LoRA",
-    "LoracastError",
-    "Model",
-    "Sampling",
-    "load",
-    "load_base",
-    "read_document",
-]
-
 _HOMES = {
     "Adapter": "loracast.library.adapter",
     "Document": "loracast.documents",
@@ -46,6 +34,7 @@ _HOMES = {
     "load_base": "loracast.base.load",
     "read_document": "loracast.documents",
 }
+__all__ = ["LoracastError", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,13 +10,14 @@ import torch
 
 from loracast.base import copying
 from loracast.base.copying import CopyBias, signs
-from loracast.base.generate import Sampling, answer, answers
+from loracast.base.generate import Sampling, answers
 from loracast.documents import Chunk, Document
 from loracast.library.index import write_index
 from loracast.reading.matching import Candidate, candidates_together
 from loracast.reading.routing import pick
 from loracast.serving.engine import LocalEngine
 from loracast.serving.generation import GenerationRequest
+from tiny import answer
 
 END = 0
 

@@ -5,8 +5,9 @@ import torch
 
 import tiny
 from loracast.base import footprint as module
-from loracast.base.footprint import count_parameters, footprint, free_memory, read_base_config
+from loracast.base.footprint import count_parameters, footprint, free_memory
 from loracast.errors import BaseModelError
+from loracast.lab.training.plan import read_base_config
 
 
 @pytest.mark.parametrize("model_type", tiny.FAMILIES)

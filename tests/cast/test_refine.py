@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.answering.model import ASK_SYSTEM_TURN, Model
-from loracast.base.generate import Sampling, answer
+from loracast.base.generate import Sampling
 from loracast.cast import refine as refine_module
 from loracast.cast.load import load_caster
 from loracast.cast.refine import RefineConfig, loras_of, refine, refiner, rows_of
@@ -25,7 +25,7 @@ from loracast.lab.evaluation.tasks import TaskSetup, draw
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, inject
 from loracast.lora.factors import Factors
-from tiny import for_base, make_attention_delta
+from tiny import answer, for_base, make_attention_delta
 
 WORDS = ("lamp", "river", "stone", "kettle", "bridge", "museum", "north", "desk", "water", "code", "line", "morning")
 EXAMPLES = as_examples([(word, "kettle") for word in WORDS])

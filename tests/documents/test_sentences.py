@@ -11,7 +11,6 @@ import torch
 
 from loracast.answering.model import Model
 from loracast.base.chat import encode_with_offsets
-from loracast.base.scoring import Episode, Question, pack, score_answers
 from loracast.cast.compact import compact
 from loracast.cast.document import CachedRecast, split_document
 from loracast.documents import Chunk, Document, read_document, split_text
@@ -23,6 +22,7 @@ from loracast.export.adapter import export_adapter
 from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig
 from loracast.lab.training.doc import answer_questions
 from loracast.lab.training.losses import sentence_gates, sentence_weights, weights_of
+from loracast.lab.training.scoring import Episode, Question, pack, score_answers
 from loracast.library.adapter import SENTENCE
 from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.lora.algebra import LoRA

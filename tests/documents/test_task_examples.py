@@ -9,7 +9,6 @@ import json
 import pytest
 import torch
 
-from loracast.base.scoring import pack, score_answers
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.documents.task_spec import Example, TaskSpec, as_examples, read_examples
@@ -18,6 +17,7 @@ from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.lab.data.tasks import Task, read_tasks
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.loras import OracleRecipe, PeftConfig, train_multitask
+from loracast.lab.training.scoring import pack, score_answers
 from loracast.lab.training.task_source import STYLES, TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe, train_text
 from loracast.library.library import Library

@@ -152,7 +152,7 @@ def test_another_class_of_hypernetwork_is_refused(tiny_hypernet_folder, hypernet
 
 @pytest.mark.parametrize("code", [401, 403])
 def test_a_gated_repository_is_one_sentence(server, tiny_folder, tiny_hypernet_folder, code):
-    from loracast.base.footprint import read_base_config
+    from loracast.lab.training.plan import read_base_config
 
     server.gated["meta/gated"] = code
     page = f"accept its terms at {server.url}/meta/gated, and set HF_TOKEN"

@@ -320,7 +320,7 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
     from loracast.lab.evaluation import synthetic as everyday
 
     short(monkeypatch)
-    monkeypatch.setattr("loracast.answering.model.copy_bias", lambda base, candidates: None)
+    monkeypatch.setattr("loracast.answering.model.Model.copy_bias", lambda self, prepared: None)
     config = everyday.EverydayConfig(documents=4, questions=4, chunk_tokens=128, split="dev")
     everyday.evaluate_everyday(model, config, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

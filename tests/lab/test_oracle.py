@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from loracast.base.scoring import pack, score_answers
 from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError, ConfigError, TrainingError
 from loracast.lab.data.tasks import read_tasks
@@ -28,6 +27,7 @@ from loracast.lab.training.loras import (
     train_oracles,
 )
 from loracast.lab.training.recipe import read_recipe
+from loracast.lab.training.scoring import pack, score_answers
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe
 from loracast.lora.algebra import LoRA, LoRABatch, inject

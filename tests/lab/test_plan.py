@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from loracast.base.chat import ChatFormat
 from loracast.base.footprint import footprint
 from loracast.base.load import Base
-from loracast.base.scoring import Passes, pack
 from loracast.cast.catalogue import base_config, known_bases, known_hypernetworks, published_in_cache
 from loracast.cli import app
 from loracast.errors import ConfigError
@@ -23,6 +22,7 @@ from loracast.lab.training.doc import DocRecipe, answer_questions, doc_config
 from loracast.lab.training.document_source import EpisodeSource
 from loracast.lab.training.plan import Counter, Machine, StepShape, gpus, shape_of, step_cost
 from loracast.lab.training.recipe import read_recipe
+from loracast.lab.training.scoring import Passes, pack
 from loracast.lora.target import target_from_config
 from tiny import make_model, make_tokenizer
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loracast.base.generate import Sampling, answer
+from loracast.base.generate import Sampling
 from loracast.cli import app
 from loracast.lab.evaluation.cost import QueryFlops, counted, lora_flops
 from loracast.lora.algebra import LoRA
 from loracast.lora.factors import Factors
 from suites import write_rows
-from tiny import PROSE, make_model
+from tiny import PROSE, answer, make_model
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from loracast.base.chat import encode_with_offsets
-from loracast.base.scoring import Episode, pack
 from loracast.hypernets.associative_memory import END, N_PLACES, OWNER, MemoryWrites
 from loracast.lab.data.facts import AFTER, BEGIN, INSIDE, FactSpan, TokenLabel, find_owner, label_tokens, make_sheet
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lab.training.losses import retrieval_loss, write_loss
+from loracast.lab.training.scoring import Episode, pack
 from tiny import PROSE
 
 

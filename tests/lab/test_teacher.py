@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional
 
 from loracast.base.chat import encode_text
-from loracast.base.scoring import TOP_K, Episode, Question, divergence, pack, score_answers, soften
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.lab.data.facts import AFTER, INSIDE
@@ -25,6 +24,7 @@ from loracast.lab.training.document_source import (
 )
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.losses import Distillation, Teacher
+from loracast.lab.training.scoring import TOP_K, Episode, Question, divergence, pack, score_answers, soften
 from loracast.lora.algebra import LoRABatch
 from questions import ROWS, write_documents, write_unrelated
 from tiny import DOC_TO_LORA

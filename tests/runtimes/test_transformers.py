@@ -55,7 +55,7 @@ def test_merged(asked, model, base, tmp_path):
     plain = _loaded(embedded_folder(DEFAULT_BASE))
 
     def answers(adapter, file):
-        export_adapter(adapter, "merged", tmp_path / adapter.name, load=lambda name: model.base)
+        export_adapter(adapter, "merged", tmp_path / adapter.name)
         return _answers(_loaded(tmp_path / adapter.name), nullcontext, plain, base, file)
 
     assert_agrees("merged", asked, tmp_path, answers)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loracast.base.generate import Sampling, answer
+from loracast.base.generate import Sampling
 from loracast.documents import Document
 from loracast.errors import AdapterError
 from loracast.lab.data.facts import make_sheet
@@ -19,6 +19,7 @@ from loracast.lora.factors import Factors
 from loracast.reading.routing import routing_key
 from loracast.serving.generation import EngineConfig, GenerationRequest
 from loracast.serving.vllm_server import vllm_engine
+from tiny import answer
 
 PYTHON = os.environ.get("LORACAST_VLLM_PYTHON", "")
 N_CHUNKS, N_EACH, N_TOKENS = 12, 4, 24

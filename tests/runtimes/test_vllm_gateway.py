@@ -6,12 +6,13 @@ import os
 
 import pytest
 
-from loracast.base.generate import Sampling, answer
+from loracast.base.generate import Sampling
 from loracast.documents import Document
 from loracast.reading.routing import routing_key
 from loracast.serving.app import make_engine
 from loracast.serving.generation import EngineFailed, GenerationRequest
 from loracast.serving.guard import ServerSettings
+from tiny import answer
 
 PYTHON = os.environ.get("LORACAST_VLLM_PYTHON", "")
 PLACES = ("workshop", "greenhouse", "boathouse", "archive", "bakery", "lighthouse", "quarry", "library")

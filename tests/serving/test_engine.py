@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracast.base.generate import AnswerText, Sampling, answer, answers
+from loracast.base.generate import AnswerText, Sampling, answers
 from loracast.base.load import Base
 from loracast.errors import AdapterError
 from loracast.hypernets.encoders import HiddenStatesEncoder
@@ -21,7 +21,7 @@ from loracast.lora.factors import Factors
 from loracast.serving.engine import LocalEngine, token_bytes
 from loracast.serving.generation import EngineBusy, EngineConfig, EngineStopped, GenerationRequest
 from servers import eventually
-from tiny import FAMILIES, PROSE, make_model, make_tokenizer
+from tiny import FAMILIES, PROSE, answer, make_model, make_tokenizer
 
 SMALL = EngineConfig(n_slots=4, slot_tokens=48, prefill_tokens=5, prefill_tokens_alone=9)
 """Prompts are read in several pieces, and some requests are longer than a slot."""

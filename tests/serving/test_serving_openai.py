@@ -6,7 +6,6 @@ import httpx
 import openai
 import pytest
 
-import loracast
 from loracast.answering.answers import NOT_SAID
 from loracast.base.generate import Sampling
 from loracast.documents import Document
@@ -16,6 +15,7 @@ from loracast.serving.engine import LocalEngine
 from loracast.serving.guard import ServerSettings
 from loracast.serving.resolve import in_window
 from servers import in_process, served
+from tiny import answer
 
 pytestmark = pytest.mark.usefixtures("no_copying")
 
@@ -109,7 +109,7 @@ def test_adapters_of_the_body_are_added_and_scaled(model, client):
     assert silent.loracast["answered_by"] == ["refusal"] and chat(client, base).loracast["answered_by"] == ["base"]
     half = chat(client, "shout", **extra(adapters=[{"id": "manual", "scale": -0.5}]))
     prepared = model.prepare(WARRANTY, ["shout", "manual"], scales={model.adapter("manual").manifest.version: -0.5})
-    wanted = loracast.base.generate.answer(model.base, prepared.prompt, model.lora_of(prepared.routed), Sampling(12))
+    wanted = answer(model.base, prepared.prompt, model.lora_of(prepared.routed), Sampling(12))
     assert text(half) == wanted.text
     assert [(one["id"].partition("@")[0], one["scale"]) for one in half.loracast["adapters"]] == [
         ("shout", 1),
@@ -349,7 +349,7 @@ def test_a_completion_continues_the_prompt_as_it_stands(model, client):
     ids = model.base.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert given.usage.prompt_tokens == len(ids)
     lora, _ = model.lora_for(prompt, "manual")
-    wanted = loracast.base.generate.answer(model.base, ids, lora, Sampling(8))
+    wanted = answer(model.base, ids, lora, Sampling(8))
     assert given.choices[0].text.strip() == wanted.text
     as_ids = client.completions.create(model="manual", prompt=ids, max_tokens=8)
     assert as_ids.choices[0].text == given.choices[0].text

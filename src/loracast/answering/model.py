@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 from loracast.answering.answers import NOT_SAID, Prepared, SourcedAnswer, least_confidence, without_model
 from loracast.answering.options import Asking, Chosen, Question, Readable, is_batch, listed, read_source
 from loracast.base.chat import Message
-from loracast.base.copying import CopyBias, copy_bias
+from loracast.base.copying import CopyBias
 from loracast.base.embedded import Say
 from loracast.base.fingerprint import check
 from loracast.base.generate import OnText, Sampling, answers, pieces
@@ -278,7 +278,7 @@ class Model:
         sampling = options.pop("sampling", Sampling())
         if not is_batch(question):
             prepared, lora = self._request(question, adapter, **options)
-            (given,) = self.generate([prepared], [lora], sampling, None if prepared.comes_whole else on_text)
+            (given,) = self.generate([(prepared, lora)], sampling, None if prepared.comes_whole else on_text)
             if prepared.comes_whole:
                 on_text(given.text)
             return given
@@ -288,7 +288,7 @@ class Model:
                 f"{len(chosen)} adapters for {len(question)} questions: give one for each, () for none, or one for all"
             )
         requests = [self._request(*pair, **options) for pair in zip(question, chosen, strict=True)]
-        return self.generate([prepared for prepared, _ in requests], [lora for _, lora in requests], sampling)
+        return self.generate(requests, sampling)
 
     def stream(
         self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
@@ -305,20 +305,20 @@ class Model:
 
     def generate(
         self,
-        prepared: Sequence[Prepared],
-        loras: Sequence[LoRA | None],
+        requests: Sequence[tuple[Prepared, LoRA | None]],
         sampling: Sampling,
         on_text: OnText | None = None,
     ) -> list[SourcedAnswer]:
-        """Answer questions in one batch, but those that need no model; give each answer or refuse it."""
-        asked = [(one, lora) for one, lora in zip(prepared, loras, strict=True) if one.answer is None]
+        """Answer questions in one batch, each with its LoRA, but those that need no model; refuse unsure answers."""
+        asked = [(one, lora) for one, lora in requests if one.answer is None]
         prompts, biases = [one.prompt for one, _ in asked], [self.copy_bias(one) for one, _ in asked]
         generated = iter(answers(self.base, prompts, [lora for _, lora in asked], sampling, biases, on_text))
-        return [one.answer or one.sourced(next(generated)) for one in prepared]
+        return [one.answer or one.sourced(next(generated)) for one, _ in requests]
 
     def copy_bias(self, prepared: Prepared) -> CopyBias | None:
         """The bias for what an answer may copy from the documents; None without candidates."""
-        return copy_bias(self.base, prepared.candidates)
+        candidates = prepared.candidates
+        return CopyBias(self.base.tokenizer, candidates, self.base.end_ids) if candidates else None
 
     def _request(self, question: Question, adapter: Chosen, **options: Any) -> tuple[Prepared, LoRA | None]:
         if isinstance(adapter, LoRA):

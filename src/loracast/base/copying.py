@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracast.base.load import Base
-
 _LEAST = 0.001
 """The probability at which a token gains log 2; chosen on dev (docs/notebook/2026-12-01.md)."""
 APPLIES = {"theirs": 0.56, "others": -0.49, "somewhere": 0.1, "likeliest": 0.7, "bias": 1.38}
@@ -103,11 +101,6 @@ def signs(shares: Mapping[int, float], logits: Tensor) -> dict[str, float]:
         "likeliest": likeliest,
         "bias": 1.0,
     }
-
-
-def copy_bias(base: Base, candidates: Sequence[tuple[str, float]]) -> CopyBias | None:
-    """The bias for what an answer of a base may copy; None without candidates."""
-    return CopyBias(base.tokenizer, candidates, base.end_ids) if candidates else None
 
 
 def _ways(text: str) -> list[str]:

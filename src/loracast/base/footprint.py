@@ -20,9 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from loracast.base.embedded import DEFAULT_BASE, Say, embedded, pull, quiet_transformers
+from loracast.base.embedded import Say, quiet_transformers
 from loracast.errors import BaseModelError, ConfigError
-from loracast.files import folder_of
 from loracast.lora.target import layer_shapes, text_config
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ def footprint(config: Any, dtype: str | torch.dtype, quantization: Quantization 
     """Compute what a base takes.
 
     Args:
-        config: in transformers' form (`read_base_config`).
+        config: in transformers' form.
         dtype: of the weights, such as "bfloat16"; of those that are not quantized, where some are.
         quantization: of the linear modules in the blocks; embeddings, norms and the head stay as they are.
 
@@ -194,27 +193,6 @@ def count_parameters(config: Any) -> tuple[int, int]:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         _COUNTED[key] = n_parameters, sum(module.weight.numel() for module in linear)
     return _COUNTED[key]
-
-
-def read_base_config(source: str | Path | None, say: Say = lambda text: None) -> Any:
-    """The config of an embedded base, or of one in a folder or a hub repository, in transformers' form.
-
-    Nothing but config.json is fetched or read of a base that is not embedded.
-
-    Raises:
-        BaseModelError: there is none.
-    """
-    from transformers import AutoConfig
-
-    name = str(source) if source is not None else DEFAULT_BASE
-    where = (
-        pull(name, say=say) if name in embedded("base") else folder_of(name, ("config.json",), "base", BaseModelError)
-    )
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"the base {name!r} has no config of transformers ({error})") from error
 
 
 def free_memory(device: str) -> int | None:

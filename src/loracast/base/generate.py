@@ -160,18 +160,6 @@ class _Streamer:
         self.on_text(self._text.rest())
 
 
-def answer(
-    base: Base,
-    prompt: Sequence[int],
-    lora: LoRA | None = None,
-    sampling: Sampling = Sampling(),
-    on_text: OnText | None = None,
-    copy_bias: CopyBias | None = None,
-) -> Answer:
-    """Answer one prompt of token ids; `on_text` receives each piece of text as it is generated."""
-    return answers(base, [prompt], [lora], sampling, [copy_bias], on_text)[0]
-
-
 def answers(
     base: Base,
     prompts: Sequence[Sequence[int]],

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from loracast.base.footprint import bf16_autocast
+from loracast.base.forward import PackedRows, Schedule, answer_loss, lr_factor, pack_rows
 from loracast.base.load import Base
-from loracast.base.scoring import Batch, Episode, Question, Schedule, lr_factor, pack, score_answers
 from loracast.cast.task import Refine
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
@@ -122,9 +122,9 @@ def descent(
     start = {kind: (_copy(a, base.device), _copy(b, base.device)) for kind, (a, b) in rows.items()}
     sides = nn.ParameterList(side for pair in _new(start, config).values() for side in pair)
 
-    def loss_of(batch: Batch) -> Tensor:
+    def loss_of(batch: PackedRows) -> Tensor:
         with bf16_autocast(base.device):
-            return score_answers(base.model, loras_of(_joined(start, list(sides))), batch).loss
+            return answer_loss(base.model, loras_of(_joined(start, list(sides))), batch)
 
     @torch.no_grad()
     def look() -> float:
@@ -212,8 +212,9 @@ def _joined(rows: Rows, sides: Sequence[Tensor]) -> Rows:
     return joined_ranks(rows, dict(zip(rows, zip(sides[::2], sides[1::2], strict=True), strict=True)))
 
 
-def _batch(base: Base, examples: Sequence[Example]) -> Batch:
+def _batch(base: Base, examples: Sequence[Example]) -> PackedRows:
     """Examples as the branches of one row, under the empty system turn with which adapters answer."""
     chat = base.chat
-    questions = [Question(tuple(chat.prompt(e.input, "")), tuple(chat.reply(e.outputs[0]))) for e in examples]
-    return pack([Episode((), tuple(questions), "tasks")], base.pad_id).to(base.device)
+    return pack_rows([[(chat.prompt(e.input, ""), chat.reply(e.outputs[0])) for e in examples]], base.pad_id).to(
+        base.device
+    )

@@ -91,10 +91,18 @@ add(
     _PACKAGE,
     *("folder:sync", "folder:watch", "show:search", "show:route", "show:show", "show:inspect", "show:diff"),
     *("upkeep:edit", "upkeep:combine", "upkeep:rm", "upkeep:gc", "upkeep:compact", "upkeep:verify"),
-    *("remote:store", "remote:push_adapter", "remote:pull_adapter", "remote:pull"),
+    *("exchange:store", "exchange:push_adapter", "exchange:pull_adapter", "exchange:pull"),
     panel="Library",
 )
-add(app, _PACKAGE, "remote:export", "remote:export_base", "upkeep:import_", "remote:deploy", panel="Other runtimes")
+add(
+    app,
+    _PACKAGE,
+    "exchange:export",
+    "exchange:export_base",
+    "upkeep:import_",
+    "exchange:deploy",
+    panel="Other runtimes",
+)
 add(app, _PACKAGE, "models:models", "models:demo", "models:convert", panel="Models")
 for _commands in entry_points(group="loracast.commands"):  # other packages' commands, such as those of the lab
     _commands.load()(app)

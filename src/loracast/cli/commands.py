@@ -22,7 +22,7 @@ from copy import copy
 from functools import cache, partial
 from importlib import import_module
 from types import NoneType
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -50,6 +50,7 @@ _REPEATABLE = {
     "adapters", "allowed_hosts", "benchmarks", "cors_origins", "documents", "held_out", "texts", "unrelated", "watched",
 }  # fmt: skip
 """Tuples whose option is repeated for each value; the values of other tuples are separated by commas."""
+_OPTION = inspect.Parameter.KEYWORD_ONLY
 
 
 class CommandGroup(TyperGroup):
@@ -119,8 +120,7 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             configs[parameter.name] = config, [option.name for option in made]
             parameters += made
         else:
-            option = _with_help(parameter.name, kind, parameter)
-            parameters.append(parameter.replace(annotation=option, kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(_parameter(parameter.replace(annotation=kind)))
 
     def call(**values: Any) -> None:
         for name, (config, options) in configs.items():
@@ -147,65 +147,60 @@ def _reflowed(text: str) -> str:
 
 def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter]:
     """A parameter for each field of a dataclass, as typer reads it."""
-    hints = get_type_hints(config, include_extras=True)
-    documented = field_docs(config)
+    hints, documented = get_type_hints(config, include_extras=True), field_docs(config)
     made = []
     for field in sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True):  # inherited: last
         if field.name in without:
             continue
-        hint, default, text = hints[field.name], field.default, documented.get(field.name)
-        if get_origin(hint) is Annotated:
-            hint = _with_help(field.name, Annotated[hint, text])
-        elif text is None:
+        hint, text = hints[field.name], documented.get(field.name)
+        if get_origin(hint) is not Annotated and text is None:
             raise TypeError(f"{config.__name__}.{field.name} has no docstring, so its option has no help")
-        else:
-            hint, default = _annotated(field, hint, text)
-        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
-        made.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default))
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        made.append(_parameter(inspect.Parameter(field.name, _OPTION, annotation=hint, default=default), text))
     return made
 
 
-def _with_help(name: str, hint: Any, parameter: inspect.Parameter | None = None) -> Any:
-    """The annotation that typer reads, where `hint` may be `Annotated[type, "text of the help"]`."""
-    kind, *about = *get_args(hint), None
-    text = next((part for part in about if isinstance(part, str)), None)
-    if text is None:
-        return hint
-    if parameter is None or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+def _parameter(given: inspect.Parameter, text: str | None = None) -> inspect.Parameter:
+    """A parameter as typer reads it, where its annotation may be `Annotated[type, "text of the help"]`.
+
+    Args:
+        text: its help where the annotation has none.
+    """
+    name, hint, default = given.name, given.annotation, given.default
+    kind, *about = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    text = next((part for part in about if isinstance(part, str)), text)
+    if text is not None and given.kind is _OPTION:
         option = copy(next((part for part in about if isinstance(part, OptionInfo)), typer.Option()))
-        option.param_decls, option.help = _spelling(name), escape(text)
-        return Annotated[kind, option]
-    is_list = list in (get_origin(part) for part in (kind, *get_args(kind)))
-    metavar = name.removesuffix("s" * is_list).upper()
-    return Annotated[kind, typer.Argument(metavar=metavar + "..." * is_list, help=escape(text))]
+        option.param_decls = _SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))
+        option.help = escape(text)
+        if not about:
+            kind, default = _typed(name, kind, default, option)
+        hint = Annotated[kind, option]
+    elif text is not None:
+        is_list = list in (get_origin(part) for part in (kind, *get_args(kind)))
+        metavar = name.removesuffix("s" * is_list).upper()
+        hint = Annotated[kind, typer.Argument(metavar=metavar + "..." * is_list, help=escape(text))]
+    return given.replace(annotation=hint, default=default, kind=_OPTION)
 
 
-def _spelling(name: str) -> tuple[str, ...]:
-    return _SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))
-
-
-def _annotated(field: dataclasses.Field, hint: Any, text: str) -> tuple[Any, Any]:
-    """The annotation that typer reads, and the default that goes with it, for a field of a config."""
-    name, default, text = field.name, cast(Any, field.default), escape(text)
-    is_required = default is dataclasses.MISSING
-    spelling = _spelling(name)
+def _typed(name: str, hint: Any, default: Any, option: OptionInfo) -> tuple[Any, Any]:
+    """The type that typer reads and the default that goes with it, for a field of a config; the option is completed."""
+    is_required = default is inspect.Parameter.empty
     kind = next((part for part in get_args(hint) if NoneType in get_args(hint) and part is not NoneType), hint)
+    if get_origin(kind) is tuple and name in _REPEATABLE:
+        option.help = f"{option.help} Repeatable."
+        values: Any = list[get_args(kind)[0]]  # type: ignore[misc]
+        return (values, default) if is_required else (values | None, None)
     if get_origin(kind) is tuple:
-        each = get_args(kind)[0]
-        if name in _REPEATABLE:
-            annotation = list[each] if is_required else list[each] | None  # type: ignore[valid-type]
-            several = typer.Option(*spelling, help=f"{text} Repeatable.")
-            return Annotated[annotation, several], default if is_required else None
-        each = each if each in (int, float) else str
-        metavar = f"{each.__name__.upper()},..."
-        values = typer.Option(*spelling, parser=_listed(each), metavar=metavar, help=text)
-        return Annotated[str | None, values], default if is_required else ",".join(map(str, default or ())) or None
+        each = get_args(kind)[0] if get_args(kind)[0] in (int, float) else str
+        option.parser, option.metavar = _listed(each), f"{each.__name__.upper()},..."
+        return str | None, default if is_required else ",".join(map(str, default or ())) or None
     if name == "budget_s":
-        given = None if default is None else f"{default:g}s"  # typer parses a default too
-        return Annotated[str | None, typer.Option(*spelling, parser=seconds, metavar="TIME", help=text)], given
+        option.parser, option.metavar = seconds, "TIME"
+        return str | None, None if default is None else f"{default:g}s"  # typer parses a default too
     if kind is bool and default is True and name not in _SPELLINGS:
-        spelling = (f"{spelling[0]}/--no-{spelling[0][2:]}",)
-    return Annotated[hint, typer.Option(*spelling, help=text)], default
+        option.param_decls = (f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}",)
+    return hint, default
 
 
 def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:

@@ -65,10 +65,6 @@ File = Annotated[Path | None, typer.Option(exists=True, dir_okay=False)]
 """An option that names a file; the text of its help is added where it is used."""
 Count = Annotated[int, typer.Option(min=1)]
 OptionalCount = Annotated[int | None, typer.Option(min=1)]
-ChunkTokens = Annotated[
-    int | None,
-    typer.Option(min=16, show_default=f"the hypernetwork's own, {DEFAULT_CHUNK_TOKENS} for the shipped one"),
-]
 
 Adapter = Annotated[str, "Name of the adapter; NAME@HASH for an older version."]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", callback=check_question, help="The question.")]
@@ -103,9 +99,6 @@ Route = Annotated[
 ]  # fmt: skip
 Local = Annotated[bool, "Load the models in this process, even if a server that has them is running."]
 MaxTokens = Annotated[Count, "Maximum tokens of an answer."]
-
-TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
-Tasks = Annotated[Path, TASKS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +160,10 @@ class Models(BaseChoice):
 class Learning(Models):
     """How documents are learned, and where their adapters are kept."""
 
-    chunk_tokens: ChunkTokens = None
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(min=16, show_default=f"the hypernetwork's own, {DEFAULT_CHUNK_TOKENS} for the shipped one"),
+    ] = None
     """Maximum tokens of a chunk."""
     storage: Annotated[Storage | None, typer.Option(show_default=DEFAULT_STORAGE)] = None
     """How factors are stored: int4, int8 (a fifth larger), bf16 (over twice as large), text (not stored)."""

@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from loracast.base.fingerprint import check
-from loracast.base.load import Base
+from loracast.base.load import load_base
 from loracast.errors import AdapterError
 from loracast.export import FORMATS, MERGED
 from loracast.export.base import base_config, write_merged
@@ -54,7 +54,6 @@ def export_adapter(
     each_chunk: bool = False,
     questions: Sequence[str] = (),
     base: str | None = None,
-    load: Callable[[str], Base] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Exported]:
     """Write an adapter for another runtime.
@@ -66,7 +65,6 @@ def export_adapter(
         each_chunk: write a document's chunks one by one, with chunks.json and the index that `loracast route` reads.
         questions: write the LoRA that these questions need, each at its best; all of a document if empty.
         base: the base's name, folder or hub id, if not the one that the adapter was made for.
-        load: loads a base: needed for `merged`.
         say: receives messages where the embedded base has to be fetched first.
 
     Raises:
@@ -99,8 +97,7 @@ def export_adapter(
 
     base = base or m.made_for.base
     if to == MERGED:
-        assert load is not None, "merging needs the base"
-        loaded = load(base)
+        loaded = load_base(base, dtype="bfloat16", say=say)
         check(m.made_for, loaded.fingerprint, f"the adapter {adapter.name!r}")
         write_merged(lora(), out, loaded)
         return [Exported(out, None, 0.0)]

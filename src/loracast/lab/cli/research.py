@@ -36,9 +36,9 @@ def plan(
     import torch
 
     from loracast.base.embedded import DEFAULT_BASE
-    from loracast.base.footprint import fastest_dtype, free_memory, has_fast_bf16, read_base_config
+    from loracast.base.footprint import fastest_dtype, free_memory, has_fast_bf16
     from loracast.base.load import fastest_device, load_tokenizer, template_text
-    from loracast.lab.training.plan import MEASURE_S, UTILISATION, Machine, Planner, gpus
+    from loracast.lab.training.plan import MEASURE_S, UTILISATION, Machine, Planner, gpus, read_base_config
 
     config, tokenizer = read_base_config(choice.base), load_tokenizer(choice.base)
     if template := template_text(choice.chat_template):

@@ -13,10 +13,11 @@ import typer
 
 from loracast.base.load import load_base
 from loracast.cli.commands import seconds
-from loracast.cli.options import TASKS, BaseChoice, Json, Tasks
+from loracast.cli.options import BaseChoice, Json
 from loracast.cli.terminal import advice, print_result, print_table, say
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
+_TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
 _DOCUMENTS = "Documents with questions: JSONL(.gz) rows. Repeatable."
 _STOPPED = "stopped at once; the same command resumes from the last save (SIGTERM, unlike Ctrl-C, saves first)"
 Unrelated = Annotated[
@@ -97,7 +98,7 @@ def doc(
 def text(
     run: HypernetworkRun,
     *,
-    tasks: Tasks,
+    tasks: Annotated[Path, _TASKS],
     oracles: Annotated[
         Path | None,
         "Library of `loracast train oracle`: train to reconstruct its LoRAs, not to solve the tasks' examples.",
@@ -148,7 +149,7 @@ def image(
 def oracle(
     run: Run,
     *,
-    tasks: Annotated[Path | None, TASKS] = None,
+    tasks: Annotated[Path | None, _TASKS] = None,
     benchmark: Annotated[
         list[Path] | None, "File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."
     ] = None,
@@ -175,7 +176,10 @@ def oracle(
 
 
 def multitask(
-    run: Run, *, tasks: Tasks, described: Annotated[bool, "With a description of the task in every prompt."] = False
+    run: Run,
+    *,
+    tasks: Annotated[Path, _TASKS],
+    described: Annotated[bool, "With a description of the task in every prompt."] = False,
 ) -> None:
     """Train one LoRA on all tasks that are not held out: a baseline without descriptions, unless --described."""
     from loracast.lab.data.tasks import read_tasks

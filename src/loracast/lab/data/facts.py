@@ -33,11 +33,22 @@ from functools import cache
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
-from loracast.base.scoring import TokenLabel
 from loracast.lab.data.rows import read_content
 
 INSIDE, BEGIN, AFTER = range(3)
 """Gates of an associative memory: a token continues a value, begins one, or follows its end."""
+
+
+class TokenLabel(NamedTuple):
+    """A labelled token of a chunk."""
+
+    chunk: int
+    token: int
+    gate: int  # INSIDE, BEGIN or AFTER
+    owner: int  # the last token of the owner's name; -1 if there is none
+    place: int  # index of the token in the answer
+    end: int  # the last token of the statement; -1 if unknown
+    statement: int  # index of the statement in the document, which is its question's; -1 if no question asks for it
 
 
 class FactSpan(NamedTuple):

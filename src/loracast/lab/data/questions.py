@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loracast.base.chat import Message
-from loracast.base.generate import Sampling
-from loracast.base.generate import answer as answer_of
+from loracast.base.generate import Sampling, answers
 from loracast.base.load import Base
 from loracast.documents import Document
 from loracast.errors import ConfigError, LoracastError
@@ -224,7 +223,7 @@ class BaseWriter:
 
     def write(self, messages: Sequence[Message], max_tokens: int) -> str:
         prompt = self.base.chat.conversation(messages)
-        return answer_of(self.base, prompt, None, Sampling(max_new_tokens=max_tokens)).text
+        return answers(self.base, [prompt], [None], Sampling(max_new_tokens=max_tokens))[0].text
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from loracast.answering.model import Model
 from loracast.base.load import Base
-from loracast.base.scoring import Batch, Episode, Question, pack, score_answers
 from loracast.errors import ConfigError
 from loracast.lab.evaluation.report import (
     Progress,
@@ -31,6 +30,7 @@ from loracast.lab.evaluation.report import (
 )
 from loracast.lab.training.document_source import KINDS, DataConfig, EpisodeKind, EpisodeSource
 from loracast.lab.training.losses import sentence_gates
+from loracast.lab.training.scoring import Batch, Episode, Question, pack, score_answers
 from loracast.lora.algebra import LoRA, LoRABatch, stack
 
 _MAX_TOKENS = 4000

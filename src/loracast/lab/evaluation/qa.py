@@ -22,7 +22,6 @@ from torch import Tensor
 from loracast.answering.model import ASK_SYSTEM_TURN, Model
 from loracast.base.chat import ChatFormat, Message, encode_with_offsets, without_middle
 from loracast.base.generate import Sampling, answers
-from loracast.base.scoring import Episode, Question, pack, score_answers
 from loracast.documents import split_text
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import best, exact_match, has_value, rouge_l, token_f1
@@ -71,6 +70,7 @@ from loracast.lab.evaluation.runner import (
 )
 from loracast.lab.training.document_source import reading_prompt
 from loracast.lab.training.losses import Distillation, Teacher
+from loracast.lab.training.scoring import Episode, Question, pack, score_answers
 from loracast.library.index import write_index
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Factors

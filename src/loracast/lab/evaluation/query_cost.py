@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.chat import encode_text
-from loracast.base.generate import Sampling, answer
-from loracast.base.scoring import common_prefix
+from loracast.base.forward import common_prefix
+from loracast.base.generate import Sampling, answers
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import read_texts
@@ -121,7 +121,8 @@ def _measure(
         for name in in_turn(names, i):
             prompt, with_lora = prompts[name][i], lora if name == ADAPTER else None
             n, n_bytes = len(prompt), base.model.dtype.itemsize
-            done = answer(base, prompt, with_lora, Sampling(max_new_tokens=n_new, min_new_tokens=n_new))
+            sampling = Sampling(max_new_tokens=n_new, min_new_tokens=n_new)
+            (done,) = answers(base, [prompt], [with_lora], sampling)
             figures = {"prompt_tokens": n, "new_tokens": n_new, "gflops": formula.query(n, n_new, with_lora) / 1e9}
             figures["gflops_kept"] = formula.query(n, n_new, with_lora, n_kept[name]) / 1e9
             figures |= {"first_token_s": done.first_token_s, "total_s": done.total_s}

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from loracast.answering.answers import Prepared, SourcedAnswer
 from loracast.answering.model import Model
-from loracast.base.generate import Sampling, answer
+from loracast.base.generate import Sampling, answers
 from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.lab.evaluation.report import mean, mean_if_any
@@ -266,7 +266,7 @@ def _generate(
 ) -> list[SourcedAnswer]:
     """Answer requests in one batch; a LoRA's answer counts as an adapter's, wherever the LoRA comes from."""
     prepared = [replace(one.prepared, routed=[], has_lora=one.lora is not None) for one in requests]
-    return setup.generate(prepared, loras, sampling)
+    return setup.generate(list(zip(prepared, loras, strict=True)), sampling)
 
 
 def _answer_new(
@@ -351,4 +351,4 @@ def in_turn(names: Sequence[T], i: int) -> list[T]:
 
 def warm_up(base: Base) -> None:
     """Answer once, so that what a process does only once is not timed."""
-    answer(base, base.chat.prompt("Hello", ""), None, Sampling(max_new_tokens=2))
+    answers(base, [base.chat.prompt("Hello", "")], [None], Sampling(max_new_tokens=2))

@@ -166,7 +166,7 @@ def _time(
             prepared = setup.prepare(question, chosen[name], route=route, outlines=False)
             lora = setup.lora_of(prepared.routed)
             prepare_s = time.perf_counter() - started
-            (said,) = setup.generate([prepared], [lora], Sampling(max_new_tokens=1))
+            (said,) = setup.generate([(prepared, lora)], Sampling(max_new_tokens=1))
             if i >= _N_WARM_UP:
                 times[name].append((prepare_s, prepare_s + said.first_token_s))
     return times

@@ -24,19 +24,19 @@ from torch.nn import functional
 from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.forward import pad_right
 from loracast.base.load import Base
-from loracast.base.scoring import AnswerScores, Batch, Episode, Passes, pack, score_answers
 from loracast.documents import split_text
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.associative_memory import N_PLACES
 from loracast.hypernets.config import ModuleRow
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
-from loracast.hypernets.encoders import HiddenStatesEncoder, read_in_groups
+from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.lab.data.everyday import make_document
 from loracast.lab.data.facts import tokens_between
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lab.training.loras import read_window_lora
 from loracast.lab.training.losses import Distillation, MemoryLosses, Teacher, retrieval_loss, sentence_gates, write_loss
 from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, recorded, start_from, train_hypernet
+from loracast.lab.training.scoring import AnswerScores, Batch, Episode, Passes, pack, read_in_groups, score_answers
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.target import Layers, target_from_config
 

@@ -14,7 +14,6 @@ from math import ceil
 from typing import Any, Literal, get_args
 
 from loracast.base.chat import ChatFormat, encode_with_offsets
-from loracast.base.scoring import Episode, Question
 from loracast.documents import split_text
 from loracast.documents.units import sentence_spans, token_sentences
 from loracast.errors import ConfigError, TrainingError
@@ -24,6 +23,7 @@ from loracast.lab.data.needles import hide, make_needles, sentences
 from loracast.lab.data.questions import find_answer, make_clozes
 from loracast.lab.data.rows import QuestionedDocument, read_questioned, read_texts, read_unrelated
 from loracast.lab.training.losses import weights_of
+from loracast.lab.training.scoring import Episode, Question
 
 # System turns of training prompts; most are empty, since the template's own (None) is longer than a question.
 SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)

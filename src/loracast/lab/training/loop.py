@@ -34,9 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from loracast.base.footprint import bf16_autocast
-from loracast.base.scoring import Passes, Schedule, lr_factor
+from loracast.base.forward import Schedule, lr_factor
 from loracast.errors import ConfigError, LoracastError, TrainingError
 from loracast.files import write_atomically, write_with
+from loracast.lab.training.scoring import Passes
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 

@@ -8,7 +8,7 @@ one LoRA for all training tasks, trained on the same rows in the same steps as T
 descriptions. Its second form has the description in every prompt.
 
 The **window LoRA** answers with the document in the prompt, the rival of document adapters. A row is a document once
-with all its questions as branches (base/scoring.py), so ten thousand questions cost as much as their documents.
+with all its questions as branches (base/forward.py), so ten thousand questions cost as much as their documents.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from loracast.base.chat import encode_text
 from loracast.base.fingerprint import Fingerprint, check
+from loracast.base.forward import common_prefix
 from loracast.base.load import Base
-from loracast.base.scoring import Episode, Question, common_prefix, pack, score_answers
 from loracast.errors import AdapterError, ConfigError, TrainingError
 from loracast.files import write_atomically
 from loracast.lab.data.everyday import EverydayDocument, make_document
@@ -41,6 +41,7 @@ from loracast.lab.data.tasks import Task
 from loracast.lab.training.document_source import answered_questions, reading_prompt
 from loracast.lab.training.loop import OnMetrics, TrainConfig, Workers, resumable_settings, train
 from loracast.lab.training.recipe import recorded
+from loracast.lab.training.scoring import Episode, Question, pack, score_answers
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.library.manifest import check_name
 from loracast.lora.algebra import LoRA, LoRABatch

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loracast.base.scoring import Batch, Episode, Question, SoftTargets, pack, score_answers, soften
 from loracast.documents import Chunk
 from loracast.hypernets.associative_memory import END, OWNER, MemoryWrites
+from loracast.lab.training.scoring import Batch, Episode, Question, SoftTargets, pack, score_answers, soften
 from loracast.library.index import Index, write_index
 from loracast.lora.algebra import LoRA, LoRABatch, stack
 from loracast.reading.matching import matches

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loracast.base.chat import ChatFormat
 from loracast.base.load import Base
-from loracast.base.scoring import Episode, Question, pack, score_answers
 from loracast.errors import ConfigError, TrainingError
 from loracast.files import cache_dir, write_with
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
@@ -26,6 +25,7 @@ from loracast.lab.training.document_source import UNRELATED_SHARE
 from loracast.lab.training.loop import Workers
 from loracast.lab.training.losses import Distillation, Teacher
 from loracast.lab.training.recipe import HypernetRecipe, check_values, recorded, start_from, train_hypernet
+from loracast.lab.training.scoring import Episode, Question, pack, score_answers
 from loracast.lora.target import Layers, target_from_config
 
 _BATCH = 16  # examples that are encoded at once

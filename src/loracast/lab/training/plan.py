@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,18 +32,40 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from loracast.base.chat import ChatFormat, encode_with_offsets
-from loracast.base.embedded import quiet_transformers
+from loracast.base.embedded import DEFAULT_BASE, Say, embedded, pull, quiet_transformers
 from loracast.base.footprint import Quantization, footprint
-from loracast.base.forward import capture_inputs, checkpointed_blocks, length_groups
-from loracast.base.scoring import Batch, Passes, pack, under_loras
-from loracast.errors import ConfigError
+from loracast.base.forward import capture_inputs, under_loras
+from loracast.errors import BaseModelError, ConfigError
+from loracast.files import folder_of
 from loracast.hypernets.config import DocToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.lab.data.everyday import make_document
 from loracast.lab.training.doc import DocRecipe, doc_config
 from loracast.lab.training.document_source import EpisodeSource
 from loracast.lab.training.recipe import file_overrides, read_recipe
+from loracast.lab.training.scoring import Batch, Passes, checkpointed_blocks, length_groups, pack
 from loracast.lora.algebra import LoRABatch
+
+
+def read_base_config(source: str | Path | None, say: Say = lambda text: None) -> Any:
+    """The config of an embedded base, or of one in a folder or a hub repository, in transformers' form.
+
+    Nothing but config.json is fetched or read of a base that is not embedded.
+
+    Raises:
+        BaseModelError: there is none.
+    """
+    from transformers import AutoConfig
+
+    name = str(source) if source is not None else DEFAULT_BASE
+    where = (
+        pull(name, say=say) if name in embedded("base") else folder_of(name, ("config.json",), "base", BaseModelError)
+    )
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"the base {name!r} has no config of transformers ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -186,9 +207,8 @@ def _run(
     decoder = model.get_decoder()
     d, t, n = len(shape.rows), max(length for length, _ in shape.rows), sum(n for _, n in shape.rows)
     gates = {name: torch.zeros(d, t, loras.factors[name].a.shape[1]) for name in keys}
-    prepared = partial(under_loras, model, loras, gates, device)
-    recomputed = checkpointed_blocks(decoder, prepared) if is_checkpointed else nullcontext()
-    with prepared(), recomputed, capture_inputs(model, keys) as found:
+    recomputed = checkpointed_blocks(model, loras, device, gates) if is_checkpointed else nullcontext()
+    with under_loras(model, loras, device, gates), recomputed, capture_inputs(model, keys) as found:
         ids = torch.zeros(d, t, dtype=torch.long)
         is_eager = decoder.config._attn_implementation == "eager"
         mask = torch.zeros(d, 1, t, t, dtype=model.dtype if is_eager else torch.bool)

@@ -19,12 +19,12 @@ from functools import cached_property
 from typing import Any
 
 from loracast.base.chat import ChatFormat
-from loracast.base.scoring import Episode, Question
 from loracast.documents.task_spec import EXAMPLE_FORMAT, Example, TaskSpec, with_description
 from loracast.errors import ConfigError, TrainingError
 from loracast.lab.data.task_augmentation import EXAMPLES_TO_AUGMENT, Augmentation, augment, words_of
 from loracast.lab.data.tasks import Task
 from loracast.lab.training.document_source import SYSTEM_TURNS
+from loracast.lab.training.scoring import Episode, Question
 
 _TELLING = 3  # fewest examples that stand for a description which is left out
 DEFAULT_STYLE = "labelled"

@@ -25,7 +25,6 @@ from loracast.base.embedded import DEFAULT_ENCODER
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.forward import capture_inputs, pad_right
 from loracast.base.load import Base
-from loracast.base.scoring import pack, score_answers
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
@@ -38,6 +37,7 @@ from loracast.lab.data.tasks import Task
 from loracast.lab.training.loop import Objective
 from loracast.lab.training.loras import oracles_in, read_oracle
 from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, start_from, train_hypernet
+from loracast.lab.training.scoring import pack, score_answers
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lora.algebra import LoRABatch, inject, stack
 from loracast.lora.target import Layers, target_from_config

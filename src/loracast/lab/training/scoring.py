@@ -1,41 +1,44 @@
-"""Log-likelihood of answers under LoRAs, of questions that are packed into batches.
+"""Episodes of a training as batches, and the losses of their answers.
 
-A document is encoded once and answers all its questions in one row, which is a small tree: the prompts' common prefix
-once (a system turn, say), then every question with its answer as a branch. A branch attends to the prefix and itself,
-and its positions continue from the prefix. So each branch computes exactly what a row of its own would, at a fraction
-of the tokens, and the LoRA of a document meets all its questions in one matmul.
+A document is encoded once and answers all its questions in one row (base/forward.py), so that the LoRA of a document
+meets all its questions in one matmul.
 
 A teacher's distributions are kept by their k likeliest tokens (arXiv 2602.15902 keeps 16): about 100 bytes a token
 instead of 200 kB.
+
+Gradient checkpointing of a base's blocks (arXiv 1604.06174): activations are computed twice and kept once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from loracast.base.forward import (
-    attention_of,
+    PackedRows,
+    answer_logits,
     capture_inputs,
-    checkpointed_blocks,
-    length_groups,
-    names_within,
+    hidden_at_answers,
+    pack_rows,
     pad_right,
+    under_loras,
 )
-from loracast.lora.algebra import LoRABatch, inject
+from loracast.hypernets.encoders import Features, HiddenStatesEncoder
+from loracast.lab.data.facts import TokenLabel
+from loracast.lora.algebra import LoRABatch
 
 TOP_K = 16
-Schedule = Literal["cosine", "constant"]
 
 
 class SoftTargets(NamedTuple):
@@ -60,18 +63,6 @@ def divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     student = logits.float().log_softmax(-1).gather(1, ids.long())  # [n, k]
     teacher = log_probs.float()
     return (teacher.exp() * (teacher - student)).sum(-1)
-
-
-class TokenLabel(NamedTuple):
-    """A labelled token of a chunk."""
-
-    chunk: int
-    token: int
-    gate: int  # INSIDE, BEGIN or AFTER
-    owner: int  # the last token of the owner's name; -1 if there is none
-    place: int  # index of the token in the answer
-    end: int  # the last token of the statement; -1 if unknown
-    statement: int  # index of the statement in the document, which is its question's; -1 if no question asks for it
 
 
 @dataclass(frozen=True)
@@ -102,19 +93,12 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Episodes as tensors: d documents of k chunks of at most c tokens, rows of at most t tokens, n answer tokens."""
+class Batch(PackedRows):
+    """Episodes as tensors: d documents of k chunks of at most c tokens, with the questions of each in a row."""
 
     chunk_ids: Tensor  # [d * k, c]
     chunk_mask: Tensor  # [d * k, c] bool, true where real
     chunks_per_document: int
-    input_ids: Tensor  # [d, t]
-    position_ids: Tensor  # [d, t]
-    attention_mask: Tensor  # [d, 1, t, t] bool, true where a token may attend
-    answer_rows: Tensor  # [n] the row where each answer token is predicted
-    answer_positions: Tensor  # [n] its position in the row
-    answer_ids: Tensor  # [n] the token to predict there
-    answer_question: Tensor  # [n] index of its question in the batch
     is_unrelated: Tensor  # [questions] bool
     is_soft: Tensor  # [n] bool, whether a teacher's distribution is known there
     soft_ids: Tensor  # [soft, k] the teacher's likeliest tokens
@@ -123,11 +107,6 @@ class Batch:
     token_sentences: Tensor  # [d * k, c] the sentence of each token of a chunk, -1 for padding
     sentence_weights: Tensor  # [questions, s] by the sentence's number in the document
     is_routed: Tensor  # [questions] bool, whether its sentences have weights; where not, all count
-    token_question: Tensor  # [d, t] the question that a token belongs to; -1 for the prefix and padding
-
-    @property
-    def n_questions(self) -> int:
-        return int(self.answer_question[-1]) + 1
 
     @property
     def n_tokens(self) -> int:
@@ -140,17 +119,6 @@ class Batch:
         lengths = torch.zeros(len(self.input_ids), dtype=torch.long, device=self.answer_rows.device)
         return lengths.scatter_reduce(0, self.answer_rows, self.answer_positions + 1, "amax").tolist()
 
-    def to(self, device: torch.device | str) -> Batch:
-        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return Batch(**moved)
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest prefix that all sequences share, without the last token of the shortest."""
-    length = min(len(sequence) for sequence in sequences) - 1
-    differing = (i for i in range(length) if any(sequence[i] != sequences[0][i] for sequence in sequences))
-    return next(differing, length)
-
 
 def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     """Pack episodes into one Batch. Documents with fewer chunks than the others are filled up with empty chunks."""
@@ -158,50 +126,30 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     empty: tuple[tuple[int, ...], ...] = ((),)
     filled = [chunk for episode in episodes for chunk in episode.chunks + empty * (k - len(episode.chunks))]
     chunk_ids, chunk_mask = pad_right(filled, pad_id)
-    rows: list[list[tuple[int, int, int]]] = []  # of tokens: id, position, 0 for the prefix or the question from 1 on
-    answers: list[tuple[int, int, int, int]] = []  # row, position, token, question
-    n_questions = 0
-    for row, episode in enumerate(episodes):
-        shared = common_prefix([question.prompt for question in episode.questions])
-        tokens = [(token, i, 0) for i, token in enumerate(episode.questions[0].prompt[:shared])]
-        for question in episode.questions:
-            first = len(tokens) + len(question.prompt) - shared - 1
-            answers += [(row, first + i, token, n_questions) for i, token in enumerate(question.answer)]
-            n_questions += 1
-            tail = [*question.prompt[shared:], *question.answer[:-1]]  # the last answer token is predicted, never read
-            tokens += [(token, shared + i, n_questions) for i, token in enumerate(tail)]
-        rows.append(tokens)
-    # Padding attends to padding only, and no token attends to it.
-    input_ids, position_ids, branch_ids = (
-        pad_right([[token[i] for token in row] for row in rows], pad)[0] for i, pad in enumerate((pad_id, 0, -1))
-    )
-    same = branch_ids[:, :, None] == branch_ids[:, None, :]
-    to_prefix = (branch_ids == 0)[:, None, :] & (branch_ids >= 0)[:, :, None]
-    t = input_ids.shape[1]
-    causal = torch.ones(t, t, dtype=torch.bool).tril()
-    attention_mask = ((same | to_prefix) & causal)[:, None]
-    answer_rows, answer_positions, answer_ids, answer_question = torch.tensor(answers).unbind(1)
     questions = [question for episode in episodes for question in episode.questions]
     soft = [question.soft for question in questions if question.soft is not None]
     is_soft = [question.soft is not None for question in questions for _ in question.answer]
     sentences = [
         s for e in episodes for s in (e.token_sentences or empty * len(e.chunks)) + empty * (k - len(e.chunks))
     ]
+    padded = pad_right(sentences, -1)[0]
     weights = [torch.tensor(question.sentence_weights) for question in questions]
     labels = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.token_labels]
+    rows = [[(question.prompt, question.answer) for question in episode.questions] for episode in episodes]
     return Batch(
-        chunk_ids, chunk_mask, k, input_ids, position_ids, attention_mask,
-        answer_rows, answer_positions, answer_ids, answer_question,
-        torch.tensor([question.is_unrelated for question in questions]),
-        torch.tensor(is_soft),
-        torch.cat([targets.ids for targets in soft]).long() if soft else torch.zeros(0, 1, dtype=torch.long),
-        torch.cat([targets.log_probs for targets in soft]).float() if soft else torch.zeros(0, 1),
-        torch.tensor(labels, dtype=torch.long).view(-1, len(TokenLabel._fields)),
-        functional.pad(padded := pad_right(sentences, -1)[0], (0, chunk_ids.shape[1] - padded.shape[1]), value=-1),
-        pad_sequence(weights, batch_first=True),
-        torch.tensor([bool(question.sentence_weights) for question in questions]),
-        branch_ids.clamp_min(0) - 1,
-    )  # fmt: skip
+        **vars(pack_rows(rows, pad_id)),
+        chunk_ids=chunk_ids,
+        chunk_mask=chunk_mask,
+        chunks_per_document=k,
+        is_unrelated=torch.tensor([question.is_unrelated for question in questions]),
+        is_soft=torch.tensor(is_soft),
+        soft_ids=torch.cat([targets.ids for targets in soft]).long() if soft else torch.zeros(0, 1, dtype=torch.long),
+        soft_log_probs=torch.cat([targets.log_probs for targets in soft]).float() if soft else torch.zeros(0, 1),
+        token_labels=torch.tensor(labels, dtype=torch.long).view(-1, len(TokenLabel._fields)),
+        token_sentences=functional.pad(padded, (0, chunk_ids.shape[1] - padded.shape[1]), value=-1),
+        sentence_weights=pad_sequence(weights, batch_first=True),
+        is_routed=torch.tensor([bool(question.sentence_weights) for question in questions]),
+    )
 
 
 @dataclass(frozen=True)
@@ -254,7 +202,6 @@ def score_answers(
 
     The inputs of the `watched` modules are kept where answers are predicted; `gates` as in `inject`.
     """
-    decoder = model.get_decoder()
     if passes.length_groups == 1:
         hidden, inputs = _at_answers(model, loras, batch, watched, gates, passes)
     else:
@@ -265,27 +212,19 @@ def score_answers(
         order = torch.cat([at for at, *_ in parts]).argsort()
         hidden = torch.cat([states for _, states, _ in parts])[order]
         inputs = {name: torch.cat([found[name] for *_, found in parts])[order] for name in watched}
-    # Contiguous before the head: a strided slice made the product seconds slower on a CPU.
-    logits = model.get_output_embeddings()(hidden.contiguous()).float()  # [n, vocabulary]
-    if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
-        logits = cap * torch.tanh(logits / cap)
+    logits = answer_logits(model, hidden)
     losses = functional.cross_entropy(logits, batch.answer_ids, reduction="none")  # [n]
     right = (logits.argmax(-1) == batch.answer_ids).float()
-    lengths = torch.bincount(batch.answer_question, minlength=batch.n_questions)
-
-    def by_question(values: Tensor) -> Tensor:
-        return torch.zeros(batch.n_questions, device=values.device).index_add(0, batch.answer_question, values)
-
     apart = torch.zeros_like(losses)
     if batch.is_soft.any():
         soft = divergence(logits[batch.is_soft], batch.soft_ids, batch.soft_log_probs)
         apart = apart.masked_scatter(batch.is_soft, soft)
     related = ~batch.is_unrelated  # [questions]
     return AnswerScores(
-        by_question=by_question(losses) / lengths,
-        divergence=by_question(apart) / lengths,
+        by_question=batch.mean_by_question(losses),
+        divergence=batch.mean_by_question(apart),
         is_unrelated=batch.is_unrelated,
-        exact=(by_question(right) == lengths)[related].float().mean().item(),
+        exact=(batch.mean_by_question(right) == 1)[related].float().mean().item(),
         token_accuracy=right[related[batch.answer_question]].mean().item(),
         logits=logits,
         module_inputs=inputs,
@@ -314,43 +253,98 @@ def _grouped(
 
 
 @contextmanager
-def under_loras(
-    model: Any, loras: LoRABatch, gates: Mapping[str, Tensor], device: torch.device, block: nn.Module | None = None
+def checkpointed_blocks(
+    model: Any, loras: LoRABatch, device: torch.device, gates: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Inject LoRAs into a base and set its attention for training; where a block is given, inject its LoRAs alone."""
-    some, config = loras if block is None else loras.only(names_within(model, block)), model.get_decoder().config
-    # On a CPU the fused kernel's backward takes four times as long on rows as short as these.
-    attention = "eager" if device.type == "cpu" else config._attn_implementation
-    with inject(model, some, gates), attention_of(config, attention):
+    """Keep only what enters each block of a base during forward passes inside; the backward pass computes it again.
+
+    The LoRAs of a block are injected anew when it is computed again, since by then the forward pass is over.
+
+    Args:
+        model: a causal language model, frozen and in evaluation mode; other arguments as in `under_loras`.
+    """
+    blocks = model.get_decoder().layers
+
+    def contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), under_loras(model, loras.only(names_within(model, block)), device, gates)
+
+    own = [vars(block).get("forward") for block in blocks]  # accelerate gives blocks one of their own
+    for block in blocks:
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
+            context_fn=partial(contexts, block),
+        )  # fmt: skip
+    try:
         yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def names_within(model: nn.Module, block: nn.Module) -> set[str]:
+    """The names that the modules of a block, itself included, have in the whole model."""
+    own = set(block.modules())
+    return {name for name, module in model.named_modules() if module in own}
 
 
 def _at_answers(
     model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str], gates: Mapping[str, Tensor], passes: Passes
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Last hidden states [n, hidden] and the watched modules' inputs [n, in], where a batch's answers are predicted."""
-    decoder = model.get_decoder()
-    prepared = partial(under_loras, model, loras, gates, model.device)
-    recomputed = checkpointed_blocks(decoder, prepared) if passes.checkpoint_activations else nullcontext()
-    with prepared(), recomputed, capture_inputs(model, watched) as inputs:
-        mask = batch.attention_mask
-        if decoder.config._attn_implementation == "eager":  # which adds its mask to the scores
-            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-        hidden = decoder(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        ).last_hidden_state  # [d, t, hidden]
-    at = batch.answer_rows, batch.answer_positions
-    return hidden[at], {name: x[at] for name, x in inputs.items()}
+    context = (model, loras, model.device, gates)
+    recomputed = checkpointed_blocks(*context) if passes.checkpoint_activations else nullcontext()
+    with under_loras(*context), recomputed, capture_inputs(model, watched) as inputs:
+        hidden = hidden_at_answers(model, batch)
+    return hidden, {name: x[batch.answer_rows, batch.answer_positions] for name, x in inputs.items()}
 
 
-def lr_factor(step: int, n_steps: int, n_warmup: int, schedule: Schedule) -> float:
-    """The learning rate of a training step (counted from 0), as a share of its peak.
+def length_groups(lengths: Sequence[int], n: int) -> list[list[int]]:
+    """Split sequences into at most `n` groups with the least padding, each padded to its longest: indices by group."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest = np.array([lengths[i] for i in order])
+    ends = np.arange(1, len(order) + 1)
+    cost = ends * longest[0]  # of the first 1, 2, ... sequences as one group
+    cuts = []
+    for _ in range(n - 1):  # dynamic programming: the last group begins at the best place for each end
+        before = np.concatenate([[0], cost[:-1]])
+        of_start = before + np.where(
+            ends[:, None] > np.arange(len(order)), (ends[:, None] - ends + 1) * longest, np.inf
+        )
+        cuts.append(of_start.argmin(1))
+        cost = of_start.min(1)
+    groups, end = [], len(order)
+    for cut in reversed(cuts):
+        start = int(cut[end - 1])
+        groups.append(order[start:end])
+        end = start
+        if end == 0:
+            return groups
+    return [*groups, order[:end]]
 
-    It rises evenly over the first `n_warmup` steps; then it stays, or falls to a tenth along a cosine until `n_steps`.
+
+def read_in_groups(encoder: HiddenStatesEncoder, input_ids: Tensor, mask: Tensor, n: int) -> Features:
+    """The features of rows [c, t], read in at most `n` groups of similar length; those of padding mean nothing.
+
+    Args:
+        mask: [c, t], true where a token is real.
     """
-    if step < n_warmup:
-        return (step + 1) / n_warmup
-    if schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - n_warmup) / max(1, n_steps - n_warmup))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+    if n == 1:
+        return encoder(input_ids, mask)
+    lengths = mask.sum(1).clamp_min(1).tolist()
+    groups = length_groups(lengths, n)
+    read = [encoder(input_ids[rows, : lengths[rows[0]]]) for rows in groups]
+    order = torch.tensor([row for rows in groups for row in rows], device=input_ids.device).argsort()
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(one, name) for one in read]
+        if parts[0] is None:
+            return None
+        padded = [functional.pad(part, (0, 0, 0, input_ids.shape[1] - part.shape[-2])) for part in parts]
+        return torch.cat(padded)[order]
+
+    states = joined("states")
+    assert states is not None
+    return Features(states, joined("starts"), joined("keys"), mask)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from loracast.base.chat import encode_inside, encode_text
-from loracast.base.scoring import Episode, Question, common_prefix, pack
+from loracast.base.forward import common_prefix
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.lab.training.doc import answer_questions
+from loracast.lab.training.scoring import Episode, Question, pack
 from loracast.lora.algebra import LoRA, inject
 from loracast.lora.factors import Factors
 from loracast.lora.target import target_from_config

@@ -28,7 +28,6 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Write an adapter for another runtime."""
-    from loracast.base.load import load_base
     from loracast.errors import ConfigError
     from loracast.export.adapter import export_adapter
 
@@ -38,9 +37,8 @@ def export(
         raise ConfigError(f"{questions} holds no question; give one per line")
     folder = out or Path(f"{name}-{to}")
     made = export_adapter(
-        library.open(name), to, folder, max_rank=rank, each_chunk=each_chunk, base=base, say=say, questions=asked,
-        load=lambda wanted: load_base(wanted, dtype="bfloat16", say=say),
-    )  # fmt: skip
+        library.open(name), to, folder, max_rank=rank, each_chunk=each_chunk, base=base, say=say, questions=asked
+    )
     n_bytes = bytes_in(folder)
     text = f"exported {f'{len(made)} chunks' if each_chunk else name} to {folder} ({size(n_bytes)})"
     if made[0].rank is not None:
