@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from loracast.base.forward import length_groups, names_within
 from loracast.base.scoring import Episode, Passes, Question, pack
-from loracast.hypernets.encoders import HiddenStatesEncoder, read_in_groups
-from loracast.lab.training.doc import answer_questions
+from loracast.hypernets.encoders import HiddenStatesEncoder
+from loracast.lab.training.doc import answer_questions, read_in_groups
 from loracast.lora.target import target_from_config
 from tiny import DOC_TO_LORA, make_model, make_tokenizer
 

@@ -21,6 +21,7 @@ from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.loras import OracleRecipe, PeftConfig, train_multitask
 from loracast.lab.training.recipe import read_recipe
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.task_start import nothing_described
 from loracast.lab.training.text import TextRecipe, fit_position_probes, train_text
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, LoRABatch, inject
@@ -243,9 +244,9 @@ def test_it_knows_what_is_far_and_what_describes_nothing(base):
     reader = hypernet.text_encoder(base)
     same, other = hypernet.distances(reader([DESCRIPTIONS[0], "zq vv kk"]))
     assert same < 1e-5 < other and hypernet.ood_threshold() > 0
-    for conditions in (hypernet.constant(), hypernet.meaningless(3, torch.Generator().manual_seed(0))):
-        assert conditions.shape[1] == reader.d_text
-        assert hypernet(conditions).squared_norms().isfinite().all()
+    conditions = nothing_described(hypernet, 3, torch.Generator().manual_seed(0))
+    assert conditions.shape == (4, reader.d_text)
+    assert hypernet(conditions).squared_norms().isfinite().all()
 
 
 def test_kept_and_read_again(base, tmp_path):
@@ -298,8 +299,8 @@ def recipe(**options) -> TextRecipe:
 def test_its_rows_fire_where_they_shall(base, tmp_path):
     hypernet = make_attention_delta(base)
     source = TaskSource(TaskDataConfig(), read_tasks(write_suite(tmp_path)), base.chat)
-    probes = fit_position_probes(base, hypernet.encoder_lora_batch(), hypernet.probed_modules, source)
-    hypernet.set_position_probes(probes)
+    probes = fit_position_probes(base, hypernet.encoder_lora_batch(), hypernet.in_layers(hypernet.config.kind), source)
+    hypernet.where.data[:, : probes.shape[1]] = probes
     example = source.tasks[0].train[0]
     prompt, answer = base.chat.prompt(example.input, ""), base.chat.reply(example.outputs[0])[:-1]
     seen: list[Tensor] = []

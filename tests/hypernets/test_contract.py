@@ -20,7 +20,8 @@ from loracast.errors import BaseModelError, ConfigError, EncoderError, Hypernetw
 from loracast.hypernets.config import ModuleRow
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Cast, Hypernetwork
-from loracast.hypernets.store import read_made_for, with_config
+from loracast.hypernets.store import read_made_for
+from loracast.lab.training.checkpoint import with_config
 from loracast.lora.target import Target, TargetModule, target_from_config
 from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet, make_model, make_tokenizer
 

@@ -20,7 +20,8 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import Features
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.published import PublishedDocToLoRA
-from loracast.hypernets.store import average, with_config
+from loracast.lab.training.checkpoint import average, with_config
+from loracast.lab.training.memory_start import set_question_map, take_low_rank
 from loracast.lora.algebra import LoRA, LoRABatch, concat, inject
 from loracast.lora.merge import decorrelate_keys
 from loracast.lora.target import target_from_config
@@ -251,12 +252,12 @@ def test_shared_modules_get_the_same_whatever_the_document():
 
 def test_a_head_is_taken_over_at_low_rank():
     full, low = make(), make("default", head_shared_rank=16)
-    low.head("down_proj").take_low_rank(full.head("down_proj"))  # of rank 16 at most: nothing is lost
+    take_low_rank(low.head("down_proj"), full.head("down_proj"))  # of rank 16 at most: nothing is lost
     latents = torch.randn(3, 4, 2, 16, generator=FREE)
     for one, other in zip(full.head("down_proj")(latents), low.head("down_proj")(latents), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     lower = make("default", head_shared_rank=4)
-    lower.head("down_proj").take_low_rank(full.head("down_proj"))
+    take_low_rank(lower.head("down_proj"), full.head("down_proj"))
     weight = full.head("down_proj").weight
     head = lower.head("down_proj")
     lost = (weight - head.shared - head.down @ head.up).square().sum((1, 2))
@@ -535,7 +536,7 @@ def test_a_memory_maps_the_end_of_a_sentence_to_its_question():
     sides = torch.randn(2, 2, 8, 64, generator=FREE)
     ends, answers = (things @ side for side in sides)
     places = torch.randn(2, 8, 64, generator=FREE)
-    memory.set_question_map(ends[:, :400], answers[:, :400], places)
+    set_question_map(memory, ends[:, :400], answers[:, :400], places)
     features = dataclasses.replace(make_features(hypernet, n=1), keys=ends[None, :, 400:406])
     a = hypernet.cast_and_write(features)[0]["o_proj"][0]  # [1, modules, 6, in]
     centred = features.keys.mean(2) - ends[:, :400].mean(1)

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,14 @@ from torch.nn import functional
 from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.documents.task_spec import TaskSpec, as_spec
-from loracast.errors import ConfigError, EncoderError, HypernetworkError
+from loracast.errors import EncoderError, HypernetworkError
 from loracast.hypernets.encoders import Features, TextEncoder
 from loracast.hypernets.perceiver import StaticLoRAs
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import Modality
-from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.algebra import LoRABatch
 from loracast.lora.factors import Factors, Rows
-from loracast.lora.target import Target, TargetModule
+from loracast.lora.target import Target
 
 EXAMPLES_AT_ONCE = 3
 """Examples in one text for hypernetworks that saw none in training; with 8 the one that ships did worse."""
@@ -58,8 +57,6 @@ def make_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
 class DescriptionHypernetwork(Hypernetwork):
     """A hypernetwork for task descriptions, which recognises a description that is unlike all seen in training."""
 
-    changeable: ClassVar[frozenset[str]] = frozenset()
-    """Config keys that training may change when it starts from a checkpoint."""
     seen: Tensor
     """One vector for each description seen in training [m, d]."""
 
@@ -74,43 +71,6 @@ class DescriptionHypernetwork(Hypernetwork):
     def pooled(self, conditions: Tensor) -> Tensor:
         """Conditions [n, d_text] -> one vector for each description [n, d], by which descriptions are compared."""
         raise NotImplementedError
-
-    def constant(self) -> Tensor:
-        """A condition that describes nothing [1, d_text]: a baseline."""
-        raise NotImplementedError
-
-    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
-        """Random conditions [n, d_text] that no text has, for which the gate learns to switch the LoRA off."""
-        raise NotImplementedError
-
-    def remember_seen(self, conditions: Tensor) -> None:
-        """Keep the pooled descriptions seen in training, from their conditions [m, d_text]."""
-        self.config = replace(self.config, n_seen=len(conditions))
-        self.seen = self.pooled(conditions).detach().clone()
-
-    def start_shared_from(self, lora: LoRA) -> None:
-        """Start the shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""
-        raise NotImplementedError
-
-    def start_training(self, conditions: Tensor, n_descriptions: Sequence[int], *, is_fresh: bool) -> None:
-        """Set what depends on the training's descriptions, ordered by task.
-
-        Args:
-            conditions: of all descriptions [m, d_text].
-            n_descriptions: number of descriptions of each task.
-            is_fresh: whether training starts from no checkpoint.
-        """
-        self.remember_seen(conditions)
-
-    def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
-        """Freeze the parameters that training leaves alone: an encoder LoRA, or all but a task bank.
-
-        Raises ConfigError where one of the two is to be trained that this hypernetwork does not have.
-        """
-        if encoder_lora or task_bank_only:
-            raise ConfigError(
-                "only the variant 'attention_delta' has encoder_lora_is_trained and task_bank_only: leave them out"
-            )
 
     @property
     def examples_at_once(self) -> int:
@@ -198,20 +158,6 @@ class TaskReader:
         return self._fitting(task, start, middle) + self._fitting(task, middle, end)
 
 
-def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of a multi-task LoRA in modules of one kind: A [modules, r, in], B rows [modules, r, out].
-
-    Raises:
-        ConfigError: it lacks one of the modules, or has another rank.
-    """
-    for module in modules:
-        pair = lora.factors.get(module.name)
-        if pair is None or pair.a.shape != (rank, module.d_in) or pair.b.shape != (module.d_out, rank):
-            raise ConfigError(f"the LoRA to start from has no rank {rank} in {module.name}: train it with that rank")
-    pairs = [lora.factors[module.name] for module in modules]
-    return torch.stack([pair.a.float() for pair in pairs]), torch.stack([pair.b.float().T for pair in pairs])
-
-
 def padded_rows(target: Target, loras: LoRABatch) -> Rows:
     """The rows of n LoRAs of a target's modules; lower ranks of a kind, and missing modules, are padded with zeros."""
     rows: Rows = {}
@@ -247,14 +193,10 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
 
 _SHARPNESS = 30.0
 """Factor on cosines before the softmax."""
-_SHRINKAGE = 10.0
-"""Added to the variances within tasks, in units of their mean: there are far fewer descriptions than directions."""
 _SAME = 0.999
 """Cosine from which a description in training counts as the one that the key was made from."""
 _HIDE_KEY, _HIDE_TASK = 0.4, 0.15
 """Shares of the training's descriptions that are compared without their own key, or without all keys of their task."""
-_LENGTH = 3.0
-"""Length of each row of A and column of B, with which cores learn about as fast as the B of a usual LoRA."""
 
 
 class TaskBank(nn.Module):
@@ -283,57 +225,9 @@ class TaskBank(nn.Module):
         self.register_buffer("keys", torch.zeros(sum(n_descriptions), width))
         self._n_descriptions = tuple(n_descriptions)
 
-    @torch.no_grad()
-    def take_directions(self, other: StaticLoRAs) -> None:
-        """Copy the directions of other static LoRAs' factors, as far as the ranks go, all scaled to one length."""
-        for kind, part in self.factors.items():
-            for mine, theirs in zip(part.parameters(), other[kind].parameters(), strict=True):
-                n = min(mine.shape[1], theirs.shape[1])
-                is_trained = theirs[:, :n].norm(dim=-1, keepdim=True) > 0
-                mine[:, :n] = torch.where(is_trained, theirs[:, :n], mine[:, :n])
-                mine.copy_(_LENGTH * functional.normalize(mine, dim=-1))
-
-    def _task_of_key(self) -> Tensor:
+    def task_of_key(self) -> Tensor:
         counts = torch.tensor(self._n_descriptions, device=self.keys.device)
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-
-    @torch.no_grad()
-    def fit_keys(self, pooled: Tensor) -> None:
-        """Fit the coordinates to the descriptions of all tasks [m, d], ordered by task, and store their keys.
-
-        Fisher's linear discriminants: descriptions are scaled so that the scatter within tasks, shrunk towards a
-        sphere, becomes a unit sphere; the principal directions of the tasks' means are the coordinates (Hastie,
-        Tibshirani and Friedman, The Elements of Statistical Learning, section 4.3.3).
-        """
-        task_of = self._task_of_key()
-        x = self._checked(pooled).float()
-        self.centre.copy_(x.mean(0))
-        counts = torch.bincount(task_of)[:, None]
-        means = torch.zeros(len(counts), x.shape[1], device=x.device).index_add_(0, task_of, x) / counts
-        _, deviations, directions = torch.linalg.svd(x - means[task_of], full_matrices=False)
-        variances = deviations.square() / len(x)
-        shrinkage = (_SHRINKAGE * variances.sum() / x.shape[1]).clamp_min(1e-12)
-
-        def sphered(y: Tensor) -> Tensor:
-            within = y @ directions.T
-            outside = (y - within @ directions) * shrinkage.rsqrt()
-            return outside + (within * (variances + shrinkage).rsqrt()) @ directions
-
-        _, _, axes = torch.linalg.svd(sphered(means - self.centre), full_matrices=False)
-        kept = axes[: self.axes.shape[1]]
-        self.axes.zero_()
-        self.axes[:, : len(kept)] = sphered(kept).T  # sphering is symmetric: it can be applied to the axes instead
-        self.set_keys(x)
-
-    @torch.no_grad()
-    def set_keys(self, pooled: Tensor) -> None:
-        """Store the keys of all descriptions [m, d], ordered by task, in the coordinates of the last `fit_keys`."""
-        self.keys.copy_(self.coordinates(self._checked(pooled)))
-
-    def _checked(self, pooled: Tensor) -> Tensor:
-        if len(pooled) != len(self.keys):
-            raise ConfigError(f"{len(pooled)} descriptions were given, and the stored tasks have {len(self.keys)}")
-        return pooled
 
     def coordinates(self, pooled: Tensor) -> Tensor:
         """Pooled attention deltas [n, d] -> unit vectors [n, width], near each other for descriptions of one task."""
@@ -353,7 +247,7 @@ class TaskBank(nn.Module):
         """Probability of each task [n, tasks], the gate's input [n, width + 2], and whose task is hidden [n]."""
         at = self.coordinates(pooled)
         cosines = at @ self.keys.T  # [n, m]
-        task_of, is_unseen = self._task_of_key(), torch.zeros(len(at), dtype=torch.bool, device=at.device)
+        task_of, is_unseen = self.task_of_key(), torch.zeros(len(at), dtype=torch.bool, device=at.device)
         if self.training:
             cosines, is_unseen = self._hide(cosines, task_of)
         probabilities = torch.zeros(len(at), len(self.cores), device=at.device)

@@ -55,12 +55,6 @@ class MergedCast(NamedTuple):
     n_real: int
     """Number of chunks that are not padding; the rows of padding are zero."""
 
-    def mean_absolute(self) -> Tensor:
-        """[]: mean absolute value of the real chunks' rows."""
-        sides = [side for pair in self.rows.values() for side in pair]
-        total = torch.stack([side.abs().sum(dtype=torch.float32) for side in sides]).sum()
-        return total / (self.n_real * sum(side[0].numel() for side in sides))
-
 
 class DocToLoRA(Hypernetwork):
     """The hypernetwork for documents and images. Initialised as an exact no-op: every B scaler starts at zero."""

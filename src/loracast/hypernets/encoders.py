@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from loracast.base.chat import encode_inside, encode_text
 from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, Say, embedded, pull, quiet_transformers
-from loracast.base.forward import capture_inputs, length_groups, pad_right, twin
+from loracast.base.forward import capture_inputs, pad_right, twin
 from loracast.base.load import Base
 from loracast.errors import EncoderError, HypernetworkError
 from loracast.files import file_sha256
@@ -258,31 +258,6 @@ class HiddenStatesEncoder:
         piece = self._tokenizer.convert_ids_to_tokens(i).lstrip("Ġ▁")
         other = self._tokenizer.convert_tokens_to_ids(piece)
         return other if other is not None and self._tokenizer.convert_ids_to_tokens(other) == piece else i
-
-
-def read_in_groups(encoder: HiddenStatesEncoder, input_ids: Tensor, mask: Tensor, n: int) -> Features:
-    """The features of rows [c, t], read in at most `n` groups of similar length; those of padding mean nothing.
-
-    Args:
-        mask: [c, t], true where a token is real.
-    """
-    if n == 1:
-        return encoder(input_ids, mask)
-    lengths = mask.sum(1).clamp_min(1).tolist()
-    groups = length_groups(lengths, n)
-    read = [encoder(input_ids[rows, : lengths[rows[0]]]) for rows in groups]
-    order = torch.tensor([row for rows in groups for row in rows], device=input_ids.device).argsort()
-
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(one, name) for one in read]
-        if parts[0] is None:
-            return None
-        padded = [functional.pad(part, (0, 0, 0, input_ids.shape[1] - part.shape[-2])) for part in parts]
-        return torch.cat(padded)[order]
-
-    states = joined("states")
-    assert states is not None
-    return Features(states, joined("starts"), joined("keys"), mask)
 
 
 _TEXTS_AT_ONCE = 64

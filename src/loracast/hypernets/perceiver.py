@@ -195,19 +195,6 @@ class FactorHead(nn.Module):
         a, b = rows.split([self.d_in, self.d_out], dim=-1)
         return a * self.scaler_a, b * (self.scaler_b * scale)
 
-    @torch.no_grad()
-    def take_low_rank(self, other: FactorHead) -> None:
-        """Initialise this low-rank head from a full one: the mean of its maps, and corrections by truncated SVD."""
-        mean = other.weight.mean(0)
-        left, values, right = torch.linalg.svd(other.weight - mean, full_matrices=False)
-        n = self.down.shape[-1]
-        root = values[:, :n].sqrt()
-        self.shared.copy_(mean)
-        self.down.copy_(left[:, :, :n] * root[:, None])
-        self.up.copy_(root[..., None] * right[:, :n])
-        self.scaler_a.copy_(other.scaler_a)
-        self.scaler_b.copy_(other.scaler_b)
-
 
 class ValuePointer(nn.Module):
     """Points from each rank latent to tokens of the chunk, whose values its B row then copies.

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -221,10 +221,6 @@ class Pretrained(nn.Module):
                 del config[key.name]
         return _hash(self.state_dict(), json.dumps(config, sort_keys=True).encode())
 
-    def weights_for(self, config: Any) -> dict[str, Tensor]:
-        """The weights for another config of the same hypernetwork. Raises ConfigError where they cannot be derived."""
-        return self.state_dict()
-
 
 H = TypeVar("H", bound=Pretrained)
 C = TypeVar("C")
@@ -401,40 +397,6 @@ FORMAT = 2
 STORAGE = ("float32", "bfloat16", "int8")
 _SCALE = ".int8_scale"
 _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delicate ones
-
-
-def average(hypernet: Pretrained, others: Sequence[Pretrained]) -> None:
-    """Set a hypernetwork's parameters to the mean of its own and others'; its buffers stay, former ids go.
-
-    The mean of a network and those trained further from it often keeps the strengths of each (Wortsman et al., arXiv
-    2203.05482).
-
-    Raises:
-        ConfigError: they are of different architectures.
-    """
-    if any(type(other) is not type(hypernet) or other.config != hypernet.config for other in others):
-        raise ConfigError("only hypernetworks of the same architecture and config can be averaged")
-    theirs = [dict(other.named_parameters()) for other in others]
-    with torch.no_grad():
-        for name, value in hypernet.named_parameters():
-            value.copy_(torch.stack([value, *(weights[name] for weights in theirs)]).mean(0))
-    hypernet.former_ids = ()  # they named other weights
-
-
-def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
-    """The same weights with other values of config keys that fix no weight, or that `weights_for` can adapt to.
-
-    Raises:
-        ConfigError: the weights do not fit.
-    """
-    architecture: type[Any] = type(hypernet)
-    changed = architecture(dataclasses.replace(hypernet.config, **changes))
-    changed.made_for = hypernet.made_for
-    try:
-        changed.load_state_dict(hypernet.weights_for(changed.config))
-    except RuntimeError as error:
-        raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit another value") from error
-    return changed
 
 
 def read_made_for(source: str | Path) -> Fingerprint:

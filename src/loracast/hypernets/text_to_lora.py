@@ -10,19 +10,18 @@ What a head makes depends on the variant: `L` both factors at once; `M` one fact
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.hypernets.config import ArchitectureConfig, ModuleRow, failed
-from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
+from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.hypernets.perceiver import shapes_by_kind
-from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.algebra import LoRABatch
 from loracast.lora.factors import Factors
 
 Variant = Literal["L", "M", "S"]
@@ -85,7 +84,7 @@ class TextToLoRA(DescriptionHypernetwork):
             nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.width, c.dropout)) for _ in range(2)
         )
         self.last = nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.head_width, c.dropout))
-        self.heads = nn.ModuleDict({kind: _Head(c, *shape) for kind, shape in shapes_by_kind(c.modules).items()})
+        self.heads = nn.ModuleDict({kind: Head(c, *shape) for kind, shape in shapes_by_kind(c.modules).items()})
         if c.variant in ("M", "S"):  # embeddings that select the factor of each kind, and in S its row
             n_rows = c.rank if c.variant == "S" else 1
             self.asked = nn.Parameter(torch.randn(len(target.kinds), 2, n_rows, c.width))
@@ -101,22 +100,6 @@ class TextToLoRA(DescriptionHypernetwork):
     def pooled(self, conditions: Tensor) -> Tensor:
         """The embeddings themselves [n, d_text]."""
         return conditions
-
-    def constant(self) -> Tensor:
-        """An embedding that describes nothing: ones [1, d_text]."""
-        return torch.ones(1, self.config.d_text)
-
-    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
-        """Embeddings in random directions [n, d_text], as long as those of texts."""
-        free = torch.randn(n, self.config.d_text, generator=generator)
-        return functional.normalize(free, dim=-1) * self.config.d_text**0.5
-
-    def start_shared_from(self, lora: LoRA) -> None:
-        for kind in self.config.target.kinds:
-            head = cast(_Head, self.heads[kind])
-            a, b = shared_factors(lora, self.config.target.of_kind(kind), self.config.rank)
-            head.shared_a.data.copy_(a)
-            head.shared_b.data.copy_(b / self.config.scale)
 
     def forward(self, embeddings: Tensor) -> LoRABatch:
         """Embeddings of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
@@ -147,7 +130,7 @@ class TextToLoRA(DescriptionHypernetwork):
         return x + self.blocks[0](x)
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """Condition -> factors of one module kind, plus factors shared by all tasks; B is scaled, at first to zero."""
 
     def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loracast.base.chat import encode_text, encode_with_offsets
-from loracast.base.forward import pad_right
+from loracast.base.forward import length_groups, pad_right
 from loracast.base.load import Base
 from loracast.base.scoring import AnswerScores, Batch, Episode, Passes, pack, score_answers
 from loracast.documents import split_text
@@ -30,12 +30,19 @@ from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.associative_memory import N_PLACES
 from loracast.hypernets.config import ModuleRow
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
-from loracast.hypernets.encoders import HiddenStatesEncoder, read_in_groups
+from loracast.hypernets.encoders import Features, HiddenStatesEncoder
 from loracast.lab.data.everyday import make_document
 from loracast.lab.data.facts import tokens_between
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lab.training.loras import read_window_lora
 from loracast.lab.training.losses import Distillation, MemoryLosses, Teacher, retrieval_loss, sentence_gates, write_loss
+from loracast.lab.training.memory_start import (
+    set_question_map,
+    set_units,
+    take_low_rank,
+    take_modules,
+    take_without_near,
+)
 from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, recorded, start_from, train_hypernet
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.target import Layers, target_from_config
@@ -194,14 +201,14 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
         if recipe.memory_layers:
             theirs = {module: i for i, module in enumerate(c.memory_modules)}
             both = {i: theirs[module] for i, module in enumerate(grown.config.memory_modules) if module in theirs}
-            grown.memory.take_modules(hypernet.memory, both)
+            take_modules(grown.memory, hypernet.memory, both)
         if near is not None:
-            grown.memory.take_without_near(hypernet.memory)
+            take_without_near(grown.memory, hypernet.memory)
     if verdicts:
         fit_verdicts(grown, base, recipe.data.max_chunk_tokens, recipe.data.seed)
     if "head_shared_rank" in changes:
         for kind in c.kinds:
-            grown.head(kind).take_low_rank(hypernet.head(kind))
+            take_low_rank(grown.head(kind), hypernet.head(kind))
     return grown
 
 
@@ -262,7 +269,7 @@ def set_memory_units(
         raise TrainingError(f"no calibration answer has {N_PLACES} tokens; give more varied data")
     means = totals / counts[:, None].to(totals)  # [modules, places, in]
     end_of_turn = torch.tensor([base.chat.end_of_turn], device=base.device)
-    memory.set_units(torch.cat(seen, dim=1), means, encoder.values(end_of_turn)[0])
+    set_units(memory, torch.cat(seen, dim=1), means, encoder.values(end_of_turn)[0])
 
     # By chunk: the token that ends a statement, and the statement's question.
     stated: list[set[tuple[int, int]]] = [set() for _ in chunks]
@@ -281,7 +288,7 @@ def set_memory_units(
             answers.append(at_answer)
     if not ends:
         raise TrainingError("no calibration statement has a question; give documents with token labels")
-    memory.set_question_map(torch.cat(ends, dim=1), torch.cat(answers, dim=1), means)
+    set_question_map(memory, torch.cat(ends, dim=1), torch.cat(answers, dim=1), means)
 
 
 def _keys(
@@ -492,7 +499,7 @@ def train_doc(
             "distillation_loss": (recipe.distillation_weight, scores.distillation_loss),
             "memory_loss": (recipe.memory_loss_weight, memory.loss),
             "kl_to_base": (recipe.kl_to_base_weight, scores.kl_to_base),
-            "l1": (recipe.l1_weight, cast.mean_absolute() if recipe.l1_weight > 0 else None),
+            "l1": (recipe.l1_weight, mean_absolute(cast) if recipe.l1_weight > 0 else None),
         }
         present = {name: (w, loss) for name, (w, loss) in losses.items() if loss is not None and w > 0}
         total = torch.stack([weight * loss for weight, loss in present.values()]).sum()
@@ -516,3 +523,35 @@ def _sha256(lora: LoRA) -> str:
         f"{name}.{side}": value for name, pair in lora.factors.items() for side, value in zip("ab", pair, strict=True)
     }
     return hashlib.sha256(save({name: value.cpu().contiguous() for name, value in sides.items()})).hexdigest()
+
+
+def read_in_groups(encoder: HiddenStatesEncoder, input_ids: Tensor, mask: Tensor, n: int) -> Features:
+    """The features of rows [c, t], read in at most `n` groups of similar length; those of padding mean nothing.
+
+    Args:
+        mask: [c, t], true where a token is real.
+    """
+    if n == 1:
+        return encoder(input_ids, mask)
+    lengths = mask.sum(1).clamp_min(1).tolist()
+    groups = length_groups(lengths, n)
+    read = [encoder(input_ids[rows, : lengths[rows[0]]]) for rows in groups]
+    order = torch.tensor([row for rows in groups for row in rows], device=input_ids.device).argsort()
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(one, name) for one in read]
+        if parts[0] is None:
+            return None
+        padded = [functional.pad(part, (0, 0, 0, input_ids.shape[1] - part.shape[-2])) for part in parts]
+        return torch.cat(padded)[order]
+
+    states = joined("states")
+    assert states is not None
+    return Features(states, joined("starts"), joined("keys"), mask)
+
+
+def mean_absolute(cast: MergedCast) -> Tensor:
+    """[]: mean absolute value of the real chunks' rows."""
+    sides = [side for pair in cast.rows.values() for side in pair]
+    total = torch.stack([side.abs().sum(dtype=torch.float32) for side in sides]).sum()
+    return total / (cast.n_real * sum(side[0].numel() for side in sides))

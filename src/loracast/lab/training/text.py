@@ -32,13 +32,21 @@ from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDe
 from loracast.hypernets.attention_delta_encoder import POSITIONS, tokens_around_input
 from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
-from loracast.hypernets.store import with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lab.data.tasks import Task
+from loracast.lab.training.checkpoint import with_config
 from loracast.lab.training.loop import Objective
 from loracast.lab.training.loras import oracles_in, read_oracle
 from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, start_from, train_hypernet
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.task_start import (
+    CHANGEABLE,
+    nothing_described,
+    remember_seen,
+    select_trained,
+    start_shared_from,
+    start_training,
+)
 from loracast.lora.algebra import LoRABatch, inject, stack
 from loracast.lora.target import Layers, target_from_config
 
@@ -125,8 +133,8 @@ def train_text(
 
     Args:
         oracles: library of `train_oracles`: learn by reconstruction of its LoRAs instead of the tasks' examples.
-        init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` may only have the keys that
-            the hypernetwork lists as `changeable`.
+        init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` may only have keys that
+            may be changed (`CHANGEABLE`).
         shared_from: LoRA trained on all tasks (`train_multitask`), from which a fresh run's shared factors start.
         record: `command` and `on_metrics` of `train_hypernet`.
 
@@ -139,18 +147,19 @@ def train_text(
             raise ConfigError(f"{oracles} has no oracle of a training task; `loracast train oracle` makes them")
     source = TaskSource(recipe.data, tasks, base.chat, is_specified=oracles is None)
     hypernet = _start_from(init_from, recipe, base) if init_from is not None else build_text_hypernet(base, recipe)
-    hypernet.select_trained(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
+    select_trained(hypernet, encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
     encoder = hypernet.text_encoder(base)
     if shared_from is not None:
-        hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
+        start_shared_from(hypernet, read_oracle(shared_from, base.fingerprint))
     hypernet.to(base.device)
     with torch.no_grad():
         conditions = encoder(source.descriptions).to(base.device)
     if init_from is None and isinstance(hypernet, AttentionDeltaToLoRA):
         lora = hypernet.encoder_lora_batch()
-        hypernet.set_position_probes(fit_position_probes(base, lora, hypernet.probed_modules, source))
+        probes = fit_position_probes(base, lora, hypernet.in_layers(hypernet.config.kind), source)
+        hypernet.where.data[:, : probes.shape[1]] = probes  # [modules, positions, in]
     torch.manual_seed(recipe.training.seed)
-    hypernet.start_training(conditions, source.n_descriptions, is_fresh=init_from is None)
+    start_training(hypernet, conditions, source.n_descriptions, is_fresh=init_from is None)
     hypernet.train()
     about = {**source.about, "objective": recipe.objective}
     if oracles is None:
@@ -164,12 +173,12 @@ def train_text(
         about |= {"objective": {"match": "product"}, "oracles_sha256": digest}
 
     @torch.no_grad()
-    def remember_seen() -> None:
-        hypernet.remember_seen(encoder(source.descriptions).to(base.device))
+    def remember_all() -> None:
+        remember_seen(hypernet, encoder(source.descriptions).to(base.device))
 
     if shared_from is not None:
         about["shared_from_sha256"] = file_sha256(shared_from / "adapter_model.safetensors")
-    finish = remember_seen if recipe.encoder_lora_is_trained else None
+    finish = remember_all if recipe.encoder_lora_is_trained else None
     return train_hypernet(
         hypernet, objective, recipe.training, out, base=base, init_from=init_from, about=about, finish=finish, **record
     )
@@ -178,7 +187,11 @@ def train_text(
 def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> DescriptionHypernetwork:
     """The hypernetwork that a fresh run starts from, with the changes that the recipe makes to it."""
     hypernet: DescriptionHypernetwork = start_from(
-        folder, DescriptionHypernetwork, base, recipe, lambda hypernet: hypernet.changeable
+        folder,
+        DescriptionHypernetwork,
+        base,
+        recipe,
+        lambda hypernet: CHANGEABLE if isinstance(hypernet, AttentionDeltaToLoRA) else (),
     )
     changes = dict(recipe.hypernetwork)
     if changes.get("task_bank_rank") == 0:  # the bank goes, since another encoder LoRA would not find its tasks
@@ -271,8 +284,8 @@ def _by_examples(
         if recipe.null_condition_weight > 0:
             with torch.no_grad():
                 meaningless = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
-            free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
-            conditions = torch.cat([conditions, meaningless, hypernet.constant().to(free), free])
+            generator = torch.Generator().manual_seed(rng.randrange(2**31))
+            conditions = torch.cat([conditions, meaningless, nothing_described(hypernet, n // 2, generator).to(device)])
         with recipe.training.autocast(device):
             both = hypernet(conditions)
             loras = both.take(range(n))
