@@ -86,8 +86,8 @@ def test_a_description_becomes_an_adapter_that_answers(caster, base):
 def test_a_batch_is_one_pass_and_the_same_as_one_by_one(caster, monkeypatch):
     texts = [*KNOWN, SENTENCE]
     passes = []
-    forward = TextToLoRA.forward
-    monkeypatch.setattr(TextToLoRA, "forward", lambda self, x: (passes.append(len(x)), forward(self, x))[1])
+    rows = TextToLoRA.rows
+    monkeypatch.setattr(TextToLoRA, "rows", lambda self, x: (passes.append(len(x)), rows(self, x))[1])
     adapters = caster.tasks(texts, storage="bf16")
     assert passes == [4] and [a.name for a in adapters][:2] == [
         "answer-with-the-opposite-word",

@@ -21,6 +21,7 @@ from loracast.hypernets.encoders import Features
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.published import PublishedDocToLoRA
 from loracast.lab.training.checkpoint import average, with_config
+from loracast.lab.training.doc import cast_documents
 from loracast.lab.training.memory_start import set_question_map, take_low_rank
 from loracast.lora.algebra import LoRA, LoRABatch, concat, inject
 from loracast.lora.merge import decorrelate_keys
@@ -94,7 +95,7 @@ def each(change, *features: Features) -> Features:
 
 
 def loras(hypernet: DocToLoRA, features: Features, mask: torch.Tensor | None = None, k: int = 1) -> LoRABatch:
-    return hypernet(dataclasses.replace(features, mask=mask), k)[0]
+    return cast_documents(hypernet, dataclasses.replace(features, mask=mask), k).loras
 
 
 def row(batch, i: int) -> LoRA:

@@ -35,6 +35,7 @@ from loracast.hypernets.published import (
     text_to_lora,
 )
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.lab.training.doc import cast_documents
 from loracast.lora.algebra import inject
 from loracast.lora.target import target_from_config
 from tiny import make_model, make_tokenizer
@@ -69,7 +70,7 @@ def test_the_factors_of_documents(name):
     a, b = hypernet.expand(hypernet.latents(features, mask))["down_proj"]
     close(a, expected["chunks.down_proj.A"])
     close(b / scale, expected["chunks.down_proj.B"])
-    batch = hypernet(Features(features, mask=mask), 3).loras
+    batch = cast_documents(hypernet, Features(features, mask=mask), 3).loras
     assert batch.n == 1
     for layer, factors in enumerate(batch.factors.values()):
         close(factors.a[0], expected["combined.down_proj.A"][0, layer])
@@ -448,7 +449,7 @@ def test_a_checkpoint_on_the_hub_learns_and_answers(name, hub, published_base, t
     (chunk,) = loracast.library.index.read_chunks(adapter.index)
     ids = torch.tensor([[*before, *base.tokenizer(chunk.prompt)["input_ids"], *after]])
     states = HiddenStatesEncoder(base.model, hypernet.config.reader_layers, with_final_norm=True)(ids)
-    cast = convert_document(name)(states).loras.row(0)
+    cast = cast_documents(convert_document(name), states).loras.row(0)
     lora = model.cast(tmp_path / "note.txt")
     for module in cast.names:
         difference = lora.delta(module).float() - cast.delta(module)

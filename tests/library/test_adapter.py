@@ -77,6 +77,7 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
     from loracast.cast.document import learn_document
     from loracast.documents import read_document
     from loracast.hypernets.encoders import Features
+    from loracast.lab.training.doc import cast_documents
 
     modules = target_from_config(base.model.config, static_kinds, (1, 2)).rows if static_kinds else ()
     hypernet = make_hypernet(
@@ -98,7 +99,7 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
         ids = torch.tensor([base.tokenizer(chunks[i].prompt, add_special_tokens=False)["input_ids"]])
         features = base.model(input_ids=ids, output_hidden_states=True).hidden_states[2]
         with torch.no_grad():
-            batch, *_ = hypernet(Features(features))  # the static LoRA comes with it, once
+            batch = cast_documents(hypernet, Features(features)).loras  # the static LoRA comes with it, once
         expected = {name: f.b[0] @ f.a[0] for name, f in batch.factors.items()}
         assert_close(adapter.lora([i]), expected)
     name, shared = "model.layers.0.mlp.down_proj", hypernet.static["down_proj"]

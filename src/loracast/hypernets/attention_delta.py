@@ -20,6 +20,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from loracast.base.embedded import Say
 from loracast.base.load import Base
@@ -33,13 +34,12 @@ from loracast.hypernets.descriptions import (
     TaskBank,
     TaskReader,
     make_gate,
-    padded_rows,
 )
 from loracast.hypernets.encoders import TextEncoder
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples, gradient_step, label_bias
 from loracast.hypernets.perceiver import StaticLoRAs, per_layer
-from loracast.lora.algebra import LoRA, LoRABatch, compress, stack
-from loracast.lora.factors import Factors, Rows, joined_ranks
+from loracast.lora.algebra import LoRA, LoRABatch, compress, rows_of
+from loracast.lora.factors import Rows, joined_ranks
 
 KEPT_RANK = 12
 """Rank to which an adapter compresses what was cast, before anything is fitted to examples.
@@ -158,7 +158,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     def kept_rows(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
         cast_lora = self.loras(rows).row(0)
         if cast_lora.rank > KEPT_RANK:
-            rows = padded_rows(self.config.target, stack([compress(cast_lora, KEPT_RANK)[0]]))
+            rows = rows_of(compress(cast_lora, KEPT_RANK)[0], self.config.target)
         if not task.examples:
             return rows
         c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
@@ -175,7 +175,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
 
     def _with(self, rows: Rows, more: LoRA) -> Rows:
         """The rows of a LoRA with those of another one behind them."""
-        return joined_ranks(rows, padded_rows(self.config.target, stack([more]))) if more.names else rows
+        return joined_ranks(rows, rows_of(more, self.config.target))
 
     def encoder_lora_batch(self) -> LoRABatch:
         """The LoRA that the base carries while it reads a description."""
@@ -199,10 +199,6 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         """[n, d_text] -> [n, positions, layers, d_state]."""
         return conditions.unflatten(1, (len(POSITIONS), len(self.config.layers), self.config.d_state))
 
-    def gate_logit(self, conditions: Tensor) -> Tensor:
-        """The gate's logit for each description [n]."""
-        return self.gate(self.pooled(conditions)).squeeze(-1)
-
     def _columns(self, conditions: Tensor) -> Tensor:
         """Conditions [n, d_text] -> the columns of B that are made from the description [n, layers, r, d_state]."""
         deltas = self.by_position(conditions)
@@ -211,8 +207,8 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         corrected = per_layer(per_layer(flat, self.down), self.up)
         return mixed + corrected.squeeze(2).unflatten(-1, (self.config.rank, -1))
 
-    def forward(self, conditions: Tensor) -> LoRABatch:
-        """Conditions of n descriptions [n, d_text] -> their n LoRAs, differentiable.
+    def rows(self, conditions: Tensor) -> Rows:
+        """Conditions of n descriptions [n, d_text] -> the rows of their n LoRAs, differentiable.
 
         In bf16 under autocast to bf16 without gradients, else in fp32. A is the same for all descriptions and held
         once.
@@ -220,23 +216,21 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         c, n = self.config, len(conditions)
         in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(conditions.device.type)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
-        gate = self.gate_logit(conditions).sigmoid()[:, None, None, None].to(dtype)
+        gate = self.gate(self.pooled(conditions)).sigmoid()[..., None, None].to(dtype)  # [n, 1, 1, 1]
         cores = None if self.task_bank is None else self.task_bank(self.task_bank_input(conditions)).to(dtype) * gate
-        made = (self._columns(conditions).to(dtype) * gate).unbind(1)  # by layer [n, r, d_state]
-        own = dict(zip(c.layers, zip(self.where.to(dtype).unbind(0), made, strict=True), strict=True))
-        factors: dict[str, Factors] = {}
+        own = self._columns(conditions).to(dtype) * gate
+        rows: Rows = {}
         for kind in c.target.kinds:
-            at = [i for i, module in enumerate(c.modules) if module[2] == kind]
-            a = self.shared[kind].a.to(dtype)  # [layers, r, in]
-            b = self.shared[kind].b.to(dtype) * gate  # rows [n, layers, r, out]
+            a = self.shared[kind].a.to(dtype)  # [modules, r, in]
+            b = self.shared[kind].b.to(dtype) * gate  # [n, modules, r, out]
             if self.task_bank is not None and cores is not None:
                 bank = self.task_bank.factors[kind]
+                at = [i for i, module in enumerate(c.modules) if module[2] == kind]
                 retrieved = per_layer(cores[:, at].transpose(2, 3), bank.b.to(dtype))
                 a, b = torch.cat([a, bank.a.to(dtype)], dim=1), torch.cat([b, retrieved], dim=2)
-            for i, a_rows, b_rows in zip(at, a.unbind(0), b.unbind(1), strict=True):
-                name, layer, *_ = c.modules[i]
-                if kind == c.kind and layer in own:
-                    own_a, own_b = own[layer]
-                    a_rows, b_rows = torch.cat([own_a, a_rows]), torch.cat([own_b, b_rows], dim=1)
-                factors[name] = Factors(a_rows.expand(n, -1, -1), b_rows.transpose(1, 2))
-        return LoRABatch(n, {name: factors[name] for name in c.target.names}, {})
+            if kind == c.kind:  # modules beyond `depth` have rows of zero in place of their own
+                k, padding = len(c.layers), (0, 0, 0, c.rank)
+                a = torch.cat([torch.cat([self.where.to(dtype), a[:k]], dim=1), functional.pad(a[k:], padding)])
+                b = torch.cat([torch.cat([own, b[:, :k]], dim=2), functional.pad(b[:, k:], padding)], dim=1)
+            rows[kind] = (a.expand(n, -1, -1, -1), b)
+        return rows

@@ -34,7 +34,7 @@ from loracast.hypernets.perceiver import StaticLoRAs
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import Modality
 from loracast.lora.algebra import LoRABatch
-from loracast.lora.factors import Factors, Rows
+from loracast.lora.factors import Rows
 from loracast.lora.target import Target
 
 EXAMPLES_AT_ONCE = 3
@@ -72,11 +72,6 @@ class DescriptionHypernetwork(Hypernetwork):
         """Conditions [n, d_text] -> one vector for each description [n, d], by which descriptions are compared."""
         raise NotImplementedError
 
-    @property
-    def examples_at_once(self) -> int:
-        """Most examples that are read in one text; more are read in groups, whose conditions are averaged."""
-        return getattr(self.config, "examples_at_once", EXAMPLES_AT_ONCE)
-
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> TaskReader:
         read = self.text_encoder(base, encoder, say)
         if read.d_text != self.config.d_text:
@@ -84,7 +79,7 @@ class DescriptionHypernetwork(Hypernetwork):
                 f"the hypernetwork reads embeddings of {self.config.d_text} numbers, the text encoder {read.name!r} "
                 f"gives {read.d_text}: give the encoder that it was trained with ({self.config.encoder!r})"
             )
-        return TaskReader(read, self.examples_at_once)
+        return TaskReader(read, getattr(self.config, "examples_at_once", EXAMPLES_AT_ONCE))
 
     def kept_rows(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
         """The rows that were cast for a task [1, modules, r, d], as its adapter keeps them.
@@ -94,8 +89,16 @@ class DescriptionHypernetwork(Hypernetwork):
         return rows
 
     def cast(self, features: Features) -> Cast:
-        """Features of n descriptions [n, 1, d_text] -> their rows; lower ranks of a kind are padded with zeros."""
-        return Cast(padded_rows(self.config.target, self(features.states[:, 0])))
+        """Features of n descriptions [n, 1, d_text] -> their rows."""
+        return Cast(self.rows(features.states[:, 0]))
+
+    def rows(self, conditions: Tensor) -> Rows:
+        """Conditions of n descriptions [n, d_text] -> the rows of their n LoRAs, differentiable."""
+        raise NotImplementedError
+
+    def forward(self, conditions: Tensor) -> LoRABatch:
+        """Conditions of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
+        return self.loras(self.rows(conditions))
 
     def distances(self, conditions: Tensor) -> Tensor:
         """Distance of each description to the nearest seen one: 1 - cosine, [n]."""
@@ -120,7 +123,7 @@ class TaskReader:
     def __init__(self, encoder: TextEncoder, examples_at_once: int):
         """
         Args:
-            examples_at_once: most examples in one text.
+            examples_at_once: most examples in one text; more are read in groups, whose conditions are averaged.
         """
         self.encoder, self._at_once = encoder, examples_at_once
 
@@ -156,33 +159,6 @@ class TaskReader:
             raise EncoderError(f"example {end} is too long behind the description: shorten it, or leave it out")
         middle = (start + end) // 2
         return self._fitting(task, start, middle) + self._fitting(task, middle, end)
-
-
-def padded_rows(target: Target, loras: LoRABatch) -> Rows:
-    """The rows of n LoRAs of a target's modules; lower ranks of a kind, and missing modules, are padded with zeros."""
-    rows: Rows = {}
-    for kind in target.kinds:
-        modules = target.of_kind(kind)
-        found = [loras.factors[module.name] for module in modules if module.name in loras.factors]
-        if not found:
-            continue
-        rank = max(pair.a.shape[1] for pair in found)
-        like_a, like_b = found[0]
-        nothing = Factors(like_a.new_zeros(loras.n, 0, like_a.shape[2]), like_b.new_zeros(loras.n, like_b.shape[1], 0))
-        pairs = [loras.factors.get(module.name, nothing) for module in modules]
-        rows[kind] = (
-            stacked([pair.a for pair in pairs], rank),
-            stacked([pair.b.transpose(1, 2) for pair in pairs], rank),
-        )
-    return rows
-
-
-def stacked(sides: Sequence[Tensor], rank: int) -> Tensor:
-    """Rows [n, r, d] of some modules -> [n, modules, rank, d], padded with zeros; a view if all n share them."""
-    n = sides[0].shape[0]
-    if n > 1 and all(side.stride(0) == 0 for side in sides):
-        return stacked([side[:1] for side in sides], rank).expand(n, -1, -1, -1)
-    return torch.stack([functional.pad(side, (0, 0, 0, rank - side.shape[1])) for side in sides], dim=1)
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:

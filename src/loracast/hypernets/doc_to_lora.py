@@ -43,19 +43,6 @@ class RankCodes(NamedTuple):
     """By kind that copies values, the values that its latents point to [n, layers, r, d_values]."""
 
 
-class MergedCast(NamedTuple):
-    """The merged LoRA of each document, with the unmerged rows and the memory's writes; differentiable."""
-
-    loras: LoRABatch
-    """One merged LoRA for each document."""
-    writes: MemoryWrites | None
-    """What the memory wrote; None without a memory."""
-    rows: Rows
-    """The rows of each chunk, before merging."""
-    n_real: int
-    """Number of chunks that are not padding; the rows of padding are zero."""
-
-
 class DocToLoRA(Hypernetwork):
     """The hypernetwork for documents and images. Initialised as an exact no-op: every B scaler starts at zero."""
 
@@ -133,12 +120,6 @@ class DocToLoRA(Hypernetwork):
         check_encoder(self.config.encoder, self.config.encoder_fingerprint, self.config.d_features, images)
         return images
 
-    @torch.no_grad()
-    def standardise(self, features: Tensor) -> None:
-        """Standardise the features by mean and deviation of those of real tokens [tokens, d_features]."""
-        self.feature_mean.copy_(features.mean(0))
-        self.feature_std.copy_(features.std(0).clamp_min(1e-3))
-
     def standard(self, states: Tensor) -> Tensor:
         """States [..., d_features] in the hypernetwork's units."""
         return (states - self.feature_mean) / self.feature_std
@@ -154,10 +135,6 @@ class DocToLoRA(Hypernetwork):
     def encoder_lora_batch(self) -> LoRABatch | None:
         """The encoder LoRA, which the base carries while it reads a document, differentiable; None without one."""
         return self.encoder_lora.lora(self.config.encoder_modules) if self.encoder_lora else None
-
-    def static_lora(self) -> LoRABatch:
-        """The static LoRA in all its modules, differentiable; an empty one without it."""
-        return self.static.lora((*self.config.modules, *self.config.static_modules))
 
     def static_rows(self) -> Rows:
         return {k: (self.static[k].a, self.static[k].b) for k in self.config.target.kinds if k in self.static}
@@ -244,13 +221,3 @@ class DocToLoRA(Hypernetwork):
         if writes is None or writes.tokens is None:
             return Cast(rows)
         return Cast(rows, dict.fromkeys(self.memory_kinds, writes.tokens))
-
-    def forward(self, features: Features, chunks_per_document: int = 1) -> MergedCast:
-        """Chunks -> one merged LoRA for each document, with what the memory wrote and the chunks' own rows.
-
-        Args:
-            features: a document's chunks are consecutive.
-            chunks_per_document: K; the rows of K neighbours are joined along the rank.
-        """
-        rows, writes = self.cast_and_write(features)
-        return MergedCast(self.merge(rows, chunks_per_document), writes, rows, features.n_real)

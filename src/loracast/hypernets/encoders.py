@@ -66,11 +66,6 @@ class Features:
     def n_chunks(self) -> int:
         return self.states.shape[0]
 
-    @property
-    def n_real(self) -> int:
-        """Chunks that hold a real token."""
-        return self.n_chunks if self.mask is None else int(self.mask.any(-1).sum())
-
 
 class Encoder(Protocol):
     """An encoder of any modality. A hypernetwork's config names the one it was trained with."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.base.fingerprint import Fingerprint
-from loracast.errors import ConfigError, HypernetworkError
+from loracast.errors import ConfigError, HypernetworkError, LoracastError
 from loracast.files import folder_of, type_faults, write_atomically, write_with
 from loracast.hypernets.config import NEWER
 from loracast.lora.quantize import quantise
@@ -70,7 +70,6 @@ class Pretrained(nn.Module):
             HypernetworkError: missing, damaged, of another class or a newer format.
             ConfigError: its config has faults; the message lists every one.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = _folder_of(source, revision)
@@ -89,16 +88,9 @@ class Pretrained(nn.Module):
             with torch.device("meta"):  # shapes only: memory is allocated once the file has shown that it holds them
                 hypernet = architecture(read_config(stored["config"], architecture.config_class))
             tensors = load_file(folder / "model.safetensors")
-        except (
-            OSError,
-            SafetensorError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RuntimeError,
-            ArithmeticError,
-        ) as error:
+        except LoracastError:
+            raise
+        except Exception as error:  # a damaged file makes these readers raise nearly anything
             raise HypernetworkError(_damaged(folder, error)) from error
         weights = _in_fp32(tensors_of_format_1(tensors), folder)
         hypernet.take_weights(weights, folder)

@@ -21,8 +21,7 @@ from loracast.hypernets.config import ArchitectureConfig, ModuleRow, failed
 from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.hypernets.perceiver import shapes_by_kind
-from loracast.lora.algebra import LoRABatch
-from loracast.lora.factors import Factors
+from loracast.lora.factors import Rows
 
 Variant = Literal["L", "M", "S"]
 
@@ -101,17 +100,11 @@ class TextToLoRA(DescriptionHypernetwork):
         """The embeddings themselves [n, d_text]."""
         return conditions
 
-    def forward(self, embeddings: Tensor) -> LoRABatch:
-        """Embeddings of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
-        c, target = self.config, self.config.target
+    def rows(self, embeddings: Tensor) -> Rows:
+        """Embeddings of n descriptions [n, d_text] -> the rows of their n LoRAs, differentiable."""
         latents = self.latents(embeddings)  # [n, layers, kinds, sides, rows, head_width]
-        factors: dict[str, Factors] = {}
-        for i, kind in enumerate(target.kinds):
-            a, b = self.heads[kind](latents[:, :, i])  # [n, modules, r, in], [n, modules, r, out]
-            sides = zip(a.unbind(1), (b * c.scale).transpose(2, 3).unbind(1), strict=True)
-            for module, (a_rows, b_columns) in zip(target.of_kind(kind), sides, strict=True):
-                factors[module.name] = Factors(a_rows, b_columns)
-        return LoRABatch(embeddings.shape[0], {name: factors[name] for name in target.names}, {})
+        made = {kind: self.heads[kind](latents[:, :, i]) for i, kind in enumerate(self.config.target.kinds)}
+        return {kind: (a, b * self.config.scale) for kind, (a, b) in made.items()}
 
     def latents(self, embeddings: Tensor) -> Tensor:
         """The heads' input [n, layers, kinds, sides, rows, head_width]; sides and rows are 1 if made at once."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -27,10 +28,11 @@ from loracast.base.load import Base
 from loracast.base.scoring import AnswerScores, Batch, Episode, Passes, pack, score_answers
 from loracast.documents import split_text
 from loracast.errors import ConfigError, TrainingError
-from loracast.hypernets.associative_memory import N_PLACES
+from loracast.hypernets.associative_memory import N_PLACES, MemoryWrites
 from loracast.hypernets.config import ModuleRow
-from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import Features, HiddenStatesEncoder
+from loracast.hypernets.protocol import Hypernetwork
 from loracast.lab.data.everyday import make_document
 from loracast.lab.data.facts import tokens_between
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
@@ -45,6 +47,7 @@ from loracast.lab.training.memory_start import (
 )
 from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, recorded, start_from, train_hypernet
 from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.factors import Rows
 from loracast.lora.target import Layers, target_from_config
 
 CALIBRATION_ROWS = 12
@@ -109,7 +112,7 @@ def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> 
     encoder = hypernet.hidden_states_encoder(base)
     with torch.no_grad():  # the first token is an attention sink, whose states are hundreds of times larger
         states = [encoder(row).states[..., 1:, :].float().flatten(0, -2) for row in rows]
-        hypernet.standardise(torch.cat(states))
+        standardise(hypernet, torch.cat(states))
     if hypernet.memory is not None:
         set_memory_units(hypernet, base, encoder, rows, episodes)
     return hypernet
@@ -253,11 +256,12 @@ def set_memory_units(
     assert memory is not None
     questions = [question for episode in episodes for question in episode.questions]
     chunks = [chunk for episode in episodes for chunk in episode.chunks]
+    static = hypernet.static.lora(hypernet.config.target.rows)
     answered = [(*question.prompt, *question.answer) for question in questions]
     seen = [keys[:, 1:] for keys in _keys(encoder, base, [row[0].tolist() for row in rows])]
     totals, counts = torch.zeros(1, device=base.device), torch.zeros(N_PLACES)
     at_answers: list[Tensor] = []  # by question, at the first places of its answer: [modules, places, in]
-    for i, keys in enumerate(_keys(encoder, base, answered, hypernet.static_lora())):
+    for i, keys in enumerate(_keys(encoder, base, answered, static)):
         if i < _QUESTIONS_FOR_UNITS:
             seen.append(keys[:, 1:])
         keys = keys[:, len(questions[i].prompt) - 1 : -1]  # where the answer's tokens are predicted
@@ -435,16 +439,63 @@ def mean_deltas(hypernet: DocToLoRA, base: Base, chunks: Sequence[Sequence[int]]
     return {kind: total / len(chunks) for kind, total in sums.items()}
 
 
+class MergedCast(NamedTuple):
+    """The merged LoRA of each document, with the unmerged rows and the memory's writes; differentiable."""
+
+    loras: LoRABatch
+    """One merged LoRA for each document."""
+    writes: MemoryWrites | None
+    """What the memory wrote; None without a memory."""
+    rows: Rows
+    """The rows of each chunk, before merging."""
+    n_real: int
+    """Number of chunks that are not padding; the rows of padding are zero."""
+
+
+def merged(hypernet: Hypernetwork, rows: Rows, chunks_per_document: int) -> LoRABatch:
+    """Rows of chunks -> one LoRA for each document, of rank K * r plus the static LoRA's; differentiable.
+
+    Args:
+        rows: a document's chunks are consecutive.
+        chunks_per_document: K.
+    """
+    # All rows, in their places, by which training weighs and scores them; an adapter merges the strongest keys.
+    merging, joined = dataclasses.replace(hypernet.merging, most_keys=math.inf), {}
+    for kind, (a, b) in rows.items():
+        sides = (a, b.expand(-1, a.shape[1], -1, -1))
+        joined[kind] = merging.join(kind, *(side.unflatten(0, (-1, chunks_per_document)).unbind(1) for side in sides))
+    return hypernet.loras(joined)
+
+
+def cast_documents(hypernet: DocToLoRA, features: Features, chunks_per_document: int = 1) -> MergedCast:
+    """Chunks -> one merged LoRA for each document, with what the memory wrote and the chunks' own rows.
+
+    Args:
+        features: a document's chunks are consecutive.
+        chunks_per_document: K; the rows of K neighbours are joined along the rank.
+    """
+    rows, writes = hypernet.cast_and_write(features)
+    n_real = features.n_chunks if features.mask is None else int(features.mask.any(-1).sum())
+    return MergedCast(merged(hypernet, rows, chunks_per_document), writes, rows, n_real)
+
+
+@torch.no_grad()
+def standardise(hypernet: DocToLoRA, features: Tensor) -> None:
+    """Have a hypernetwork standardise features by mean and deviation of those of real tokens [tokens, d_features]."""
+    hypernet.feature_mean.copy_(features.mean(0))
+    hypernet.feature_std.copy_(features.std(0).clamp_min(1e-3))
+
+
 def answer_questions(
     model: Any,
     encoder: HiddenStatesEncoder,
-    hypernet: Callable[..., MergedCast],
+    hypernet: DocToLoRA,
     batch: Batch,
     passes: Passes = Passes(),
 ) -> tuple[AnswerScores, MemoryLosses, MergedCast]:
     """Documents -> features -> LoRAs -> scores of their questions' answers, losses of the memory, and what was cast."""
     features = read_in_groups(encoder, batch.chunk_ids, batch.chunk_mask, passes.length_groups)
-    cast = hypernet(features, batch.chunks_per_document)
+    cast = cast_documents(hypernet, features, batch.chunks_per_document)
     gate = None  # [d, t, k * r] the weights of the rows' sentences, the same in all modules
     if cast.writes is not None and batch.is_routed.any():
         assert cast.writes.tokens is not None

@@ -22,6 +22,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import Encoder, Features, check_encoder
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.data.rows import read_content, read_unrelated
+from loracast.lab.training.doc import cast_documents, standardise
 from loracast.lab.training.document_source import UNRELATED_SHARE
 from loracast.lab.training.loop import Workers
 from loracast.lab.training.losses import Distillation, Teacher
@@ -194,7 +195,7 @@ def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder
     hypernet = DocToLoRA(config)
     n = len(source.states)
     chosen = torch.linspace(0, n - 1, min(_EXAMPLES_FOR_UNITS, n)).long()
-    hypernet.standardise(source.states[chosen].float().flatten(0, 1))
+    standardise(hypernet, source.states[chosen].float().flatten(0, 1))
     return hypernet
 
 
@@ -232,8 +233,8 @@ def train_modality(
         features, episodes = source.step(number)
         batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(base.device)
         with recipe.training.autocast(base.device):
-            cast = hypernet(features.to(base.device))
-            scores = score_answers(base.model, cast.loras, batch, passes=recipe.training.passes)
+            loras = cast_documents(hypernet, features.to(base.device)).loras
+            scores = score_answers(base.model, loras, batch, passes=recipe.training.passes)
         loss, kl = scores.loss, scores.kl_to_base
         figures = {"answer_loss": loss.item(), "exact": scores.exact, "token_accuracy": scores.token_accuracy}
         if kl is not None:

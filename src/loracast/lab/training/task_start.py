@@ -18,7 +18,8 @@ from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, new_task_ba
 from loracast.hypernets.descriptions import DescriptionHypernetwork, TaskBank
 from loracast.hypernets.perceiver import StaticLoRAs
 from loracast.hypernets.text_to_lora import Head, TextToLoRA
-from loracast.lora.algebra import LoRA
+from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.factors import Factors
 from loracast.lora.target import TargetModule
 
 CHANGEABLE = frozenset(
@@ -135,6 +136,18 @@ def nothing_described(hypernet: DescriptionHypernetwork, n: int, generator: torc
         constant = (hypernet.mean + hypernet.std)[None]
         return torch.cat([constant, free.to(hypernet.mean) * hypernet.std + hypernet.mean])
     return torch.cat([torch.ones(1, free.shape[1]), functional.normalize(free, dim=-1) * free.shape[1] ** 0.5])
+
+
+def cast_described(hypernet: DescriptionHypernetwork, conditions: Tensor) -> LoRABatch:
+    """Conditions of n descriptions [n, d_text] -> their n LoRAs, without the rows of zero beyond the config's depth."""
+    loras = hypernet(conditions)
+    if not isinstance(hypernet, AttentionDeltaToLoRA):
+        return loras
+    c, factors = hypernet.config, dict(loras.factors)
+    for module in c.target.of_kind(c.kind)[len(c.layers) :]:
+        a, b = factors[module.name]
+        factors[module.name] = Factors(a[:, : -c.rank], b[..., : -c.rank])
+    return LoRABatch(loras.n, factors, {})
 
 
 @torch.no_grad()

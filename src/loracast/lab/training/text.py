@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loracast.base.embedded import DEFAULT_ENCODER
 from loracast.base.fingerprint import Fingerprint
@@ -41,6 +41,7 @@ from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, 
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.task_start import (
     CHANGEABLE,
+    cast_described,
     nothing_described,
     remember_seen,
     select_trained,
@@ -287,7 +288,7 @@ def _by_examples(
             generator = torch.Generator().manual_seed(rng.randrange(2**31))
             conditions = torch.cat([conditions, meaningless, nothing_described(hypernet, n // 2, generator).to(device)])
         with recipe.training.autocast(device):
-            both = hypernet(conditions)
+            both = cast_described(hypernet, conditions)
             loras = both.take(range(n))
             scores = score_answers(base.model, loras, batch, passes=recipe.training.passes)
         of_descriptions, of_null = (squares := both.squared_norms())[:n], squares[n:]
@@ -324,7 +325,9 @@ def read_library(
     return LoRABatch(len(loras), {name: batch.factors[name] for name in config.target.names}, {})
 
 
-def _by_oracles(hypernet: nn.Module, source: TaskSource, library: LoRABatch, encoder: TextEncoder) -> Objective:
+def _by_oracles(
+    hypernet: DescriptionHypernetwork, source: TaskSource, library: LoRABatch, encoder: TextEncoder
+) -> Objective:
     """The objective in which descriptions give the products of their tasks' oracles; the base is not run."""
     row_of = {task.name: i for i, task in enumerate(source.tasks)}
     device = next(iter(library.factors.values())).a.device
@@ -332,7 +335,8 @@ def _by_oracles(hypernet: nn.Module, source: TaskSource, library: LoRABatch, enc
     def objective(number: int) -> tuple[Tensor, dict[str, float]]:
         drawn = source.draw(number)
         wanted = library.take([row_of[one.task.name] for one in drawn])
-        errors = relative_square_error(hypernet(encoder([one.text for one in drawn]).to(device)), wanted)
+        made = cast_described(hypernet, encoder([one.text for one in drawn]).to(device))
+        errors = relative_square_error(made, wanted)
         figures = {"relative_error": errors.detach().clamp_min(0).mean().sqrt().item(), "tasks": len(drawn)}
         return errors.mean(), figures
 
