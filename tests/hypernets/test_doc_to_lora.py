@@ -229,7 +229,8 @@ def test_with_a_ridge_only_the_memorys_keys_of_several_chunks_change():
 def test_rank_latents_have_length_one_and_the_scale_multiplies_b_alone():
     hypernet = make()
     features = make_features(hypernet)
-    latents = hypernet.latents(features.states).latents
+    mask = torch.ones(features.states.shape[:2], dtype=torch.bool)
+    latents = hypernet.latents(features.states, mask).latents
     torch.testing.assert_close(latents.norm(dim=-1), torch.ones(3, 4, 2))
     doubled = DocToLoRA(dataclasses.replace(hypernet.config, scale=2 * hypernet.config.scale))
     doubled.load_state_dict(hypernet.state_dict())

@@ -67,7 +67,7 @@ def test_the_factors_of_documents(name):
     assert sum(parameter.numel() for parameter in hypernet.parameters()) == about["n_params"]
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     features, mask = inputs["features"], inputs["attention_mask"]
-    a, b = hypernet.expand(hypernet.latents(features, mask))["down_proj"]
+    a, b = hypernet.expand(hypernet.latents(features, mask.bool()))["down_proj"]
     close(a, expected["chunks.down_proj.A"])
     close(b / scale, expected["chunks.down_proj.B"])
     batch = cast_documents(hypernet, Features(features, mask=mask), 3).loras
@@ -189,9 +189,9 @@ def test_several_kinds_of_modules_lie_in_one_head(shares_mlp):
     """Latents attend to the context and not to each other: each kind must be as in a checkpoint of that kind alone."""
     kinds = ("down_proj", "k_proj", "q_proj")
     whole = checkpoint_of(kinds, BASE, shares_mlp=shares_mlp)
-    context = torch.randn(2, 7, 24)
+    context, mask = torch.randn(2, 7, 24), torch.ones(2, 7, dtype=torch.bool)
     hypernet = doc_to_lora(whole, BASE, (), ())
-    found = hypernet.expand(hypernet.latents(context))
+    found = hypernet.expand(hypernet.latents(context, mask))
     assert list(found) == ["q_proj", "k_proj", "down_proj"]
     for i, kind in enumerate(kinds):
         alone = checkpoint_of((kind,), BASE, shares_mlp=shares_mlp)
@@ -201,7 +201,7 @@ def test_several_kinds_of_modules_lie_in_one_head(shares_mlp):
         d_in, d_out = (side[kind] for side in whole["hypernet_config"].feature_sizes)
         alone["head.weight"] = whole["head.weight"][:, i, :, : d_in + d_out]
         one = doc_to_lora(alone, BASE, (), ())
-        for side, expected in zip(found[kind], one.expand(one.latents(context))[kind], strict=True):
+        for side, expected in zip(found[kind], one.expand(one.latents(context, mask))[kind], strict=True):
             torch.testing.assert_close(side, expected, atol=1e-4, rtol=1e-3)
 
 

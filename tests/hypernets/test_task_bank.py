@@ -14,7 +14,7 @@ from loracast.lab.data.tasks import read_tasks
 from loracast.lab.training.checkpoint import with_config
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
-from loracast.lab.training.task_start import fit_keys, set_keys, start_task_bank, take_directions
+from loracast.lab.training.task_start import fit_keys, hide_keys, set_keys, start_task_bank, take_directions
 from loracast.lab.training.text import CachedEncoder, TextRecipe, train_text
 from loracast.lora.target import Target, TargetModule
 from suites import write_suite
@@ -73,7 +73,7 @@ def test_in_training_descriptions_do_without_their_entry_or_their_task():
     torch.manual_seed(0)
     entries = without = 0
     for _ in range(200):
-        left, is_new = recall._hide(cosines, recall.task_of_key())
+        left, is_new = hide_keys(cosines, recall.task_of_key())
         hidden = left < -1.5
         assert torch.equal(hidden[:60].sum(1) == 20, is_new[:60])  # of the last task, one is all
         assert not hidden[60].any() or is_new[60]
@@ -81,7 +81,7 @@ def test_in_training_descriptions_do_without_their_entry_or_their_task():
         without += int(is_new[:60].sum())
     assert entries / 12000 == pytest.approx(0.4, abs=0.03) and without / 12000 == pytest.approx(0.15, abs=0.03)
     far = cosines.clone().clamp_max(0.9)  # descriptions that are no entries
-    assert torch.equal(recall._hide(far, recall.task_of_key())[0], far)
+    assert torch.equal(hide_keys(far, recall.task_of_key())[0], far)
 
 
 def test_its_factors_span_what_others_span():

@@ -17,7 +17,7 @@ key of their task, so that the gate learns to switch the bank off where no store
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -169,10 +169,6 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
 
 _SHARPNESS = 30.0
 """Factor on cosines before the softmax."""
-_SAME = 0.999
-"""Cosine from which a description in training counts as the one that the key was made from."""
-_HIDE_KEY, _HIDE_TASK = 0.4, 0.15
-"""Shares of the training's descriptions that are compared without their own key, or without all keys of their task."""
 
 
 class TaskBank(nn.Module):
@@ -200,6 +196,9 @@ class TaskBank(nn.Module):
         self.register_buffer("axes", torch.zeros(d_pooled, width))
         self.register_buffer("keys", torch.zeros(sum(n_descriptions), width))
         self._n_descriptions = tuple(n_descriptions)
+        self.hide: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        """Of cosines [n, m] and the task of each key [m], the cosines without those of keys that training hides, and
+        which descriptions lost all keys of their task [n]."""
 
     def task_of_key(self) -> Tensor:
         counts = torch.tensor(self._n_descriptions, device=self.keys.device)
@@ -224,23 +223,10 @@ class TaskBank(nn.Module):
         at = self.coordinates(pooled)
         cosines = at @ self.keys.T  # [n, m]
         task_of, is_unseen = self.task_of_key(), torch.zeros(len(at), dtype=torch.bool, device=at.device)
-        if self.training:
-            cosines, is_unseen = self._hide(cosines, task_of)
+        if self.training and self.hide is not None:
+            cosines, is_unseen = self.hide(cosines, task_of)
         probabilities = torch.zeros(len(at), len(self.cores), device=at.device)
         probabilities = probabilities.index_add(1, task_of, (_SHARPNESS * cosines).softmax(1))
         best = probabilities.topk(min(2, probabilities.shape[1]), dim=1).values
         clarity = torch.stack([cosines.amax(1), best[:, 0] - best[:, -1]], dim=1)
         return probabilities, torch.cat([at, clarity], dim=1), is_unseen
-
-    def _hide(self, cosines: Tensor, task_of: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines [n, m] with some keys hidden at random, and which descriptions lost all keys of their task [n]."""
-        nearest, own = cosines.max(1)
-        is_stored = nearest > _SAME
-        dice = torch.rand(len(cosines), device=cosines.device)
-        of_task = task_of[None] == task_of[own][:, None]  # [n, m]
-        own_key = functional.one_hot(own, len(task_of)).bool()
-        has_others = of_task.sum(1) > 1
-        hides_key = is_stored & has_others & (dice < _HIDE_KEY)
-        hides_task = is_stored & (dice > 1 - _HIDE_TASK)
-        hidden = (own_key & hides_key[:, None]) | (of_task & hides_task[:, None])
-        return cosines.masked_fill(hidden, -2.0), hides_task

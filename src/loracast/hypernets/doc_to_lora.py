@@ -94,6 +94,7 @@ class DocToLoRA(Hypernetwork):
             tokenizer=base.tokenizer,
             fingerprint=base.fingerprint.matrices,
             lora=self.encoder_lora_batch,
+            with_final_norm=getattr(c, "with_final_norm", False),
         )
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
@@ -143,29 +144,25 @@ class DocToLoRA(Hypernetwork):
     def memory_kinds(self) -> tuple[str, ...]:
         return tuple({kind for _, _, kind, *_ in self.config.memory_modules})
 
-    def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
-        """The rank latents of chunks: features [n, t, d], mask [n, t] true where a token is real (None: all are)."""
+    def latents(self, features: Tensor, mask: Tensor) -> RankCodes:
+        """The rank codes of chunks: states [n, t, d] or [n, layers, t, d], mask [n, t] true where a token is real."""
         c = self.config
         standard = self.standard(features)
-        mask = None if mask is None else mask.bool()
-        latents = self.decoder(self.rank_latents(), self.project(standard), mask)
-        pointed = self._pointed(latents, standard, features, mask)
+        latents = self.read(standard, mask)
+        pointed = {}
+        if self.pointers:
+            values = features[..., -c.d_values :].float()  # [n, t, d_values]
+            by_kind = latents.unflatten(1, (-1, len(c.kinds), c.rank)).unbind(2)  # [n, layers, r, w] each
+            for kind, part in zip(c.kinds, by_kind, strict=True):
+                if kind in self.pointers:
+                    weights = self.pointer(kind).weights(part.flatten(1, 2), standard, mask)  # [n, layers * r, t]
+                    pointed[kind] = (weights @ values).view(-1, len(c.layers), c.rank, c.d_values)
         latents = latents.view(-1, len(c.layers), len(c.kinds) * c.rank, c.width)
         return RankCodes(functional.normalize(latents.float(), dim=-1), pointed)
 
-    def _pointed(self, latents: Tensor, standard: Tensor, features: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """By kind that copies values, the values that its rank latents point to; latents of all kinds are [n, q, w]."""
-        c = self.config
-        if not self.pointers:
-            return {}
-        by_kind = latents.unflatten(1, (-1, len(c.kinds), c.rank)).unbind(2)  # [n, layers, r, w] each
-        values = features[..., -c.d_values :].float()  # [n, t, d_values]
-        pooled = {}
-        for kind, part in zip(c.kinds, by_kind, strict=True):
-            if kind in self.pointers:
-                weights = self.pointer(kind).weights(part.flatten(1, 2), standard, mask)  # [n, layers * r, t]
-                pooled[kind] = (weights @ values).view(-1, len(c.layers), c.rank, c.d_values)
-        return pooled
+    def read(self, standard: Tensor, mask: Tensor) -> Tensor:
+        """Standardised features of chunks -> their rank latents [n, layers * kinds * r, w]."""
+        return self.decoder(self.rank_latents(), self.project(standard), mask)
 
     def expand(self, codes: RankCodes) -> Rows:
         """Rank latents -> rows of `modules`, in bf16 under autocast to bf16 without gradients, else in fp32."""

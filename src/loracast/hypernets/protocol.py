@@ -92,14 +92,13 @@ class Hypernetwork(Pretrained):
         static, factors = self.static_rows(), {}
         for kind, (a, b) in rows.items():
             b = b.expand(-1, a.shape[1], -1, -1)  # B rows may be the same in all modules
-            if kind in static and not a.shape[2]:
-                a, b = (of_all[None] for of_all in static[kind])
-            elif kind in static:
-                a, b = (
-                    torch.cat([side, of_all.expand(len(side), -1, -1, -1).to(side.dtype)], dim=2)
-                    for side, of_all in zip((a, b), static[kind], strict=True)
-                )
-            for module, a_rows, b_rows in zip(target.of_kind(kind), a.unbind(1), b.unbind(1), strict=True):
+            sides = [side.transpose(0, 1) for side in (a, b)]  # [modules, n, r, d]
+            if kind in static:
+                alone = [of_all[:, None] for of_all in static[kind]]
+                both = zip(sides, alone, strict=True)
+                joined = [torch.cat([x, y.expand(-1, len(a), -1, -1).to(x.dtype)], dim=2) for x, y in both]
+                sides = joined if a.shape[2] else alone
+            for module, a_rows, b_rows in zip(target.of_kind(kind), *(side.unbind(0) for side in sides), strict=True):
                 factors[module.name] = Factors(a_rows, b_rows.transpose(1, 2))
         n = next(iter(rows.values()))[0].shape[0]
         return LoRABatch(n, {name: factors[name] for name in target.names}, {})

@@ -45,10 +45,18 @@ from loracast.lab.training.memory_start import (
     take_modules,
     take_without_near,
 )
-from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, recorded, start_from, train_hypernet
+from loracast.lab.training.recipe import (
+    HypernetRecipe,
+    Layers,
+    check_values,
+    keys_of,
+    recorded,
+    start_from,
+    target_at,
+    train_hypernet,
+)
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Rows
-from loracast.lora.target import Layers, target_from_config
 
 CALIBRATION_ROWS = 12
 
@@ -69,7 +77,7 @@ class DocRecipe(HypernetRecipe):
     kinds: tuple[str, ...] = ("down_proj",)
     """Module kinds that receive a LoRA of each chunk; none for a memory alone."""
     layers: Layers = 0.2
-    """Layers that receive a LoRA, by number or as shares of the base's depth (`lora.target.Layers`)."""
+    """Layers that receive a LoRA, by number or as shares of the base's depth (`Layers` in recipe.py)."""
     memory_layers: tuple[int | float, ...] = ()
     """Layers whose attention output (`o_proj`) holds an associative memory, by number or as shares of the depth."""
     static_kinds: tuple[str, ...] = ()
@@ -130,7 +138,7 @@ def doc_config(base_config: Any, tokenizer: Any, recipe: DocRecipe) -> DocToLoRA
     check_values(DocToLoRAConfig, options)
     options |= added_modules(base_config, recipe, recipe.layers, options["reader_layers"])
     # Without kinds there is a memory alone, and nothing to target.
-    modules = target_from_config(base_config, recipe.kinds, recipe.layers).rows if recipe.kinds else ()
+    modules = target_at(base_config, recipe.kinds, recipe.layers).rows if recipe.kinds else ()
     return DocToLoRAConfig(d_features=d_features, modules=modules, **options)
 
 
@@ -146,12 +154,12 @@ def added_modules(
     """
     found = {}
     if recipe.memory_layers:
-        found["memory_modules"] = memory = target_from_config(base_config, ("o_proj",), recipe.memory_layers).rows
+        found["memory_modules"] = memory = target_at(base_config, ("o_proj",), recipe.memory_layers).rows
     if recipe.static_kinds:
-        found["static_modules"] = target_from_config(base_config, recipe.static_kinds, layers).rows
+        found["static_modules"] = target_at(base_config, recipe.static_kinds, layers).rows
     if recipe.encoder_kinds:
         depth = max([*read, *(layer + 1 for _, layer, *_ in memory)])
-        found["encoder_modules"] = target_from_config(base_config, recipe.encoder_kinds, range(depth)).rows
+        found["encoder_modules"] = target_at(base_config, recipe.encoder_kinds, range(depth)).rows
     return found
 
 
@@ -459,11 +467,15 @@ def merged(hypernet: Hypernetwork, rows: Rows, chunks_per_document: int) -> LoRA
         rows: a document's chunks are consecutive.
         chunks_per_document: K.
     """
+
+    def by_document(side: Tensor) -> Sequence[Tensor]:  # [n, modules, r, d] -> K of [modules, documents, r, d]
+        return side.unflatten(0, (-1, chunks_per_document)).permute(1, 2, 0, 3, 4).unbind(0)
+
     # All rows, in their places, by which training weighs and scores them; an adapter merges the strongest keys.
-    merging, joined = dataclasses.replace(hypernet.merging, most_keys=math.inf), {}
+    merging, joined = dataclasses.replace(hypernet.merging, most_keys=math.inf), Rows()
     for kind, (a, b) in rows.items():
-        sides = (a, b.expand(-1, a.shape[1], -1, -1))
-        joined[kind] = merging.join(kind, *(side.unflatten(0, (-1, chunks_per_document)).unbind(1) for side in sides))
+        sides = merging.join(kind, by_document(a), by_document(b.expand(-1, a.shape[1], -1, -1)))
+        joined[kind] = sides[0].transpose(0, 1), sides[1].transpose(0, 1)
     return hypernet.loras(joined)
 
 

@@ -26,8 +26,15 @@ from loracast.lab.training.doc import cast_documents, standardise
 from loracast.lab.training.document_source import UNRELATED_SHARE
 from loracast.lab.training.loop import Workers
 from loracast.lab.training.losses import Distillation, Teacher
-from loracast.lab.training.recipe import HypernetRecipe, check_values, recorded, start_from, train_hypernet
-from loracast.lora.target import Layers, target_from_config
+from loracast.lab.training.recipe import (
+    HypernetRecipe,
+    Layers,
+    check_values,
+    recorded,
+    start_from,
+    target_at,
+    train_hypernet,
+)
 
 _BATCH = 16  # examples that are encoded at once
 
@@ -187,7 +194,7 @@ def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder
     """A fresh hypernetwork for a base and an encoder, its input units measured on the data."""
     torch.manual_seed(recipe.training.seed)
     check_values(DocToLoRAConfig, recipe.hypernetwork)
-    target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
+    target = target_at(base.model.config, recipe.kinds, recipe.layers)
     config = DocToLoRAConfig.for_target(
         target, encoder.d_features,
         encoder=encoder.name, encoder_fingerprint=encoder.fingerprint, reader_layers=(0,), **recipe.hypernetwork,

@@ -26,6 +26,10 @@ CHANGEABLE = frozenset(
     {"depth", "dummy_input", "dummy_answer", "examples_at_once", "task_bank_rank", "task_bank_width"}
 )
 """Config keys of an attention-delta hypernetwork that training may change when it starts from a checkpoint."""
+_SAME = 0.999
+"""Cosine from which a description in training counts as the one that the key was made from."""
+_HIDE_KEY, _HIDE_TASK = 0.4, 0.15
+"""Shares of the training's descriptions that are compared without their own key, or without all keys of their task."""
 _SHRINKAGE = 10.0
 """Added to the variances within tasks, in units of their mean: there are far fewer descriptions than directions."""
 _LENGTH = 3.0
@@ -104,6 +108,8 @@ def start_training(
             start_task_bank(hypernet, conditions, n_descriptions)
         else:
             set_keys(hypernet.task_bank, hypernet.task_bank_input(conditions))
+        assert hypernet.task_bank is not None
+        hypernet.task_bank.hide = hide_keys
 
 
 def remember_seen(hypernet: DescriptionHypernetwork, conditions: Tensor) -> None:
@@ -139,15 +145,22 @@ def nothing_described(hypernet: DescriptionHypernetwork, n: int, generator: torc
 
 
 def cast_described(hypernet: DescriptionHypernetwork, conditions: Tensor) -> LoRABatch:
-    """Conditions of n descriptions [n, d_text] -> their n LoRAs, without the rows of zero beyond the config's depth."""
-    loras = hypernet(conditions)
-    if not isinstance(hypernet, AttentionDeltaToLoRA):
-        return loras
-    c, factors = hypernet.config, dict(loras.factors)
-    for module in c.target.of_kind(c.kind)[len(c.layers) :]:
-        a, b = factors[module.name]
-        factors[module.name] = Factors(a[:, : -c.rank], b[..., : -c.rank])
-    return LoRABatch(loras.n, factors, {})
+    """Conditions of n descriptions [n, d_text] -> their n LoRAs, without the rows of zero beyond the config's depth.
+
+    The order of the operations fixes how gradients are rounded: another one would train other weights.
+    """
+    c, n, factors = hypernet.config, len(conditions), dict[str, Factors]()
+    is_delta = isinstance(hypernet, AttentionDeltaToLoRA)
+    for kind, (a, b) in hypernet.rows(conditions).items():
+        if is_delta:  # A is the same for all
+            sides_a = [side.expand(n, -1, -1) for side in a[:1].unbind(1)]
+            sides_b = [side.transpose(1, 2) for side in b.unbind(1)]
+        else:
+            sides_a, sides_b = [*a.unbind(1)], [*b.transpose(2, 3).unbind(1)]
+        for i, module in enumerate(c.target.of_kind(kind)):
+            rank = a.shape[2] - (c.rank if is_delta and kind == c.kind and i >= len(c.layers) else 0)
+            factors[module.name] = Factors(sides_a[i][:, :rank], sides_b[i][..., :rank])
+    return LoRABatch(n, {name: factors[name] for name in c.target.names}, {})
 
 
 @torch.no_grad()
@@ -200,3 +213,17 @@ def _checked(bank: TaskBank, pooled: Tensor) -> Tensor:
     if len(pooled) != len(bank.keys):
         raise ConfigError(f"{len(pooled)} descriptions were given, and the stored tasks have {len(bank.keys)}")
     return pooled
+
+
+def hide_keys(cosines: Tensor, task_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines [n, m] with some keys hidden at random, and which descriptions lost all keys of their task [n]."""
+    nearest, own = cosines.max(1)
+    is_stored = nearest > _SAME
+    dice = torch.rand(len(cosines), device=cosines.device)
+    of_task = task_of[None] == task_of[own][:, None]  # [n, m]
+    own_key = functional.one_hot(own, len(task_of)).bool()
+    has_others = of_task.sum(1) > 1
+    hides_key = is_stored & has_others & (dice < _HIDE_KEY)
+    hides_task = is_stored & (dice > 1 - _HIDE_TASK)
+    hidden = (own_key & hides_key[:, None]) | (of_task & hides_task[:, None])
+    return cosines.masked_fill(hidden, -2.0), hides_task

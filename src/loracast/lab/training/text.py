@@ -37,7 +37,15 @@ from loracast.lab.data.tasks import Task
 from loracast.lab.training.checkpoint import with_config
 from loracast.lab.training.loop import Objective
 from loracast.lab.training.loras import oracles_in, read_oracle
-from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, start_from, train_hypernet
+from loracast.lab.training.recipe import (
+    HypernetRecipe,
+    Layers,
+    check_values,
+    keys_of,
+    start_from,
+    target_at,
+    train_hypernet,
+)
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.task_start import (
     CHANGEABLE,
@@ -49,7 +57,6 @@ from loracast.lab.training.task_start import (
     start_training,
 )
 from loracast.lora.algebra import LoRABatch, inject, stack
-from loracast.lora.target import Layers, target_from_config
 
 N_GIBBERISH = 256  # strings without meaning, drawn once
 
@@ -101,7 +108,7 @@ def gibberish(rng: random.Random, n: int) -> list[str]:
 def build_text_hypernet(base: Base, recipe: TextRecipe) -> DescriptionHypernetwork:
     """A fresh hypernetwork for a base. Raises ConfigError for options that the variant does not have."""
     torch.manual_seed(recipe.training.seed)
-    modules = target_from_config(base.model.config, recipe.kinds, recipe.layers).rows
+    modules = target_at(base.model.config, recipe.kinds, recipe.layers).rows
     options = dict(recipe.hypernetwork)
     is_delta = options.get("variant") == _ATTENTION_DELTA
     if is_delta:
