@@ -28,13 +28,7 @@ from loracast.documents.task_spec import TaskSpec
 from loracast.errors import EncoderError
 from loracast.hypernets.attention_delta_encoder import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
 from loracast.hypernets.config import ArchitectureConfig, ModuleRow, failed
-from loracast.hypernets.descriptions import (
-    EXAMPLES_AT_ONCE,
-    DescriptionHypernetwork,
-    TaskBank,
-    TaskReader,
-    make_gate,
-)
+from loracast.hypernets.descriptions import EXAMPLES_AT_ONCE, DescriptionHypernetwork, TaskBank, TaskReader, make_gate
 from loracast.hypernets.encoders import TextEncoder
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples, gradient_step, label_bias
 from loracast.hypernets.perceiver import StaticLoRAs, per_layer

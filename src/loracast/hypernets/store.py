@@ -72,7 +72,7 @@ class Pretrained(nn.Module):
         """
         from safetensors.torch import load_file
 
-        folder = _folder_of(source, revision)
+        folder = folder_of(source, _FILES, "hypernetwork", HypernetworkError, revision)
         stored = _stored(folder)
         name, written_as = stored.get("architecture"), stored.get("format")
         if written_as not in (1, FORMAT) or not isinstance(name, str) or name not in _ARCHITECTURES:
@@ -304,6 +304,7 @@ def _is_idle(name: str, value: Tensor) -> bool:
     return name.endswith(_UNITS) and bool((value == 1).all())
 
 
+_FILES = ("config.json", "model.safetensors")
 CARD = "README.md"
 GENERATED = "<!-- Written by loracast, and written anew with the weights until this line is deleted. -->"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -393,7 +394,7 @@ _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delic
 
 def read_made_for(source: str | Path) -> Fingerprint:
     """The base that a hypernetwork was made for, from config.json alone. Raises as `from_pretrained` does."""
-    folder = _folder_of(source)
+    folder = folder_of(source, _FILES, "hypernetwork", HypernetworkError)
     try:
         return Fingerprint(**_stored(folder)["made_for"])
     except (KeyError, TypeError) as error:
@@ -438,11 +439,6 @@ def _in_fp32(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     if problems:
         raise HypernetworkError(f"{folder} is not a hypernetwork that can be used: {'; '.join(problems)}")
     return weights
-
-
-def _folder_of(source: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or a copy of what a hub repository holds."""
-    return folder_of(source, ("config.json", "model.safetensors"), "hypernetwork", HypernetworkError, revision)
 
 
 def _stored(folder: Path) -> dict[str, Any]:

@@ -35,16 +35,10 @@ from loracast.hypernets.encoders import Features, HiddenStatesEncoder
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.lab.data.everyday import make_document
 from loracast.lab.data.facts import tokens_between
+from loracast.lab.training import memory_start
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lab.training.loras import read_window_lora
 from loracast.lab.training.losses import Distillation, MemoryLosses, Teacher, retrieval_loss, sentence_gates, write_loss
-from loracast.lab.training.memory_start import (
-    set_question_map,
-    set_units,
-    take_low_rank,
-    take_modules,
-    take_without_near,
-)
 from loracast.lab.training.recipe import (
     HypernetRecipe,
     Layers,
@@ -212,14 +206,14 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
         if recipe.memory_layers:
             theirs = {module: i for i, module in enumerate(c.memory_modules)}
             both = {i: theirs[module] for i, module in enumerate(grown.config.memory_modules) if module in theirs}
-            take_modules(grown.memory, hypernet.memory, both)
+            memory_start.take_modules(grown.memory, hypernet.memory, both)
         if near is not None:
-            take_without_near(grown.memory, hypernet.memory)
+            memory_start.take_without_near(grown.memory, hypernet.memory)
     if verdicts:
         fit_verdicts(grown, base, recipe.data.max_chunk_tokens, recipe.data.seed)
     if "head_shared_rank" in changes:
         for kind in c.kinds:
-            take_low_rank(grown.head(kind), hypernet.head(kind))
+            memory_start.take_low_rank(grown.head(kind), hypernet.head(kind))
     return grown
 
 
@@ -281,7 +275,7 @@ def set_memory_units(
         raise TrainingError(f"no calibration answer has {N_PLACES} tokens; give more varied data")
     means = totals / counts[:, None].to(totals)  # [modules, places, in]
     end_of_turn = torch.tensor([base.chat.end_of_turn], device=base.device)
-    set_units(memory, torch.cat(seen, dim=1), means, encoder.values(end_of_turn)[0])
+    memory_start.set_units(memory, torch.cat(seen, dim=1), means, encoder.values(end_of_turn)[0])
 
     # By chunk: the token that ends a statement, and the statement's question.
     stated: list[set[tuple[int, int]]] = [set() for _ in chunks]
@@ -300,7 +294,7 @@ def set_memory_units(
             answers.append(at_answer)
     if not ends:
         raise TrainingError("no calibration statement has a question; give documents with token labels")
-    set_question_map(memory, torch.cat(ends, dim=1), torch.cat(answers, dim=1), means)
+    memory_start.set_question_map(memory, torch.cat(ends, dim=1), torch.cat(answers, dim=1), means)
 
 
 def _keys(
@@ -499,11 +493,7 @@ def standardise(hypernet: DocToLoRA, features: Tensor) -> None:
 
 
 def answer_questions(
-    model: Any,
-    encoder: HiddenStatesEncoder,
-    hypernet: DocToLoRA,
-    batch: Batch,
-    passes: Passes = Passes(),
+    model: Any, encoder: HiddenStatesEncoder, hypernet: DocToLoRA, batch: Batch, passes: Passes = Passes()
 ) -> tuple[AnswerScores, MemoryLosses, MergedCast]:
     """Documents -> features -> LoRAs -> scores of their questions' answers, losses of the memory, and what was cast."""
     features = read_in_groups(encoder, batch.chunk_ids, batch.chunk_mask, passes.length_groups)

@@ -22,10 +22,7 @@ from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Factors
 from loracast.lora.target import TargetModule
 
-CHANGEABLE = frozenset(
-    {"depth", "dummy_input", "dummy_answer", "examples_at_once", "task_bank_rank", "task_bank_width"}
-)
-"""Config keys of an attention-delta hypernetwork that training may change when it starts from a checkpoint."""
+_CHANGEABLE = {"depth", "dummy_input", "dummy_answer", "examples_at_once", "task_bank_rank", "task_bank_width"}
 _SAME = 0.999
 """Cosine from which a description in training counts as the one that the key was made from."""
 _HIDE_KEY, _HIDE_TASK = 0.4, 0.15
@@ -34,6 +31,11 @@ _SHRINKAGE = 10.0
 """Added to the variances within tasks, in units of their mean: there are far fewer descriptions than directions."""
 _LENGTH = 3.0
 """Length of each row of A and column of B, with which cores learn about as fast as the B of a usual LoRA."""
+
+
+def changeable(hypernet: DescriptionHypernetwork) -> set[str]:
+    """The config keys that training may change when it starts from a checkpoint."""
+    return _CHANGEABLE if isinstance(hypernet, AttentionDeltaToLoRA) else set()
 
 
 def select_trained(hypernet: DescriptionHypernetwork, *, encoder_lora: bool, task_bank_only: bool) -> None:
@@ -104,12 +106,12 @@ def start_training(
         set_units(hypernet, conditions)
     remember_seen(hypernet, conditions)
     if isinstance(hypernet, AttentionDeltaToLoRA) and hypernet.config.task_bank_rank:
-        if hypernet.task_bank is None:
-            start_task_bank(hypernet, conditions, n_descriptions)
+        bank = hypernet.task_bank
+        if bank is None:
+            bank = start_task_bank(hypernet, conditions, n_descriptions)
         else:
-            set_keys(hypernet.task_bank, hypernet.task_bank_input(conditions))
-        assert hypernet.task_bank is not None
-        hypernet.task_bank.hide = hide_keys
+            set_keys(bank, hypernet.task_bank_input(conditions))
+        bank.hide = hide_keys
 
 
 def remember_seen(hypernet: DescriptionHypernetwork, conditions: Tensor) -> None:
@@ -124,12 +126,13 @@ def set_units(hypernet: AttentionDeltaToLoRA, conditions: Tensor) -> None:
     hypernet.std.copy_(conditions.std(0).clamp_min(1e-6))
 
 
-def start_task_bank(hypernet: AttentionDeltaToLoRA, conditions: Tensor, n_descriptions: Sequence[int]) -> None:
+def start_task_bank(hypernet: AttentionDeltaToLoRA, conditions: Tensor, n_descriptions: Sequence[int]) -> TaskBank:
     """Add a task bank whose cores are zero; the arguments are those of `start_training`."""
     hypernet.config = replace(hypernet.config, bank_sizes=tuple(n_descriptions))
     hypernet.task_bank = bank = new_task_bank(hypernet.config).to(conditions.device)
     take_directions(bank, hypernet.shared)
     fit_keys(bank, hypernet.task_bank_input(conditions))
+    return bank
 
 
 def nothing_described(hypernet: DescriptionHypernetwork, n: int, generator: torch.Generator) -> Tensor:

@@ -34,6 +34,7 @@ from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lab.data.tasks import Task
+from loracast.lab.training import task_start
 from loracast.lab.training.checkpoint import with_config
 from loracast.lab.training.loop import Objective
 from loracast.lab.training.loras import oracles_in, read_oracle
@@ -47,15 +48,6 @@ from loracast.lab.training.recipe import (
     train_hypernet,
 )
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
-from loracast.lab.training.task_start import (
-    CHANGEABLE,
-    cast_described,
-    nothing_described,
-    remember_seen,
-    select_trained,
-    start_shared_from,
-    start_training,
-)
 from loracast.lora.algebra import LoRABatch, inject, stack
 
 N_GIBBERISH = 256  # strings without meaning, drawn once
@@ -142,7 +134,7 @@ def train_text(
     Args:
         oracles: library of `train_oracles`: learn by reconstruction of its LoRAs instead of the tasks' examples.
         init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` may only have keys that
-            may be changed (`CHANGEABLE`).
+            may be changed (`task_start.changeable`).
         shared_from: LoRA trained on all tasks (`train_multitask`), from which a fresh run's shared factors start.
         record: `command` and `on_metrics` of `train_hypernet`.
 
@@ -155,10 +147,12 @@ def train_text(
             raise ConfigError(f"{oracles} has no oracle of a training task; `loracast train oracle` makes them")
     source = TaskSource(recipe.data, tasks, base.chat, is_specified=oracles is None)
     hypernet = _start_from(init_from, recipe, base) if init_from is not None else build_text_hypernet(base, recipe)
-    select_trained(hypernet, encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
+    task_start.select_trained(
+        hypernet, encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only
+    )
     encoder = hypernet.text_encoder(base)
     if shared_from is not None:
-        start_shared_from(hypernet, read_oracle(shared_from, base.fingerprint))
+        task_start.start_shared_from(hypernet, read_oracle(shared_from, base.fingerprint))
     hypernet.to(base.device)
     with torch.no_grad():
         conditions = encoder(source.descriptions).to(base.device)
@@ -167,7 +161,7 @@ def train_text(
         probes = fit_position_probes(base, lora, hypernet.in_layers(hypernet.config.kind), source)
         hypernet.where.data[:, : probes.shape[1]] = probes  # [modules, positions, in]
     torch.manual_seed(recipe.training.seed)
-    start_training(hypernet, conditions, source.n_descriptions, is_fresh=init_from is None)
+    task_start.start_training(hypernet, conditions, source.n_descriptions, is_fresh=init_from is None)
     hypernet.train()
     about = {**source.about, "objective": recipe.objective}
     if oracles is None:
@@ -182,7 +176,7 @@ def train_text(
 
     @torch.no_grad()
     def remember_all() -> None:
-        remember_seen(hypernet, encoder(source.descriptions).to(base.device))
+        task_start.remember_seen(hypernet, encoder(source.descriptions).to(base.device))
 
     if shared_from is not None:
         about["shared_from_sha256"] = file_sha256(shared_from / "adapter_model.safetensors")
@@ -194,13 +188,7 @@ def train_text(
 
 def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> DescriptionHypernetwork:
     """The hypernetwork that a fresh run starts from, with the changes that the recipe makes to it."""
-    hypernet: DescriptionHypernetwork = start_from(
-        folder,
-        DescriptionHypernetwork,
-        base,
-        recipe,
-        lambda hypernet: CHANGEABLE if isinstance(hypernet, AttentionDeltaToLoRA) else (),
-    )
+    hypernet = start_from(folder, DescriptionHypernetwork, base, recipe, task_start.changeable)
     changes = dict(recipe.hypernetwork)
     if changes.get("task_bank_rank") == 0:  # the bank goes, since another encoder LoRA would not find its tasks
         changes["bank_sizes"] = ()
@@ -293,9 +281,10 @@ def _by_examples(
             with torch.no_grad():
                 meaningless = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
             generator = torch.Generator().manual_seed(rng.randrange(2**31))
-            conditions = torch.cat([conditions, meaningless, nothing_described(hypernet, n // 2, generator).to(device)])
+            nothing = task_start.nothing_described(hypernet, n // 2, generator).to(device)
+            conditions = torch.cat([conditions, meaningless, nothing])
         with recipe.training.autocast(device):
-            both = cast_described(hypernet, conditions)
+            both = task_start.cast_described(hypernet, conditions)
             loras = both.take(range(n))
             scores = score_answers(base.model, loras, batch, passes=recipe.training.passes)
         of_descriptions, of_null = (squares := both.squared_norms())[:n], squares[n:]
@@ -342,7 +331,7 @@ def _by_oracles(
     def objective(number: int) -> tuple[Tensor, dict[str, float]]:
         drawn = source.draw(number)
         wanted = library.take([row_of[one.task.name] for one in drawn])
-        made = cast_described(hypernet, encoder([one.text for one in drawn]).to(device))
+        made = task_start.cast_described(hypernet, encoder([one.text for one in drawn]).to(device))
         errors = relative_square_error(made, wanted)
         figures = {"relative_error": errors.detach().clamp_min(0).mean().sqrt().item(), "tasks": len(drawn)}
         return errors.mean(), figures
