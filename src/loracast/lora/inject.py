@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -26,9 +26,6 @@ from torch import Tensor, nn
 
 from loracast.errors import AdapterError
 from loracast.lora.factors import Factors
-
-if TYPE_CHECKING:
-    from loracast.lora.algebra import LoRA
 
 
 class FairLock:
@@ -134,6 +131,15 @@ def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) 
     return modules
 
 
+class WithStatic(Protocol):
+    """What is needed of a LoRA to add its static part to copies of weights."""
+
+    @property
+    def factors(self) -> Mapping[str, Factors]: ...
+    @property
+    def static(self) -> frozenset[str]: ...
+
+
 class _Copy(NamedTuple):
     """A copy of a module's weight with the factors of a static LoRA added."""
 
@@ -162,7 +168,7 @@ _MERGED_NOW: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def static_added(model: nn.Module, loras: Sequence[LoRA | None]) -> Iterator[Collection[str]]:
+def static_added(model: nn.Module, loras: Sequence[WithStatic | None]) -> Iterator[Collection[str]]:
     """Have a model compute with the static LoRA that all rows of a batch have, while the context lasts.
 
     Yields the names of the modules that have it: none with quantized weights, and none at all where the rows have no
@@ -197,7 +203,7 @@ def static_added(model: nn.Module, loras: Sequence[LoRA | None]) -> Iterator[Col
         _MERGED_NOW.discard(model)
 
 
-def _has_static_of(other: LoRA, first: LoRA) -> bool:
+def _has_static_of(other: WithStatic, first: WithStatic) -> bool:
     return first.static <= other.static and all(equal_factors(first.factors[n], other.factors[n]) for n in first.static)
 
 
