@@ -52,6 +52,7 @@ from loracast import files as workfolders
 from loracast.cli import app
 from loracast.cli.terminal import prompt_interrupts
 from loracast.hypernets.encoders import load_text_encoder
+from loracast.lab.training.task_start import remember_seen
 from loracast.library import register
 from loracast.library.library import Library
 from loracast.lora.algebra import uniform
@@ -81,7 +82,7 @@ class Rounds:
         base = save_models(folder)
         encoder = make_sentence_encoder(folder / "encoder")
         tasks = for_base(make_task_hypernet(base, encoder, 4, 30.0), base.fingerprint)
-        tasks.remember_seen(load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
+        remember_seen(tasks, load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
         tasks.save_pretrained(folder / "tasks", storage="float32")
         models = str(folder / "base"), str(folder / "hypernetwork")
         self.models = ["--base", models[0], "--hypernetwork", models[1], "--device", "cpu"]

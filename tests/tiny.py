@@ -137,6 +137,7 @@ def make_task_hypernet(base, encoder: Path, seed: int, scale: float):
 def make_attention_delta(base, kinds=("q_proj", "o_proj", "down_proj"), layers=None, *, fresh=False, **options):
     """A random attention-delta hypernetwork that has seen `DESCRIPTIONS`; a `fresh` one casts LoRAs that do nothing."""
     from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
+    from loracast.lab.training.task_start import remember_seen, set_units
     from loracast.lora.target import target_from_config
 
     settings = {name: value for name, value in {**ATTENTION_DELTA, **options}.items() if name != "variant"}
@@ -149,8 +150,8 @@ def make_attention_delta(base, kinds=("q_proj", "o_proj", "down_proj"), layers=N
         hypernet.up.data.normal_()
         hypernet.gate[-1].weight.data.normal_()
     read = hypernet.text_encoder(base)(DESCRIPTIONS).detach()
-    hypernet.set_units(read)
-    hypernet.remember_seen(read)
+    set_units(hypernet, read)
+    remember_seen(hypernet, read)
     hypernet.made_for = getattr(base, "fingerprint", None)
     return hypernet.eval().requires_grad_(False)
 

@@ -18,6 +18,7 @@ from loracast.cli import app
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.hypernets.encoders import BaseTextEncoder
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.lab.training.task_start import remember_seen
 from loracast.library.adapter import FACTORS
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
@@ -36,7 +37,7 @@ def task_hypernetwork(base, tmp_path_factory):
     hypernet = make_task_hypernet(base, encoder, 4, 30.0)
     from loracast.hypernets.encoders import load_text_encoder
 
-    hypernet.remember_seen(load_text_encoder(str(encoder))(KNOWN))
+    remember_seen(hypernet, load_text_encoder(str(encoder))(KNOWN))
     for_base(hypernet, base.fingerprint).save_pretrained(folder / "hypernetwork", storage="float32")
     return folder / "hypernetwork"
 
@@ -85,8 +86,8 @@ def test_a_description_becomes_an_adapter_that_answers(caster, base):
 def test_a_batch_is_one_pass_and_the_same_as_one_by_one(caster, monkeypatch):
     texts = [*KNOWN, SENTENCE]
     passes = []
-    forward = TextToLoRA.forward
-    monkeypatch.setattr(TextToLoRA, "forward", lambda self, x: (passes.append(len(x)), forward(self, x))[1])
+    rows = TextToLoRA.rows
+    monkeypatch.setattr(TextToLoRA, "rows", lambda self, x: (passes.append(len(x)), rows(self, x))[1])
     adapters = caster.tasks(texts, storage="bf16")
     assert passes == [4] and [a.name for a in adapters][:2] == [
         "answer-with-the-opposite-word",

@@ -14,13 +14,13 @@ from loracast.answering.model import ASK_SYSTEM_TURN, Model
 from loracast.base.generate import Sampling
 from loracast.cast import refine as refine_module
 from loracast.cast.load import load_caster
-from loracast.cast.refine import RefineConfig, loras_of, refine, refiner, rows_of
+from loracast.cast.refine import RefineConfig, refine, refiner
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.errors import ConfigError, EncoderError
 from loracast.lab.data.tasks import read_tasks
-from loracast.lab.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
+from loracast.lab.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining, loras_of, rows_of
 from loracast.lab.evaluation.tasks import TaskSetup, draw
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, inject

@@ -380,7 +380,7 @@ def test_training_weighs_rows_as_asking_does(model):
         of_rows = torch.tensor([weights[1][owners[0][token]] for token in tokens["o_proj"][0].tolist()])
         a, b = rows["o_proj"]
         rows["o_proj"] = a[:, :, : len(of_rows)], b[:, :, : len(of_rows)] * of_rows[:, None]
-        expected = score_answers(base.model, hypernet.merge(rows, 1), single)
+        expected = score_answers(base.model, hypernet.loras(rows), single)
     torch.testing.assert_close(alone.by_question, expected.by_question, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together.by_question[:3], merged.by_question[:3], atol=1e-4)
     torch.testing.assert_close(together.by_question[3], merged.by_question[3])

@@ -258,7 +258,7 @@ def test_training_goes_on_from_a_hypernetwork_without_its_task_bank(base, tmp_pa
     )  # fmt: skip
     train_text(base, examples, tasks, tmp_path / "examples", init_from=tmp_path / "bank")
     hypernet = AttentionDeltaToLoRA.from_pretrained(tmp_path / "examples")
-    assert hypernet.task_bank is None and not hypernet.config.bank_sizes and hypernet.examples_at_once == 3
+    assert hypernet.task_bank is None and not hypernet.config.bank_sizes and hypernet.config.examples_at_once == 3
     before = AttentionDeltaToLoRA.from_pretrained(tmp_path / "bank").encoder_lora_batch().row(0)
     after = hypernet.encoder_lora_batch().row(0)
     assert any(not torch.equal(before.delta(name), after.delta(name)) for name in before.names)

@@ -21,6 +21,7 @@ from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.loras import OracleRecipe, PeftConfig, train_multitask
 from loracast.lab.training.recipe import read_recipe
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.task_start import cast_described, nothing_described
 from loracast.lab.training.text import TextRecipe, fit_position_probes, train_text
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA, LoRABatch, inject
@@ -129,7 +130,9 @@ def test_no_deeper_than_asked_for(base):
     shallow = make_attention_delta(base, depth=2)
     (read,) = shallow.text_encoder(base)(DESCRIPTIONS[:1]).view(1, len(POSITIONS), 2, 48)
     torch.testing.assert_close(read, contributions(base, shallow, DESCRIPTIONS[0])[:, :2], atol=1e-5, rtol=1e-3)
-    ranks = {name: factors.a.shape[1] for name, factors in shallow(read.flatten()[None]).factors.items()}
+    ranks = {
+        name: factors.a.shape[1] for name, factors in cast_described(shallow, read.flatten()[None]).factors.items()
+    }
     assert [ranks[m.name] for m in shallow.config.target.of_kind("o_proj")] == [8, 8, 3, 3]
     with pytest.raises(ConfigError, match="within a depth of 1"):
         make_attention_delta(base, layers=(1, 3), depth=1)
@@ -177,7 +180,7 @@ def test_reading_leaves_the_base_as_it_was(base):
 def test_at_the_start_contributions_are_written_as_they_were_read(base):
     hypernet = make_attention_delta(base, fresh=True)
     read = hypernet.text_encoder(base)(DESCRIPTIONS)
-    batch, gate = hypernet(read), hypernet.gate_logit(read).sigmoid()
+    batch, gate = hypernet(read), hypernet.gate(hypernet.pooled(read)).squeeze(-1).sigmoid()
     assert batch.n == 3 and tuple(batch.factors) == hypernet.config.target.names
     by_place = read.view(3, len(POSITIONS), -1, 48)
     for n, name in enumerate(m.name for m in hypernet.config.target.of_kind("o_proj")):
@@ -243,9 +246,9 @@ def test_it_knows_what_is_far_and_what_describes_nothing(base):
     reader = hypernet.text_encoder(base)
     same, other = hypernet.distances(reader([DESCRIPTIONS[0], "zq vv kk"]))
     assert same < 1e-5 < other and hypernet.ood_threshold() > 0
-    for conditions in (hypernet.constant(), hypernet.meaningless(3, torch.Generator().manual_seed(0))):
-        assert conditions.shape[1] == reader.d_text
-        assert hypernet(conditions).squared_norms().isfinite().all()
+    conditions = nothing_described(hypernet, 3, torch.Generator().manual_seed(0))
+    assert conditions.shape == (4, reader.d_text)
+    assert hypernet(conditions).squared_norms().isfinite().all()
 
 
 def test_kept_and_read_again(base, tmp_path):
@@ -298,8 +301,8 @@ def recipe(**options) -> TextRecipe:
 def test_its_rows_fire_where_they_shall(base, tmp_path):
     hypernet = make_attention_delta(base)
     source = TaskSource(TaskDataConfig(), read_tasks(write_suite(tmp_path)), base.chat)
-    probes = fit_position_probes(base, hypernet.encoder_lora_batch(), hypernet.probed_modules, source)
-    hypernet.set_position_probes(probes)
+    probes = fit_position_probes(base, hypernet.encoder_lora_batch(), hypernet.in_layers(hypernet.config.kind), source)
+    hypernet.where.data[:, : probes.shape[1]] = probes
     example = source.tasks[0].train[0]
     prompt, answer = base.chat.prompt(example.input, ""), base.chat.reply(example.outputs[0])[:-1]
     seen: list[Tensor] = []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loracast.hypernets.associative_memory import cca_map
+from loracast.lab.training.memory_start import cca_map
 
 FREE = torch.Generator().manual_seed(0)
 

@@ -20,7 +20,9 @@ from loracast.errors import BaseModelError, ConfigError, EncoderError, Hypernetw
 from loracast.hypernets.config import ModuleRow
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Cast, Hypernetwork
-from loracast.hypernets.store import read_made_for, with_config
+from loracast.hypernets.store import read_made_for
+from loracast.lab.training.checkpoint import with_config
+from loracast.lab.training.doc import cast_documents, merged
 from loracast.lora.target import Target, TargetModule, target_from_config
 from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet, make_model, make_tokenizer
 
@@ -85,7 +87,7 @@ def test_rows_give_the_deltas_of_the_plain_forward(make, base, architecture):
     features = caster.encode(DESCRIPTIONS if is_task else CHUNKS)
     rows = caster.cast(features).rows
     with torch.no_grad():
-        plain = hypernet(features.states[:, 0]) if is_task else hypernet(features)[0]
+        plain = hypernet(features.states[:, 0]) if is_task else cast_documents(hypernet, features).loras
     static = hypernet.static_rows()
     assert set(rows) == set(hypernet.config.target.kinds) and bool(static) is not is_task
     for kind, (a, b) in rows.items():
@@ -181,11 +183,11 @@ def test_loras_and_merge_add_the_static_lora_of_any_subclass(base):
     features = caster.encode(CHUNKS[:2])
     a, b = caster.cast(features).rows["down_proj"]
     static_a, static_b = hypernet.static_rows()["down_proj"]
-    each, merged = caster.loras_of(features), hypernet.merge({"down_proj": (a, b)}, 2)
+    each, together = caster.loras_of(features), merged(hypernet, {"down_proj": (a, b)}, 2)
     for i, name in enumerate(hypernet.config.target.names):
         deltas = b[:, i].mT @ a[:, i]
         static = static_b[i].T @ static_a[i]
-        for loras, expected in ((each, deltas + static), (merged, (deltas.sum(0) + static)[None])):
+        for loras, expected in ((each, deltas + static), (together, (deltas.sum(0) + static)[None])):
             found = loras.factors[name]
             torch.testing.assert_close(found.b @ found.a, expected)
 

@@ -20,7 +20,9 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import Features
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.published import PublishedDocToLoRA
-from loracast.hypernets.store import average, with_config
+from loracast.lab.training.checkpoint import average, with_config
+from loracast.lab.training.doc import cast_documents
+from loracast.lab.training.memory_start import set_question_map, take_low_rank
 from loracast.lora.algebra import LoRA, LoRABatch, concat, inject
 from loracast.lora.merge import decorrelate_keys
 from loracast.lora.target import target_from_config
@@ -93,7 +95,7 @@ def each(change, *features: Features) -> Features:
 
 
 def loras(hypernet: DocToLoRA, features: Features, mask: torch.Tensor | None = None, k: int = 1) -> LoRABatch:
-    return hypernet(dataclasses.replace(features, mask=mask), k)[0]
+    return cast_documents(hypernet, dataclasses.replace(features, mask=mask), k).loras
 
 
 def row(batch, i: int) -> LoRA:
@@ -227,7 +229,8 @@ def test_with_a_ridge_only_the_memorys_keys_of_several_chunks_change():
 def test_rank_latents_have_length_one_and_the_scale_multiplies_b_alone():
     hypernet = make()
     features = make_features(hypernet)
-    latents = hypernet.latents(features.states).latents
+    mask = torch.ones(features.states.shape[:2], dtype=torch.bool)
+    latents = hypernet.latents(features.states, mask).latents
     torch.testing.assert_close(latents.norm(dim=-1), torch.ones(3, 4, 2))
     doubled = DocToLoRA(dataclasses.replace(hypernet.config, scale=2 * hypernet.config.scale))
     doubled.load_state_dict(hypernet.state_dict())
@@ -251,12 +254,12 @@ def test_shared_modules_get_the_same_whatever_the_document():
 
 def test_a_head_is_taken_over_at_low_rank():
     full, low = make(), make("default", head_shared_rank=16)
-    low.head("down_proj").take_low_rank(full.head("down_proj"))  # of rank 16 at most: nothing is lost
+    take_low_rank(low.head("down_proj"), full.head("down_proj"))  # of rank 16 at most: nothing is lost
     latents = torch.randn(3, 4, 2, 16, generator=FREE)
     for one, other in zip(full.head("down_proj")(latents), low.head("down_proj")(latents), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     lower = make("default", head_shared_rank=4)
-    lower.head("down_proj").take_low_rank(full.head("down_proj"))
+    take_low_rank(lower.head("down_proj"), full.head("down_proj"))
     weight = full.head("down_proj").weight
     head = lower.head("down_proj")
     lost = (weight - head.shared - head.down @ head.up).square().sum((1, 2))
@@ -535,7 +538,7 @@ def test_a_memory_maps_the_end_of_a_sentence_to_its_question():
     sides = torch.randn(2, 2, 8, 64, generator=FREE)
     ends, answers = (things @ side for side in sides)
     places = torch.randn(2, 8, 64, generator=FREE)
-    memory.set_question_map(ends[:, :400], answers[:, :400], places)
+    set_question_map(memory, ends[:, :400], answers[:, :400], places)
     features = dataclasses.replace(make_features(hypernet, n=1), keys=ends[None, :, 400:406])
     a = hypernet.cast_and_write(features)[0]["o_proj"][0]  # [1, modules, 6, in]
     centred = features.keys.mean(2) - ends[:, :400].mean(1)

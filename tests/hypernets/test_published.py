@@ -35,6 +35,7 @@ from loracast.hypernets.published import (
     text_to_lora,
 )
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.lab.training.doc import cast_documents
 from loracast.lora.algebra import inject
 from loracast.lora.target import target_from_config
 from tiny import make_model, make_tokenizer
@@ -66,10 +67,10 @@ def test_the_factors_of_documents(name):
     assert sum(parameter.numel() for parameter in hypernet.parameters()) == about["n_params"]
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     features, mask = inputs["features"], inputs["attention_mask"]
-    a, b = hypernet.expand(hypernet.latents(features, mask))["down_proj"]
+    a, b = hypernet.expand(hypernet.latents(features, mask.bool()))["down_proj"]
     close(a, expected["chunks.down_proj.A"])
     close(b / scale, expected["chunks.down_proj.B"])
-    batch = hypernet(Features(features, mask=mask), 3).loras
+    batch = cast_documents(hypernet, Features(features, mask=mask), 3).loras
     assert batch.n == 1
     for layer, factors in enumerate(batch.factors.values()):
         close(factors.a[0], expected["combined.down_proj.A"][0, layer])
@@ -188,9 +189,9 @@ def test_several_kinds_of_modules_lie_in_one_head(shares_mlp):
     """Latents attend to the context and not to each other: each kind must be as in a checkpoint of that kind alone."""
     kinds = ("down_proj", "k_proj", "q_proj")
     whole = checkpoint_of(kinds, BASE, shares_mlp=shares_mlp)
-    context = torch.randn(2, 7, 24)
+    context, mask = torch.randn(2, 7, 24), torch.ones(2, 7, dtype=torch.bool)
     hypernet = doc_to_lora(whole, BASE, (), ())
-    found = hypernet.expand(hypernet.latents(context))
+    found = hypernet.expand(hypernet.latents(context, mask))
     assert list(found) == ["q_proj", "k_proj", "down_proj"]
     for i, kind in enumerate(kinds):
         alone = checkpoint_of((kind,), BASE, shares_mlp=shares_mlp)
@@ -200,7 +201,7 @@ def test_several_kinds_of_modules_lie_in_one_head(shares_mlp):
         d_in, d_out = (side[kind] for side in whole["hypernet_config"].feature_sizes)
         alone["head.weight"] = whole["head.weight"][:, i, :, : d_in + d_out]
         one = doc_to_lora(alone, BASE, (), ())
-        for side, expected in zip(found[kind], one.expand(one.latents(context))[kind], strict=True):
+        for side, expected in zip(found[kind], one.expand(one.latents(context, mask))[kind], strict=True):
             torch.testing.assert_close(side, expected, atol=1e-4, rtol=1e-3)
 
 
@@ -448,7 +449,7 @@ def test_a_checkpoint_on_the_hub_learns_and_answers(name, hub, published_base, t
     (chunk,) = loracast.library.index.read_chunks(adapter.index)
     ids = torch.tensor([[*before, *base.tokenizer(chunk.prompt)["input_ids"], *after]])
     states = HiddenStatesEncoder(base.model, hypernet.config.reader_layers, with_final_norm=True)(ids)
-    cast = convert_document(name)(states).loras.row(0)
+    cast = cast_documents(convert_document(name), states).loras.row(0)
     lora = model.cast(tmp_path / "note.txt")
     for module in cast.names:
         difference = lora.delta(module).float() - cast.delta(module)

@@ -10,10 +10,11 @@ import torch
 from loracast.errors import ConfigError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.descriptions import TaskBank
-from loracast.hypernets.store import with_config
 from loracast.lab.data.tasks import read_tasks
+from loracast.lab.training.checkpoint import with_config
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.task_start import fit_keys, hide_keys, set_keys, start_task_bank, take_directions
 from loracast.lab.training.text import CachedEncoder, TextRecipe, train_text
 from loracast.lora.target import Target, TargetModule
 from suites import write_suite
@@ -36,7 +37,7 @@ def scattered(n_each: int, seed: int) -> torch.Tensor:
 def learned() -> TaskBank:
     torch.manual_seed(0)
     recall = TaskBank(TARGET, 100, 3, 8, N_DESCRIPTIONS)
-    recall.fit_keys(scattered(20, 0)[: sum(N_DESCRIPTIONS)])
+    fit_keys(recall, scattered(20, 0)[: sum(N_DESCRIPTIONS)])
     recall.cores.data.normal_()
     return recall.eval().requires_grad_(False)
 
@@ -72,7 +73,7 @@ def test_in_training_descriptions_do_without_their_entry_or_their_task():
     torch.manual_seed(0)
     entries = without = 0
     for _ in range(200):
-        left, is_new = recall._hide(cosines, recall._task_of_key())
+        left, is_new = hide_keys(cosines, recall.task_of_key())
         hidden = left < -1.5
         assert torch.equal(hidden[:60].sum(1) == 20, is_new[:60])  # of the last task, one is all
         assert not hidden[60].any() or is_new[60]
@@ -80,7 +81,7 @@ def test_in_training_descriptions_do_without_their_entry_or_their_task():
         without += int(is_new[:60].sum())
     assert entries / 12000 == pytest.approx(0.4, abs=0.03) and without / 12000 == pytest.approx(0.15, abs=0.03)
     far = cosines.clone().clamp_max(0.9)  # descriptions that are no entries
-    assert torch.equal(recall._hide(far, recall._task_of_key())[0], far)
+    assert torch.equal(hide_keys(far, recall.task_of_key())[0], far)
 
 
 def test_its_factors_span_what_others_span():
@@ -88,7 +89,7 @@ def test_its_factors_span_what_others_span():
     other.factors["o_proj"].a.normal_()
     other.factors["o_proj"].b.zero_()  # as if never trained
     own = recall.factors["o_proj"].b.clone()
-    recall.take_directions(other.factors)
+    take_directions(recall, other.factors)
     taken = recall.factors["o_proj"]
     assert torch.nn.functional.cosine_similarity(taken.a, other.factors["o_proj"].a, dim=-1).min() > 0.9999
     assert torch.nn.functional.cosine_similarity(taken.b, own, dim=-1).min() > 0.9999
@@ -97,14 +98,14 @@ def test_its_factors_span_what_others_span():
 
 def test_another_number_of_descriptions_is_refused():
     with pytest.raises(ConfigError, match="60 descriptions were given, and the stored tasks have 61"):
-        learned().fit_keys(scattered(20, 0)[:60])
+        fit_keys(learned(), scattered(20, 0)[:60])
 
 
 def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
     plain = make_attention_delta(base)
     read = plain.text_encoder(base)(DESCRIPTIONS)
     recalling = with_config(plain, {"task_bank_rank": 2, "task_bank_width": 3})
-    recalling.start_task_bank(read, (2, 1))
+    start_task_bank(recalling, read, (2, 1))
     recalling.eval().requires_grad_(False)
     one, other = plain(read), recalling(read)
     for name in one.factors:
@@ -125,17 +126,17 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
 def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
     hypernet = make_attention_delta(base)
     recalling = with_config(hypernet, {"task_bank_rank": 2, "task_bank_width": 3})
-    recalling.start_task_bank(hypernet.text_encoder(base)(DESCRIPTIONS), (2, 1))
+    start_task_bank(recalling, hypernet.text_encoder(base)(DESCRIPTIONS), (2, 1))
     assert recalling.task_bank is not None
     recalling.task_bank.cores.data.normal_()
     other = with_config(recalling, {"dummy_input": "dog"}).requires_grad_(False)
     assert other.task_bank is not None and torch.equal(other.task_bank.cores, recalling.task_bank.cores)
     read = other.text_encoder(base)(DESCRIPTIONS)
-    assert (other.task_bank.coordinates(other._for_task_bank(read)) - other.task_bank.keys).abs().max() > 1e-3
-    other.task_bank.set_keys(other._for_task_bank(read))
-    torch.testing.assert_close(other.task_bank.coordinates(other._for_task_bank(read)), other.task_bank.keys)
+    assert (other.task_bank.coordinates(other.task_bank_input(read)) - other.task_bank.keys).abs().max() > 1e-3
+    set_keys(other.task_bank, other.task_bank_input(read))
+    torch.testing.assert_close(other.task_bank.coordinates(other.task_bank_input(read)), other.task_bank.keys)
     with pytest.raises(ConfigError, match="2 descriptions were given, and the stored tasks have 3"):
-        other.task_bank.set_keys(other._for_task_bank(read[:2]))
+        set_keys(other.task_bank, other.task_bank_input(read[:2]))
 
 
 def test_less_deep_with_the_same_weights(base):
@@ -143,7 +144,7 @@ def test_less_deep_with_the_same_weights(base):
     n_layers = len(deep.config.layers)
     shallow = with_config(deep, {"depth": n_layers - 1})
     reads = [hypernet.text_encoder(base)(DESCRIPTIONS) for hypernet in (deep, shallow)]
-    by_layer = [h._by_position(read) for h, read in zip((deep, shallow), reads, strict=True)]
+    by_layer = [h.by_position(read) for h, read in zip((deep, shallow), reads, strict=True)]
     torch.testing.assert_close(by_layer[1], by_layer[0][:, :, :-1])
     torch.testing.assert_close(shallow._columns(reads[1]), deep._columns(reads[0])[:, :-1])
     with pytest.raises(ConfigError, match=r"were not trained; depth can only be made smaller"):

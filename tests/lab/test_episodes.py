@@ -15,7 +15,7 @@ from loracast.base.chat import encode_inside, encode_text
 from loracast.base.forward import common_prefix
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import HiddenStatesEncoder
-from loracast.lab.training.doc import answer_questions
+from loracast.lab.training.doc import answer_questions, cast_documents
 from loracast.lab.training.scoring import Episode, Question, pack
 from loracast.lora.algebra import LoRA, inject
 from loracast.lora.factors import Factors
@@ -56,7 +56,7 @@ def make_hypernet(model, **options) -> DocToLoRA:
 
 def documents_lora(encoder, hypernet, episode: Episode) -> LoRA:
     """A document's LoRA, its chunks expanded one by one."""
-    parts = [hypernet(encoder(torch.tensor([chunk])))[0].factors for chunk in episode.chunks]
+    parts = [cast_documents(hypernet, encoder(torch.tensor([chunk]))).loras.factors for chunk in episode.chunks]
     return LoRA(
         {
             name: Factors(torch.cat([p[name].a[0] for p in parts]), torch.cat([p[name].b[0] for p in parts], dim=1))
@@ -85,7 +85,8 @@ def alone(model, question: Question) -> torch.Tensor:
 def test_every_branch_computes_what_its_own_row_would(made):
     batch = pack(made, PAD)
     encoder, hypernet = HiddenStatesEncoder(MODEL, (2,)), make_hypernet(MODEL)
-    loras, *_ = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
+    features = encoder(batch.chunk_ids, batch.chunk_mask)
+    loras = cast_documents(hypernet, features, batch.chunks_per_document).loras
     own = [documents_lora(encoder, hypernet, episode) for episode in made]
     with inject(MODEL, loras):
         logits = MODEL(

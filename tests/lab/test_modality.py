@@ -25,6 +25,7 @@ from loracast.hypernets.encoders import Encoder, Features, ImageEncoder, load_im
 from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.evaluation.modality import ALL, HELD_OUT, TRAINED, ModalityEvalConfig, evaluate_modality
+from loracast.lab.training.doc import cast_documents
 from loracast.lab.training.modality import (
     ModalityDataConfig,
     ModalityRecipe,
@@ -215,7 +216,8 @@ def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, train
     hypernet = DocToLoRA.from_pretrained(run)
     assert hypernet.config.encoder == hypernet.config.encoder_fingerprint == WaveEncoder().fingerprint
     fresh = DocToLoRA(hypernet.config)
-    assert not fresh(WaveEncoder()(torch.randn(2, 1, 64, generator=FREE))).loras.squared_norms().any()
+    features = WaveEncoder()(torch.randn(2, 1, 64, generator=FREE))
+    assert not cast_documents(fresh, features).loras.squared_norms().any()
 
 
 def test_a_probe_without_enough_images_is_refused_before_anything_is_scored(base, trained, tmp_path):

@@ -284,7 +284,7 @@ def test_a_memory_can_remain_alone(base, tmp_path):
         for side, other in zip(before["o_proj"], after["o_proj"], strict=True):
             torch.testing.assert_close(side, other)
         assert before["down_proj"][0].shape[2] and not after["down_proj"][0].shape[2]
-        static, kept = (h.static_lora().row(0) for h in (old, alone))
+        static, kept = (h.static.lora(h.config.target.rows).row(0) for h in (old, alone))
         assert {*static.names} == {*kept.names}
         chunks = sample_chunks(base, recipe, EpisodeSource(recipe.data, base.tokenizer, base.chat))
         features = [old.hidden_states_encoder(base)(torch.tensor([chunk])) for chunk in chunks]

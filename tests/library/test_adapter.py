@@ -21,6 +21,7 @@ from adapters import TARGET, deltas, random_factors, some_chunks, some_manifest,
 from loracast.base.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
 from loracast.cast.document import cast_chunks, split_document
 from loracast.documents import Document
+from loracast.documents.units import sentence_spans
 from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.library.adapter import Adapter, factors_in_memory
 from loracast.library.index import read_chunks
@@ -58,7 +59,7 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
     n = adapter.manifest.n_chunks
     assert n >= 3 and steps[0] == (0, n) and steps[-1] == (n, n)
     prompts = [f"{c.heading}\n{c.text}" if c.heading else c.text for c in read_chunks(adapter.index)]
-    expected = list(cast_chunks(model.documents, model.base, prompts))
+    expected = list(cast_chunks(model.documents, model.base, prompts, [sentence_spans(prompt) for prompt in prompts]))
     stored = load_file(adapter.folder / "factors.safetensors")
     for i, side in enumerate("ab"):
         rows = torch.cat([batch["down_proj"][i] for batch, _ in expected])
@@ -77,6 +78,7 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
     from loracast.cast.document import learn_document
     from loracast.documents import read_document
     from loracast.hypernets.encoders import Features
+    from loracast.lab.training.doc import cast_documents
 
     modules = target_from_config(base.model.config, static_kinds, (1, 2)).rows if static_kinds else ()
     hypernet = make_hypernet(
@@ -98,7 +100,7 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
         ids = torch.tensor([base.tokenizer(chunks[i].prompt, add_special_tokens=False)["input_ids"]])
         features = base.model(input_ids=ids, output_hidden_states=True).hidden_states[2]
         with torch.no_grad():
-            batch, *_ = hypernet(Features(features))  # the static LoRA comes with it, once
+            batch = cast_documents(hypernet, Features(features)).loras  # the static LoRA comes with it, once
         expected = {name: f.b[0] @ f.a[0] for name, f in batch.factors.items()}
         assert_close(adapter.lora([i]), expected)
     name, shared = "model.layers.0.mlp.down_proj", hypernet.static["down_proj"]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from loracast.errors import BaseModelError, ConfigError
-from loracast.lora.target import KINDS, layers_at, target_from_config
+from loracast.lab.training.recipe import layers_at
+from loracast.lora.target import KINDS, target_from_config
 from tiny import FAMILIES, make_model
 
 

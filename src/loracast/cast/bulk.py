@@ -168,10 +168,9 @@ def _write(out: str, folder: str, made: Uniform, base: str, about: Mapping[str, 
         if is_local(fs):
             with work_folder(Path(root), "new") as work:
                 built, place = write_peft_folder(made.lora.factors, work / "adapter", base, about), Path(root) / folder
+                if not (place / CONFIG).is_file():
+                    shutil.rmtree(place, ignore_errors=True)  # half of one, copied there by somebody
                 move_unless_there(built, place)
-                if not (place / CONFIG).is_file():  # half of one, copied there by somebody
-                    shutil.rmtree(place)
-                    move_unless_there(built, place)
             return
         with tempfile.TemporaryDirectory() as work_name:
             local = write_peft_folder(made.lora.factors, Path(work_name), base, about)
@@ -279,20 +278,16 @@ def find_documents(source: str, casting: Casting, known: Mapping[str, Line]) -> 
     """
     with file_system(source) as (fs, root):
         fs.invalidate_cache()
-        files = {path: info for path, info in fs.find(root, detail=True).items() if info["type"] == "file"}
+        files = {path: info for path, info in sorted(fs.find(root, detail=True).items()) if info["type"] == "file"}
         urls = {path: fs.unstrip_protocol(path) for path in files}
     ours = _place(casting.out) + "/"
-    relative = {
-        path: path[len(root) + 1 :] or path.rpartition("/")[2]
-        for path in sorted(files)
-        if not urls[path].startswith(ours)
-    }
-    shown = {path: short for path, short in relative.items() if not any(p.startswith(".") for p in short.split("/"))}
-    wanted = {path: short for path, short in shown.items() if is_readable(short)}
+    relative = {path: path[len(root) + 1 :] or path.rpartition("/")[2] for path in files}
+    shown = [path for path, short in relative.items() if not (urls[path].startswith(ours) or "/." in f"/{short}")]
     if not shown:
         raise DocumentError(f"there is no document at {source}")
-    names = names_for(list(wanted.values()), {s: known[urls[p]].name for p, s in wanted.items() if urls[p] in known})
-    found = [Line(urls[path], names[short], _stamp(files[path]), casting.id) for path, short in wanted.items()]
+    wanted = {relative[path]: path for path in shown if is_readable(relative[path])}
+    names = names_for([*wanted], {short: known[urls[p]].name for short, p in wanted.items() if urls[p] in known})
+    found = [Line(urls[path], names[short], _stamp(files[path]), casting.id) for short, path in wanted.items()]
     return found, len(shown) - len(wanted)
 
 

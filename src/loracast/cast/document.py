@@ -88,15 +88,13 @@ def token_batches(base: Base, prompts: Sequence[str]) -> Iterator[list[list[int]
             batch = []
 
 
-def cast_chunks(
-    caster: Caster, base: Base, prompts: Sequence[str], sentences: Sequence[Spans] | None = None
-) -> Iterator[ChunkBatch]:
+def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str], sentences: Sequence[Spans]) -> Iterator[ChunkBatch]:
     """The rows of chunks, in order, a batch at a time, and the sentences of those that belong to tokens.
 
     Args:
-        sentences: of each chunk; None to find them in the prompts.
+        sentences: of each chunk.
     """
-    places = zip(prompts, map(sentence_spans, prompts) if sentences is None else sentences, strict=True)
+    places = zip(prompts, sentences, strict=True)
     for batch in token_batches(base, prompts):
         cast = caster.cast(caster.encode(batch))
         owners = [

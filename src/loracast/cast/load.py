@@ -44,11 +44,6 @@ class BaseFacts:
     fingerprint: Fingerprint
 
     @classmethod
-    def of(cls, base: Base) -> BaseFacts:
-        """Those of a loaded base."""
-        return cls(base.model.config, base.tokenizer, base.fingerprint)
-
-    @classmethod
     def read(cls, name: str) -> BaseFacts:
         """Those of a base in a folder or hub repository, whose weights are looked at and not loaded."""
         from transformers import AutoConfig
@@ -265,7 +260,10 @@ def open_hypernetwork(source: Source, base: Base | Callable[[], Base] | None = N
         return given
     if given.published is None:
         return Hypernetwork.from_pretrained(given.folder)
-    facts = BaseFacts.of(base) if isinstance(base, Base) else BaseFacts.read(base_named_in(given.published))
+    if isinstance(base, Base):
+        facts = BaseFacts(base.model.config, base.tokenizer, base.fingerprint)
+    else:
+        facts = BaseFacts.read(base_named_in(given.published))
     return Hypernetwork.from_pretrained(converted(given.published, facts))
 
 

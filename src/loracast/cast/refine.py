@@ -22,8 +22,8 @@ from loracast.base.load import Base
 from loracast.cast.task import Refine
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
-from loracast.lora.algebra import LoRA, LoRABatch
-from loracast.lora.factors import Factors, Rows, joined_ranks
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.factors import Rows, joined_ranks
 
 FEWEST_EXAMPLES = 4  # three to learn from, and one held back
 _HELD_BACK = 4  # one example in so many is held back
@@ -179,16 +179,6 @@ def refiner(base: Base, config: RefineConfig) -> Refine:
         return found.rows if found.steps else rows
 
     return refined
-
-
-def rows_of(lora: LoRA) -> Rows:
-    """A LoRA of factors as rows, each module on its own; `loras_of` is the way back."""
-    return {name: (a[None, None], b.T[None, None]) for name, (a, b) in lora.factors.items()}
-
-
-def loras_of(rows: Rows) -> LoRABatch:
-    """The LoRA of rows that have a module each."""
-    return LoRABatch(1, {name: Factors(a[:, 0], b[:, 0].transpose(1, 2)) for name, (a, b) in rows.items()}, {})
 
 
 def _copy(side: Tensor, device: torch.device) -> Tensor:

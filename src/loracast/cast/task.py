@@ -68,7 +68,7 @@ class TaskCaster:
             strength: factor on every delta; 0 gives no adapter, 1 is as in training.
         """
         given = _stripped(tasks)
-        return self._loras(given, self._encode(given), strength)
+        return [self.hypernetwork.loras(rows).row(0) for rows in self._rows(given, self._encode(given), strength)]
 
     def start_of_descent(self, task: TaskSpec, strength: float = 1.0) -> Rows:
         """The rows that descent on a task's examples starts from: as cast from the description alone, if there is one.
@@ -211,9 +211,6 @@ class TaskCaster:
                 for task, one in zip(tasks, rows, strict=True)
             ]
         return [_scaled(one, strength) for one in kept]
-
-    def _loras(self, tasks: Sequence[TaskSpec], features: Features, strength: float) -> list[LoRA]:
-        return [self.hypernetwork.loras(rows).row(0) for rows in self._rows(tasks, features, strength)]
 
     @torch.inference_mode()
     def _distances(self, tasks: Sequence[TaskSpec], features: Features) -> list[float | None]:

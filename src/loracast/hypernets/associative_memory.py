@@ -23,7 +23,6 @@ squares then removes what the keys of a chunk still have in common. That lets ma
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,39 +33,6 @@ from loracast.hypernets.config import DocToLoRAConfig
 from loracast.hypernets.encoders import Features
 from loracast.hypernets.perceiver import ReaderBlock, RMSNorm, per_layer, rotate
 
-
-def cca_map(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """A bilinear score of rank `rank` that is high when x and y belong together: score(x, y) = x @ from_x @ to_y @ y.
-
-    Each pair of canonical directions with correlation c weighs c / (1 - c^2): for Gaussian views this makes the score
-    the cross term of the log-likelihood ratio of "same sample" to "independent samples" (Hotelling, "Relations between
-    two sets of variates", 1936).
-
-    Args:
-        x, y: two views of m samples [m, d], [m, e], each with mean zero.
-        rank: directions kept; those beyond min(d, e) are zero.
-        ridge: added to both covariances, in units of the mean variance of x and y.
-
-    Returns:
-        from_x [d, rank] and to_y [rank, e].
-    """
-    white_x, white_y = (_inverse_root(side, ridge) for side in (x, y))
-    left, correlations, right = torch.linalg.svd(white_x @ (x.T @ y / len(x)) @ white_y)
-    n_kept = min(rank, len(correlations))
-    weights = correlations[:n_kept].clamp(max=0.97)
-    weights = weights / (1 - weights.square())
-    from_x, to_y = x.new_zeros(x.shape[1], rank), y.new_zeros(rank, y.shape[1])
-    from_x[:, :n_kept] = white_x @ (left[:, :n_kept] * weights.sqrt())
-    to_y[:n_kept] = (right[:n_kept] * weights.sqrt()[:, None]) @ white_y
-    return from_x, to_y
-
-
-def _inverse_root(x: Tensor, ridge: float) -> Tensor:
-    """(x^T x / m + ridge)^(-1/2), [d, d]."""
-    variances, axes = torch.linalg.eigh(x.T @ x / len(x))
-    return (axes / (variances.clamp_min(0) + ridge * variances.mean()).sqrt()) @ axes.T
-
-
 _GATES = ("inside", "begin", "after")  # in the order of lab/data/facts.py
 OWNER, END = range(2)
 """Pointer heads that span supervision can train: to the last token of the owner's name, and of the sentence."""
@@ -74,16 +40,12 @@ N_PLACES = 8
 """Places in an answer that are distinguished; the last one stands for all that follow."""
 _HEAD_DIM = 32
 _START_GATE = -2.0
-_START_STRENGTH = 0.5
+START_STRENGTH = 0.5
 _FEWEST_POINTING = 3.0  # tokens of a sentence whose end may be written as a verdict
-_NEAR_SHARE = 0.5  # of the strength of the ends' keys, for those of near tokens at first
-_FROM_END = {"near_mean": "end_mean", "from_near": "from_end", "near_to_question": "to_question"}
 _START_RIDGE = 2.0
-_MAP_STD = 0.1
-_RIDGE = 0.3  # of the whitening, in units of the variance of one standardised input number
 # Adam moves every number by about the learning rate; what must move much further is stored divided by these factors.
 _SCALE_RATE = 400.0
-_STRENGTH_RATE = 10.0
+STRENGTH_RATE = 10.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +103,7 @@ class AssociativeMemory(nn.Module):
         self.n_keys = 2 + self.n_heads + (self.n_near > 0)
         self.strength = nn.Linear(width, n_modules * self.n_keys, bias=False)
         self.strength_bias = nn.Parameter(torch.zeros(n_modules, self.n_keys))
-        self.log_ridge = nn.Parameter(torch.full((n_modules,), math.log(_START_RIDGE) / _STRENGTH_RATE))
+        self.log_ridge = nn.Parameter(torch.full((n_modules,), math.log(_START_RIDGE) / STRENGTH_RATE))
         self.scale = nn.Parameter(torch.zeros(n_modules))
         self.stop_value = nn.Parameter(torch.zeros(c.d_values))
         self.key_mean = nn.Parameter(torch.zeros(n_modules, d_in))
@@ -161,78 +123,6 @@ class AssociativeMemory(nn.Module):
         self.register_buffer("key_std", torch.ones(n_modules, d_in))
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.gate.bias, _START_GATE)
-
-    @torch.no_grad()
-    def set_units(self, inputs: Tensor, at_places: Tensor, stop_value: Tensor) -> None:
-        """Set mean, deviation and metric of the keys, and the keys of places, from real text.
-
-        Args:
-            inputs: of the memory's modules at many tokens [modules, tokens, in].
-            at_places: their mean at each place of an answer [modules, N_PLACES, in].
-            stop_value: the value of the token that ends an answer [d_values].
-        """
-        std = inputs.std(1)
-        self.key_mean.copy_(inputs.mean(1))
-        self.key_std.copy_(std.clamp_min(std.mean() * 1e-2))
-        standard = (inputs - self.key_mean[:, None]) / self.key_std[:, None]
-        variances, axes = torch.linalg.eigh(standard.transpose(1, 2) @ standard / standard.shape[1])
-        self.key_metric.copy_((axes / (variances + _RIDGE)[:, None]) @ axes.transpose(1, 2))
-        places = (at_places - at_places.mean(1, keepdim=True)) / self.key_std[:, None]
-        self.place_keys.copy_(functional.normalize(places @ self.key_metric, dim=-1))
-        self.stop_value.copy_(stop_value)
-
-    @torch.no_grad()
-    def set_question_map(self, at_ends: Tensor, at_answers: Tensor, at_places: Tensor) -> None:
-        """Fit the map from the end of a sentence to its question by canonical correlation; call it after `set_units`.
-
-        That of near tokens, if there are any, starts as the same.
-
-        Args:
-            at_ends: inputs at the ends of m sentences [modules, m, in].
-            at_answers: inputs at a token of the answer to a question about each [modules, m, in].
-            at_places: mean inputs at each place of an answer [modules, N_PLACES, in].
-        """
-        self.end_mean.copy_(at_ends.mean(1))
-        places = torch.linalg.qr((at_places / self.key_std[:, None]).transpose(1, 2)).Q  # [modules, in, N_PLACES]
-        for module, (ends, answers) in enumerate(zip(at_ends, at_answers, strict=True)):
-            x, y = ((side - side.mean(0)) / self.key_std[module] for side in (ends, answers))
-            from_x, to_y = cca_map(x, y, self.from_end.shape[-1], _RIDGE)
-            # What all answers share at a place says nothing about the sentence: project it out.
-            to_y -= (to_y @ places[module]) @ places[module].T
-            # Keys are normalised later, so the sizes are free: large enough beside Adam's steps.
-            self.from_end[module] = from_x * (_MAP_STD / from_x.std())
-            self.to_question[module] = to_y * (_MAP_STD / to_y.std())
-        if self.n_near:  # no question tells near tokens from ends yet
-            for near, end in _FROM_END.items():
-                getattr(self, near).copy_(getattr(self, end))
-            self.strength_bias[:, -2] = (_NEAR_SHARE - 1) * _START_STRENGTH / _STRENGTH_RATE
-
-    @torch.no_grad()
-    def take_modules(self, other: AssociativeMemory, theirs_of: Mapping[int, int]) -> None:
-        """Copy a memory's weights; its module theirs_of[i] becomes the i-th here. Others keep a `scale` of zero."""
-        theirs = other.state_dict()
-        for name, mine in self.state_dict().items():
-            if mine.shape == theirs[name].shape:
-                mine.copy_(theirs[name])
-            else:  # a tensor with one part for each module
-                parts = theirs[name].view(len(other.scale), -1)
-                mine.view(len(self.scale), -1)[list(theirs_of)] = parts[list(theirs_of.values())]
-
-    @torch.no_grad()
-    def take_without_near(self, other: AssociativeMemory) -> None:
-        """Copy a memory without near tokens; their map and strength start as those of the ends of sentences."""
-        theirs = other.state_dict()
-        kept = [*range(self.n_keys - 2), self.n_keys - 1]  # all keys but that of near tokens
-        for name, mine in self.state_dict().items():
-            if name in _FROM_END:
-                mine.copy_(theirs[_FROM_END[name]])
-            elif mine.shape == theirs[name].shape:
-                mine.copy_(theirs[name])
-            else:  # of the strengths, [modules, keys, width or nothing]
-                by_key = mine.view(len(self.scale), self.n_keys, -1)
-                by_key[:, kept] = theirs[name].view(len(self.scale), other.n_keys, -1)
-                by_key[:, -2] = _NEAR_SHARE * by_key[:, -3]
-        self.strength_bias[:, -2] -= (1 - _NEAR_SHARE) * _START_STRENGTH / _STRENGTH_RATE
 
     def _pointed_keys(self, pointers: Tensor, inputs: Tensor) -> list[Tensor]:
         """Key parts from the inputs at the tokens that are pointed to, not yet of length 1.
@@ -272,7 +162,7 @@ class AssociativeMemory(nn.Module):
         right one. Least squares removes it: the optimal linear associative memory (Kohonen and Ruohonen, 1973), with a
         ridge, since a question never meets a key exactly. A key that is orthogonal to all others does not change.
         """
-        ridge = (_STRENGTH_RATE * self.log_ridge).exp()[:, None, None]  # [modules, 1, 1]
+        ridge = (STRENGTH_RATE * self.log_ridge).exp()[:, None, None]  # [modules, 1, 1]
         with torch.autocast(a.device.type, enabled=False):
             length = torch.linalg.vector_norm(a, dim=-1, keepdim=True).clamp_min(1e-12)
             units = a / length
@@ -367,7 +257,7 @@ class AssociativeMemory(nn.Module):
         if self.n_near:
             pointers.append(near[:, None])
         strength = self.strength(pick(x)).view(n, rank, -1, self.n_keys).float()
-        strength = _START_STRENGTH + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
+        strength = START_STRENGTH + STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
         strength = strength.permute(3, 0, 2, 1)[..., None]  # [keys, n, modules, r, 1]
         a = strength[-1] * (places[:, None] @ functional.normalize(self.place_keys, dim=-1))  # [n, modules, r, in]
         parts = self._pointed_keys(torch.cat(pointers, dim=1), features.keys)

@@ -8,40 +8,32 @@ see the description. They become the B of a LoRA in the attention's output proje
     -> B [n, layers, r, d]
     learned A [layers, r, d_in]: where each column of B is written; at the start, one row fires at each position
     mean attention delta -> gate [n], which scales B and the B of the factors that all descriptions share
-    attention deltas, mean over layers -> task bank: stored training tasks (optional; `task_bank.py`)
+    attention deltas, mean over layers -> task bank: stored training tasks (optional; `TaskBank` in descriptions.py)
 
 The base understands the task already, and knows more tasks than a training has, so little is left to learn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.documents.task_spec import TaskSpec
-from loracast.errors import ConfigError, EncoderError
+from loracast.errors import EncoderError
 from loracast.hypernets.attention_delta_encoder import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
 from loracast.hypernets.config import ArchitectureConfig, ModuleRow, failed
-from loracast.hypernets.descriptions import (
-    EXAMPLES_AT_ONCE,
-    DescriptionHypernetwork,
-    TaskBank,
-    TaskReader,
-    make_gate,
-    padded_rows,
-    shared_factors,
-)
+from loracast.hypernets.descriptions import EXAMPLES_AT_ONCE, DescriptionHypernetwork, TaskBank, TaskReader, make_gate
 from loracast.hypernets.encoders import TextEncoder
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples, gradient_step, label_bias
 from loracast.hypernets.perceiver import StaticLoRAs, per_layer
-from loracast.lora.algebra import LoRA, LoRABatch, compress, stack
-from loracast.lora.factors import Factors, Rows, joined_ranks
+from loracast.lora.algebra import LoRA, LoRABatch, compress, rows_of
+from loracast.lora.factors import Rows, joined_ranks
 
 KEPT_RANK = 12
 """Rank to which an adapter compresses what was cast, before anything is fitted to examples.
@@ -119,7 +111,7 @@ class AttentionDeltaToLoRAConfig(ArchitectureConfig):
         return {kind: self.shared_rank + bank + (self.rank if kind == self.kind else 0) for kind in self.target.kinds}
 
 
-def _task_bank(c: AttentionDeltaToLoRAConfig) -> TaskBank:
+def new_task_bank(c: AttentionDeltaToLoRAConfig) -> TaskBank:
     return TaskBank(c.target, len(POSITIONS) * c.d_state, c.task_bank_rank, c.task_bank_width, c.bank_sizes)
 
 
@@ -127,9 +119,6 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     """The hypernetwork that turns the attention deltas of a description into a LoRA."""
 
     config_class: ClassVar[Any] = AttentionDeltaToLoRAConfig
-    changeable: ClassVar[frozenset[str]] = frozenset(
-        {"depth", "dummy_input", "dummy_answer", "examples_at_once", "task_bank_rank", "task_bank_width"}
-    )
     mean: Tensor
     std: Tensor
 
@@ -147,7 +136,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         self.shared = StaticLoRAs(c.modules, c.shared_rank)
         self.encoder_lora = StaticLoRAs(c.modules, c.shared_rank)
         self.encoder_lora.requires_grad_(False)  # fixed: the rest is trained on the features that it gives
-        self.task_bank: TaskBank | None = _task_bank(c) if c.bank_sizes else None
+        self.task_bank: TaskBank | None = new_task_bank(c) if c.bank_sizes else None
         self.gate = make_gate(c.d_state)
         self.register_buffer("mean", torch.zeros(c.d_text))
         self.register_buffer("std", torch.ones(c.d_text))
@@ -163,12 +152,12 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     def kept_rows(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
         cast_lora = self.loras(rows).row(0)
         if cast_lora.rank > KEPT_RANK:
-            rows = padded_rows(self.config.target, stack([compress(cast_lora, KEPT_RANK)[0]]))
+            rows = rows_of(compress(cast_lora, KEPT_RANK)[0], self.config.target)
         if not task.examples:
             return rows
         c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
         base = encoder.base
-        projections = [self._in_layers(kind) for kind in (c.kind, MLP_KIND) if kind in c.target.kinds]
+        projections = [self.in_layers(kind) for kind in (c.kind, MLP_KIND) if kind in c.target.kinds]
         if len(task.examples) >= FEWEST_EXAMPLES:
             rows = self._with(rows, fit_examples(encoder, reader.groups(task), projections, self.loras(rows)))
         names = [name for kind in projections for name in kind]
@@ -180,122 +169,40 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
 
     def _with(self, rows: Rows, more: LoRA) -> Rows:
         """The rows of a LoRA with those of another one behind them."""
-        return joined_ranks(rows, padded_rows(self.config.target, stack([more]))) if more.names else rows
-
-    def start_shared_from(self, lora: LoRA) -> None:
-        """As well as the shared factors, the encoder LoRA starts from it."""
-        target = self.config.target
-        for kind in target.kinds:
-            a, b = shared_factors(lora, target.of_kind(kind), self.config.shared_rank)
-            for part in (self.shared[kind], self.encoder_lora[kind]):
-                part.a.data.copy_(a)
-                part.b.data.copy_(b)
+        return joined_ranks(rows, rows_of(more, self.config.target))
 
     def encoder_lora_batch(self) -> LoRABatch:
         """The LoRA that the base carries while it reads a description."""
         return self.encoder_lora.lora(self.config.modules)
 
-    def set_units(self, conditions: Tensor) -> None:
-        """Set the mean and standard deviation that standardise conditions, from real descriptions [m, d_text]."""
-        self.mean.copy_(conditions.mean(0))
-        self.std.copy_(conditions.std(0).clamp_min(1e-6))
-
-    def start_task_bank(self, conditions: Tensor, n_descriptions: Sequence[int]) -> None:
-        """Add a task bank whose cores are zero.
-
-        Args:
-            conditions: of the descriptions of all tasks [m, d_text], ordered by task.
-            n_descriptions: number of descriptions of each task.
-        """
-        self.config = replace(self.config, bank_sizes=tuple(n_descriptions))
-        self.task_bank = _task_bank(self.config).to(conditions.device)
-        self.task_bank.take_directions(self.shared)
-        self.task_bank.fit_keys(self._for_task_bank(conditions))
-
-    @property
-    def probed_modules(self) -> tuple[str, ...]:
-        """Modules whose factors start as position probes."""
-        return self._in_layers(self.config.kind)
-
-    def _in_layers(self, kind: str) -> tuple[str, ...]:
+    def in_layers(self, kind: str) -> tuple[str, ...]:
         """Target modules of a kind in the layers that are read."""
         c = self.config
         return tuple(name for name, layer, other, *_ in c.modules if other == kind and layer in c.layers)
 
-    def set_position_probes(self, probes: Tensor) -> None:
-        """Start factors as position probes [modules, positions, in]."""
-        self.where.data[:, : len(POSITIONS)] = probes
-
-    def start_training(self, conditions: Tensor, n_descriptions: Sequence[int], *, is_fresh: bool) -> None:
-        if is_fresh:
-            self.set_units(conditions)
-        self.remember_seen(conditions)
-        if self.task_bank is not None:
-            self.task_bank.set_keys(self._for_task_bank(conditions))
-        elif self.config.task_bank_rank:
-            self.start_task_bank(conditions, n_descriptions)
-
-    def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
-        has_bank = self.config.task_bank_rank > 0
-        if task_bank_only and not has_bank:
-            raise ConfigError("task_bank_only: give the variant 'attention_delta' a hypernetwork.task_bank_rank")
-        if encoder_lora and has_bank:
-            raise ConfigError("a task bank needs a fixed encoder LoRA: leave objective.encoder_lora_is_trained out")
-        if task_bank_only:
-            self.requires_grad_(False)
-            if self.task_bank is not None:  # a new one has gradients from its start
-                self.task_bank.requires_grad_(True)
-        self.encoder_lora.requires_grad_(encoder_lora)
-
-    def weights_for(self, config: AttentionDeltaToLoRAConfig) -> dict[str, Tensor]:
-        """The weights for a config with a smaller depth, or without the task bank; ConfigError for a larger depth."""
-        if missing := set(config.layers) - set(self.config.layers):
-            raise ConfigError(f"the layers {sorted(missing)} were not trained; depth can only be made smaller")
-        kept = [i for i, layer in enumerate(self.config.layers) if layer in config.layers]
-        weights = self.state_dict()
-        if not config.bank_sizes:
-            weights = {name: value for name, value in weights.items() if not name.startswith("task_bank.")}
-        for name in ("where", "mix", "down", "up"):
-            weights[name] = weights[name][kept]
-        for name in ("mean", "std"):
-            weights[name] = self._by_position(weights[name][None])[0, :, kept].flatten()
-        return weights
-
     def pooled(self, conditions: Tensor) -> Tensor:
         """The attention delta where the answer begins, standardised, mean over layers [n, d_state]."""
         standard = (conditions - self.mean) / self.std
-        return self._by_position(standard)[:, POSITIONS.index("start")].mean(1)
+        return self.by_position(standard)[:, POSITIONS.index("start")].mean(1)
 
-    def _for_task_bank(self, conditions: Tensor) -> Tensor:
+    def task_bank_input(self, conditions: Tensor) -> Tensor:
         """The task bank's input: attention deltas, standardised, mean over layers [n, positions * d_state]."""
-        return self._by_position((conditions - self.mean) / self.std).mean(2).flatten(1)
+        return self.by_position((conditions - self.mean) / self.std).mean(2).flatten(1)
 
-    def _by_position(self, conditions: Tensor) -> Tensor:
+    def by_position(self, conditions: Tensor) -> Tensor:
         """[n, d_text] -> [n, positions, layers, d_state]."""
         return conditions.unflatten(1, (len(POSITIONS), len(self.config.layers), self.config.d_state))
 
-    def constant(self) -> Tensor:
-        """A condition that describes nothing: one deviation above the mean in every number [1, d_text]."""
-        return (self.mean + self.std)[None]
-
-    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
-        """Conditions [n, d_text] that no text has: random ones with the mean and deviation of real ones."""
-        return torch.randn(n, len(self.mean), generator=generator).to(self.mean) * self.std + self.mean
-
-    def gate_logit(self, conditions: Tensor) -> Tensor:
-        """The gate's logit for each description [n]."""
-        return self.gate(self.pooled(conditions)).squeeze(-1)
-
     def _columns(self, conditions: Tensor) -> Tensor:
         """Conditions [n, d_text] -> the columns of B that are made from the description [n, layers, r, d_state]."""
-        deltas = self._by_position(conditions)
+        deltas = self.by_position(conditions)
         mixed = torch.einsum("npld,lrp->nlrd", deltas, self.mix)
         flat = deltas.transpose(1, 2).flatten(2)[:, :, None]  # [n, layers, 1, positions * d]
         corrected = per_layer(per_layer(flat, self.down), self.up)
         return mixed + corrected.squeeze(2).unflatten(-1, (self.config.rank, -1))
 
-    def forward(self, conditions: Tensor) -> LoRABatch:
-        """Conditions of n descriptions [n, d_text] -> their n LoRAs, differentiable.
+    def rows(self, conditions: Tensor) -> Rows:
+        """Conditions of n descriptions [n, d_text] -> the rows of their n LoRAs, differentiable.
 
         In bf16 under autocast to bf16 without gradients, else in fp32. A is the same for all descriptions and held
         once.
@@ -303,23 +210,21 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         c, n = self.config, len(conditions)
         in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(conditions.device.type)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
-        gate = self.gate_logit(conditions).sigmoid()[:, None, None, None].to(dtype)
-        cores = None if self.task_bank is None else self.task_bank(self._for_task_bank(conditions)).to(dtype) * gate
-        made = (self._columns(conditions).to(dtype) * gate).unbind(1)  # by layer [n, r, d_state]
-        own = dict(zip(c.layers, zip(self.where.to(dtype).unbind(0), made, strict=True), strict=True))
-        factors: dict[str, Factors] = {}
+        gate = self.gate(self.pooled(conditions)).sigmoid()[..., None, None].to(dtype)  # [n, 1, 1, 1]
+        cores = None if self.task_bank is None else self.task_bank(self.task_bank_input(conditions)).to(dtype) * gate
+        own = self._columns(conditions).to(dtype) * gate
+        rows: Rows = {}
         for kind in c.target.kinds:
-            at = [i for i, module in enumerate(c.modules) if module[2] == kind]
-            a = self.shared[kind].a.to(dtype)  # [layers, r, in]
-            b = self.shared[kind].b.to(dtype) * gate  # rows [n, layers, r, out]
+            a = self.shared[kind].a.to(dtype)  # [modules, r, in]
+            b = self.shared[kind].b.to(dtype) * gate  # [n, modules, r, out]
             if self.task_bank is not None and cores is not None:
                 bank = self.task_bank.factors[kind]
+                at = [i for i, module in enumerate(c.modules) if module[2] == kind]
                 retrieved = per_layer(cores[:, at].transpose(2, 3), bank.b.to(dtype))
                 a, b = torch.cat([a, bank.a.to(dtype)], dim=1), torch.cat([b, retrieved], dim=2)
-            for i, a_rows, b_rows in zip(at, a.unbind(0), b.unbind(1), strict=True):
-                name, layer, *_ = c.modules[i]
-                if kind == c.kind and layer in own:
-                    own_a, own_b = own[layer]
-                    a_rows, b_rows = torch.cat([own_a, a_rows]), torch.cat([own_b, b_rows], dim=1)
-                factors[name] = Factors(a_rows.expand(n, -1, -1), b_rows.transpose(1, 2))
-        return LoRABatch(n, {name: factors[name] for name in c.target.names}, {})
+            if kind == c.kind:  # modules beyond `depth` have rows of zero in place of their own
+                k, padding = len(c.layers), (0, 0, 0, c.rank)
+                a = torch.cat([torch.cat([self.where.to(dtype), a[:k]], dim=1), functional.pad(a[k:], padding)])
+                b = torch.cat([torch.cat([own, b[:, :k]], dim=2), functional.pad(b[:, k:], padding)], dim=1)
+            rows[kind] = (a.expand(n, -1, -1, -1), b)
+        return rows

@@ -17,10 +17,9 @@ key of their task, so that the gate learns to switch the bank off where no store
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,14 @@ from torch.nn import functional
 from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.documents.task_spec import TaskSpec, as_spec
-from loracast.errors import ConfigError, EncoderError, HypernetworkError
+from loracast.errors import EncoderError, HypernetworkError
 from loracast.hypernets.encoders import Features, TextEncoder
 from loracast.hypernets.perceiver import StaticLoRAs
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import Modality
-from loracast.lora.algebra import LoRA, LoRABatch
-from loracast.lora.factors import Factors, Rows
-from loracast.lora.target import Target, TargetModule
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.factors import Rows
+from loracast.lora.target import Target
 
 EXAMPLES_AT_ONCE = 3
 """Examples in one text for hypernetworks that saw none in training; with 8 the one that ships did worse."""
@@ -58,8 +57,6 @@ def make_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
 class DescriptionHypernetwork(Hypernetwork):
     """A hypernetwork for task descriptions, which recognises a description that is unlike all seen in training."""
 
-    changeable: ClassVar[frozenset[str]] = frozenset()
-    """Config keys that training may change when it starts from a checkpoint."""
     seen: Tensor
     """One vector for each description seen in training [m, d]."""
 
@@ -75,48 +72,6 @@ class DescriptionHypernetwork(Hypernetwork):
         """Conditions [n, d_text] -> one vector for each description [n, d], by which descriptions are compared."""
         raise NotImplementedError
 
-    def constant(self) -> Tensor:
-        """A condition that describes nothing [1, d_text]: a baseline."""
-        raise NotImplementedError
-
-    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
-        """Random conditions [n, d_text] that no text has, for which the gate learns to switch the LoRA off."""
-        raise NotImplementedError
-
-    def remember_seen(self, conditions: Tensor) -> None:
-        """Keep the pooled descriptions seen in training, from their conditions [m, d_text]."""
-        self.config = replace(self.config, n_seen=len(conditions))
-        self.seen = self.pooled(conditions).detach().clone()
-
-    def start_shared_from(self, lora: LoRA) -> None:
-        """Start the shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""
-        raise NotImplementedError
-
-    def start_training(self, conditions: Tensor, n_descriptions: Sequence[int], *, is_fresh: bool) -> None:
-        """Set what depends on the training's descriptions, ordered by task.
-
-        Args:
-            conditions: of all descriptions [m, d_text].
-            n_descriptions: number of descriptions of each task.
-            is_fresh: whether training starts from no checkpoint.
-        """
-        self.remember_seen(conditions)
-
-    def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
-        """Freeze the parameters that training leaves alone: an encoder LoRA, or all but a task bank.
-
-        Raises ConfigError where one of the two is to be trained that this hypernetwork does not have.
-        """
-        if encoder_lora or task_bank_only:
-            raise ConfigError(
-                "only the variant 'attention_delta' has encoder_lora_is_trained and task_bank_only: leave them out"
-            )
-
-    @property
-    def examples_at_once(self) -> int:
-        """Most examples that are read in one text; more are read in groups, whose conditions are averaged."""
-        return getattr(self.config, "examples_at_once", EXAMPLES_AT_ONCE)
-
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> TaskReader:
         read = self.text_encoder(base, encoder, say)
         if read.d_text != self.config.d_text:
@@ -124,7 +79,7 @@ class DescriptionHypernetwork(Hypernetwork):
                 f"the hypernetwork reads embeddings of {self.config.d_text} numbers, the text encoder {read.name!r} "
                 f"gives {read.d_text}: give the encoder that it was trained with ({self.config.encoder!r})"
             )
-        return TaskReader(read, self.examples_at_once)
+        return TaskReader(read, getattr(self.config, "examples_at_once", EXAMPLES_AT_ONCE))
 
     def kept_rows(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
         """The rows that were cast for a task [1, modules, r, d], as its adapter keeps them.
@@ -134,8 +89,16 @@ class DescriptionHypernetwork(Hypernetwork):
         return rows
 
     def cast(self, features: Features) -> Cast:
-        """Features of n descriptions [n, 1, d_text] -> their rows; lower ranks of a kind are padded with zeros."""
-        return Cast(padded_rows(self.config.target, self(features.states[:, 0])))
+        """Features of n descriptions [n, 1, d_text] -> their rows."""
+        return Cast(self.rows(features.states[:, 0]))
+
+    def rows(self, conditions: Tensor) -> Rows:
+        """Conditions of n descriptions [n, d_text] -> the rows of their n LoRAs, differentiable."""
+        raise NotImplementedError
+
+    def forward(self, conditions: Tensor) -> LoRABatch:
+        """Conditions of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
+        return self.loras(self.rows(conditions))
 
     def distances(self, conditions: Tensor) -> Tensor:
         """Distance of each description to the nearest seen one: 1 - cosine, [n]."""
@@ -160,7 +123,7 @@ class TaskReader:
     def __init__(self, encoder: TextEncoder, examples_at_once: int):
         """
         Args:
-            examples_at_once: most examples in one text.
+            examples_at_once: most examples in one text; more are read in groups, whose conditions are averaged.
         """
         self.encoder, self._at_once = encoder, examples_at_once
 
@@ -198,47 +161,6 @@ class TaskReader:
         return self._fitting(task, start, middle) + self._fitting(task, middle, end)
 
 
-def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of a multi-task LoRA in modules of one kind: A [modules, r, in], B rows [modules, r, out].
-
-    Raises:
-        ConfigError: it lacks one of the modules, or has another rank.
-    """
-    for module in modules:
-        pair = lora.factors.get(module.name)
-        if pair is None or pair.a.shape != (rank, module.d_in) or pair.b.shape != (module.d_out, rank):
-            raise ConfigError(f"the LoRA to start from has no rank {rank} in {module.name}: train it with that rank")
-    pairs = [lora.factors[module.name] for module in modules]
-    return torch.stack([pair.a.float() for pair in pairs]), torch.stack([pair.b.float().T for pair in pairs])
-
-
-def padded_rows(target: Target, loras: LoRABatch) -> Rows:
-    """The rows of n LoRAs of a target's modules; lower ranks of a kind, and missing modules, are padded with zeros."""
-    rows: Rows = {}
-    for kind in target.kinds:
-        modules = target.of_kind(kind)
-        found = [loras.factors[module.name] for module in modules if module.name in loras.factors]
-        if not found:
-            continue
-        rank = max(pair.a.shape[1] for pair in found)
-        like_a, like_b = found[0]
-        nothing = Factors(like_a.new_zeros(loras.n, 0, like_a.shape[2]), like_b.new_zeros(loras.n, like_b.shape[1], 0))
-        pairs = [loras.factors.get(module.name, nothing) for module in modules]
-        rows[kind] = (
-            stacked([pair.a for pair in pairs], rank),
-            stacked([pair.b.transpose(1, 2) for pair in pairs], rank),
-        )
-    return rows
-
-
-def stacked(sides: Sequence[Tensor], rank: int) -> Tensor:
-    """Rows [n, r, d] of some modules -> [n, modules, rank, d], padded with zeros; a view if all n share them."""
-    n = sides[0].shape[0]
-    if n > 1 and all(side.stride(0) == 0 for side in sides):
-        return stacked([side[:1] for side in sides], rank).expand(n, -1, -1, -1)
-    return torch.stack([functional.pad(side, (0, 0, 0, rank - side.shape[1])) for side in sides], dim=1)
-
-
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
     """Cosines of all pairs: [n, d], [m, d] -> [n, m]."""
     x, y = (functional.normalize(side.float(), dim=-1) for side in (x, y))
@@ -247,14 +169,6 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
 
 _SHARPNESS = 30.0
 """Factor on cosines before the softmax."""
-_SHRINKAGE = 10.0
-"""Added to the variances within tasks, in units of their mean: there are far fewer descriptions than directions."""
-_SAME = 0.999
-"""Cosine from which a description in training counts as the one that the key was made from."""
-_HIDE_KEY, _HIDE_TASK = 0.4, 0.15
-"""Shares of the training's descriptions that are compared without their own key, or without all keys of their task."""
-_LENGTH = 3.0
-"""Length of each row of A and column of B, with which cores learn about as fast as the B of a usual LoRA."""
 
 
 class TaskBank(nn.Module):
@@ -282,58 +196,13 @@ class TaskBank(nn.Module):
         self.register_buffer("axes", torch.zeros(d_pooled, width))
         self.register_buffer("keys", torch.zeros(sum(n_descriptions), width))
         self._n_descriptions = tuple(n_descriptions)
+        self.hide: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        """Of cosines [n, m] and the task of each key [m], the cosines without those of keys that training hides, and
+        which descriptions lost all keys of their task [n]."""
 
-    @torch.no_grad()
-    def take_directions(self, other: StaticLoRAs) -> None:
-        """Copy the directions of other static LoRAs' factors, as far as the ranks go, all scaled to one length."""
-        for kind, part in self.factors.items():
-            for mine, theirs in zip(part.parameters(), other[kind].parameters(), strict=True):
-                n = min(mine.shape[1], theirs.shape[1])
-                is_trained = theirs[:, :n].norm(dim=-1, keepdim=True) > 0
-                mine[:, :n] = torch.where(is_trained, theirs[:, :n], mine[:, :n])
-                mine.copy_(_LENGTH * functional.normalize(mine, dim=-1))
-
-    def _task_of_key(self) -> Tensor:
+    def task_of_key(self) -> Tensor:
         counts = torch.tensor(self._n_descriptions, device=self.keys.device)
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-
-    @torch.no_grad()
-    def fit_keys(self, pooled: Tensor) -> None:
-        """Fit the coordinates to the descriptions of all tasks [m, d], ordered by task, and store their keys.
-
-        Fisher's linear discriminants: descriptions are scaled so that the scatter within tasks, shrunk towards a
-        sphere, becomes a unit sphere; the principal directions of the tasks' means are the coordinates (Hastie,
-        Tibshirani and Friedman, The Elements of Statistical Learning, section 4.3.3).
-        """
-        task_of = self._task_of_key()
-        x = self._checked(pooled).float()
-        self.centre.copy_(x.mean(0))
-        counts = torch.bincount(task_of)[:, None]
-        means = torch.zeros(len(counts), x.shape[1], device=x.device).index_add_(0, task_of, x) / counts
-        _, deviations, directions = torch.linalg.svd(x - means[task_of], full_matrices=False)
-        variances = deviations.square() / len(x)
-        shrinkage = (_SHRINKAGE * variances.sum() / x.shape[1]).clamp_min(1e-12)
-
-        def sphered(y: Tensor) -> Tensor:
-            within = y @ directions.T
-            outside = (y - within @ directions) * shrinkage.rsqrt()
-            return outside + (within * (variances + shrinkage).rsqrt()) @ directions
-
-        _, _, axes = torch.linalg.svd(sphered(means - self.centre), full_matrices=False)
-        kept = axes[: self.axes.shape[1]]
-        self.axes.zero_()
-        self.axes[:, : len(kept)] = sphered(kept).T  # sphering is symmetric: it can be applied to the axes instead
-        self.set_keys(x)
-
-    @torch.no_grad()
-    def set_keys(self, pooled: Tensor) -> None:
-        """Store the keys of all descriptions [m, d], ordered by task, in the coordinates of the last `fit_keys`."""
-        self.keys.copy_(self.coordinates(self._checked(pooled)))
-
-    def _checked(self, pooled: Tensor) -> Tensor:
-        if len(pooled) != len(self.keys):
-            raise ConfigError(f"{len(pooled)} descriptions were given, and the stored tasks have {len(self.keys)}")
-        return pooled
 
     def coordinates(self, pooled: Tensor) -> Tensor:
         """Pooled attention deltas [n, d] -> unit vectors [n, width], near each other for descriptions of one task."""
@@ -353,24 +222,11 @@ class TaskBank(nn.Module):
         """Probability of each task [n, tasks], the gate's input [n, width + 2], and whose task is hidden [n]."""
         at = self.coordinates(pooled)
         cosines = at @ self.keys.T  # [n, m]
-        task_of, is_unseen = self._task_of_key(), torch.zeros(len(at), dtype=torch.bool, device=at.device)
-        if self.training:
-            cosines, is_unseen = self._hide(cosines, task_of)
+        task_of, is_unseen = self.task_of_key(), torch.zeros(len(at), dtype=torch.bool, device=at.device)
+        if self.training and self.hide is not None:
+            cosines, is_unseen = self.hide(cosines, task_of)
         probabilities = torch.zeros(len(at), len(self.cores), device=at.device)
         probabilities = probabilities.index_add(1, task_of, (_SHARPNESS * cosines).softmax(1))
         best = probabilities.topk(min(2, probabilities.shape[1]), dim=1).values
         clarity = torch.stack([cosines.amax(1), best[:, 0] - best[:, -1]], dim=1)
         return probabilities, torch.cat([at, clarity], dim=1), is_unseen
-
-    def _hide(self, cosines: Tensor, task_of: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines [n, m] with some keys hidden at random, and which descriptions lost all keys of their task [n]."""
-        nearest, own = cosines.max(1)
-        is_stored = nearest > _SAME
-        dice = torch.rand(len(cosines), device=cosines.device)
-        of_task = task_of[None] == task_of[own][:, None]  # [n, m]
-        own_key = functional.one_hot(own, len(task_of)).bool()
-        has_others = of_task.sum(1) > 1
-        hides_key = is_stored & has_others & (dice < _HIDE_KEY)
-        hides_task = is_stored & (dice > 1 - _HIDE_TASK)
-        hidden = (own_key & hides_key[:, None]) | (of_task & hides_task[:, None])
-        return cosines.masked_fill(hidden, -2.0), hides_task

@@ -43,25 +43,6 @@ class RankCodes(NamedTuple):
     """By kind that copies values, the values that its latents point to [n, layers, r, d_values]."""
 
 
-class MergedCast(NamedTuple):
-    """The merged LoRA of each document, with the unmerged rows and the memory's writes; differentiable."""
-
-    loras: LoRABatch
-    """One merged LoRA for each document."""
-    writes: MemoryWrites | None
-    """What the memory wrote; None without a memory."""
-    rows: Rows
-    """The rows of each chunk, before merging."""
-    n_real: int
-    """Number of chunks that are not padding; the rows of padding are zero."""
-
-    def mean_absolute(self) -> Tensor:
-        """[]: mean absolute value of the real chunks' rows."""
-        sides = [side for pair in self.rows.values() for side in pair]
-        total = torch.stack([side.abs().sum(dtype=torch.float32) for side in sides]).sum()
-        return total / (self.n_real * sum(side[0].numel() for side in sides))
-
-
 class DocToLoRA(Hypernetwork):
     """The hypernetwork for documents and images. Initialised as an exact no-op: every B scaler starts at zero."""
 
@@ -113,6 +94,7 @@ class DocToLoRA(Hypernetwork):
             tokenizer=base.tokenizer,
             fingerprint=base.fingerprint.matrices,
             lora=self.encoder_lora_batch,
+            with_final_norm=getattr(c, "with_final_norm", False),
         )
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
@@ -139,12 +121,6 @@ class DocToLoRA(Hypernetwork):
         check_encoder(self.config.encoder, self.config.encoder_fingerprint, self.config.d_features, images)
         return images
 
-    @torch.no_grad()
-    def standardise(self, features: Tensor) -> None:
-        """Standardise the features by mean and deviation of those of real tokens [tokens, d_features]."""
-        self.feature_mean.copy_(features.mean(0))
-        self.feature_std.copy_(features.std(0).clamp_min(1e-3))
-
     def standard(self, states: Tensor) -> Tensor:
         """States [..., d_features] in the hypernetwork's units."""
         return (states - self.feature_mean) / self.feature_std
@@ -161,10 +137,6 @@ class DocToLoRA(Hypernetwork):
         """The encoder LoRA, which the base carries while it reads a document, differentiable; None without one."""
         return self.encoder_lora.lora(self.config.encoder_modules) if self.encoder_lora else None
 
-    def static_lora(self) -> LoRABatch:
-        """The static LoRA in all its modules, differentiable; an empty one without it."""
-        return self.static.lora((*self.config.modules, *self.config.static_modules))
-
     def static_rows(self) -> Rows:
         return {k: (self.static[k].a, self.static[k].b) for k in self.config.target.kinds if k in self.static}
 
@@ -172,29 +144,25 @@ class DocToLoRA(Hypernetwork):
     def memory_kinds(self) -> tuple[str, ...]:
         return tuple({kind for _, _, kind, *_ in self.config.memory_modules})
 
-    def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
-        """The rank latents of chunks: features [n, t, d], mask [n, t] true where a token is real (None: all are)."""
+    def latents(self, features: Tensor, mask: Tensor) -> RankCodes:
+        """The rank codes of chunks: states [n, t, d] or [n, layers, t, d], mask [n, t] true where a token is real."""
         c = self.config
         standard = self.standard(features)
-        mask = None if mask is None else mask.bool()
-        latents = self.decoder(self.rank_latents(), self.project(standard), mask)
-        pointed = self._pointed(latents, standard, features, mask)
+        latents = self.read(standard, mask)
+        pointed = {}
+        if self.pointers:
+            values = features[..., -c.d_values :].float()  # [n, t, d_values]
+            by_kind = latents.unflatten(1, (-1, len(c.kinds), c.rank)).unbind(2)  # [n, layers, r, w] each
+            for kind, part in zip(c.kinds, by_kind, strict=True):
+                if kind in self.pointers:
+                    weights = self.pointer(kind).weights(part.flatten(1, 2), standard, mask)  # [n, layers * r, t]
+                    pointed[kind] = (weights @ values).view(-1, len(c.layers), c.rank, c.d_values)
         latents = latents.view(-1, len(c.layers), len(c.kinds) * c.rank, c.width)
         return RankCodes(functional.normalize(latents.float(), dim=-1), pointed)
 
-    def _pointed(self, latents: Tensor, standard: Tensor, features: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """By kind that copies values, the values that its rank latents point to; latents of all kinds are [n, q, w]."""
-        c = self.config
-        if not self.pointers:
-            return {}
-        by_kind = latents.unflatten(1, (-1, len(c.kinds), c.rank)).unbind(2)  # [n, layers, r, w] each
-        values = features[..., -c.d_values :].float()  # [n, t, d_values]
-        pooled = {}
-        for kind, part in zip(c.kinds, by_kind, strict=True):
-            if kind in self.pointers:
-                weights = self.pointer(kind).weights(part.flatten(1, 2), standard, mask)  # [n, layers * r, t]
-                pooled[kind] = (weights @ values).view(-1, len(c.layers), c.rank, c.d_values)
-        return pooled
+    def read(self, standard: Tensor, mask: Tensor) -> Tensor:
+        """Standardised features of chunks -> their rank latents [n, layers * kinds * r, w]."""
+        return self.decoder(self.rank_latents(), self.project(standard), mask)
 
     def expand(self, codes: RankCodes) -> Rows:
         """Rank latents -> rows of `modules`, in bf16 under autocast to bf16 without gradients, else in fp32."""
@@ -250,13 +218,3 @@ class DocToLoRA(Hypernetwork):
         if writes is None or writes.tokens is None:
             return Cast(rows)
         return Cast(rows, dict.fromkeys(self.memory_kinds, writes.tokens))
-
-    def forward(self, features: Features, chunks_per_document: int = 1) -> MergedCast:
-        """Chunks -> one merged LoRA for each document, with what the memory wrote and the chunks' own rows.
-
-        Args:
-            features: a document's chunks are consecutive.
-            chunks_per_document: K; the rows of K neighbours are joined along the rank.
-        """
-        rows, writes = self.cast_and_write(features)
-        return MergedCast(self.merge(rows, chunks_per_document), writes, rows, features.n_real)

@@ -66,11 +66,6 @@ class Features:
     def n_chunks(self) -> int:
         return self.states.shape[0]
 
-    @property
-    def n_real(self) -> int:
-        """Chunks that hold a real token."""
-        return self.n_chunks if self.mask is None else int(self.mask.any(-1).sum())
-
 
 class Encoder(Protocol):
     """An encoder of any modality. A hypernetwork's config names the one it was trained with."""
@@ -165,19 +160,16 @@ class HiddenStatesEncoder:
             self._mean = weight.float().mean(0)
             ones = torch.ones(1, 1, weight.shape[1], device=weight.device)
             self._gain = decoder.norm(ones).float()[0, 0].to(weight.device)
-        depth = max(self.layers)
-        self.key_modules: list[str] = []
         modules = dict(model.named_modules())
-        for layer, block in enumerate(decoder.layers):
-            inside = {id(module) for module in block.modules()}
-            found = [name for name in key_modules if id(modules.get(name)) in inside]
-            self.key_modules += found
-            depth = max(depth, layer + 1) if found else depth
+        layer_of = {id(module): layer for layer, block in enumerate(decoder.layers) for module in block.modules()}
+        holding = {name: layer_of.get(id(modules.get(name)), -1) for name in key_modules}
+        self.key_modules = sorted(holding, key=holding.__getitem__)
+        depth = max(*self.layers, *(layer + 1 for layer in holding.values()), 0)
         self._final_norm = decoder.norm if with_final_norm else nn.Identity()
         self._model, self._depth = model, depth
         self._own = threading.local()
         self._modules()  # raises for a base of too few blocks
-        if missing := [name for name in key_modules if name not in modules]:
+        if missing := [name for name, layer in holding.items() if layer < 0]:
             raise EncoderError(f"the base has no {missing[0]}, whose inputs are read: give the hypernetwork's own base")
 
     def __call__(self, input_ids: Tensor, mask: Tensor | None = None, lora: LoRABatch | None = None) -> Features:

@@ -99,14 +99,13 @@ class ReaderBlock(nn.Module):
         nn.init.zeros_(self.o.weight)
         nn.init.zeros_(self.mlp.down.weight)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x [n, t, w], mask [n, t] true where real (None: all are) -> [n, t, w]."""
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [n, t, w], mask [n, t] true where real -> [n, t, w]."""
         n, t, width = x.shape
         q, k, v = (
             self.qkv(self.norm(x)).view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         )  # [n, heads, t, w/heads]
-        attn_mask = None if mask is None else mask[:, None, None, :]
-        out = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=attn_mask)
+        out = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask[:, None, None, :])
         x = x + self.o(out.transpose(1, 2).reshape(n, t, width))
         return x + self.mlp(self.norm_before_mlp(x))
 
@@ -195,19 +194,6 @@ class FactorHead(nn.Module):
         a, b = rows.split([self.d_in, self.d_out], dim=-1)
         return a * self.scaler_a, b * (self.scaler_b * scale)
 
-    @torch.no_grad()
-    def take_low_rank(self, other: FactorHead) -> None:
-        """Initialise this low-rank head from a full one: the mean of its maps, and corrections by truncated SVD."""
-        mean = other.weight.mean(0)
-        left, values, right = torch.linalg.svd(other.weight - mean, full_matrices=False)
-        n = self.down.shape[-1]
-        root = values[:, :n].sqrt()
-        self.shared.copy_(mean)
-        self.down.copy_(left[:, :, :n] * root[:, None])
-        self.up.copy_(root[..., None] * right[:, :n])
-        self.scaler_a.copy_(other.scaler_a)
-        self.scaler_b.copy_(other.scaler_b)
-
 
 class ValuePointer(nn.Module):
     """Points from each rank latent to tokens of the chunk, whose values its B row then copies.
@@ -222,12 +208,10 @@ class ValuePointer(nn.Module):
         self.key = nn.Linear(d_features, width, bias=False)
         self.scaler = nn.Parameter(torch.zeros(n_layers, rank, 1))
 
-    def weights(self, latents: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+    def weights(self, latents: Tensor, features: Tensor, mask: Tensor) -> Tensor:
         """Latents [n, q, w], standardised features [n, t, d], mask [n, t] -> distributions over tokens [n, q, t]."""
         scores = self.query(latents) @ self.key(features).transpose(1, 2) / latents.shape[-1] ** 0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None], float("-inf"))
-        return scores.float().softmax(-1)
+        return scores.masked_fill(~mask[:, None], float("-inf")).float().softmax(-1)
 
 
 class StaticLoRA(nn.Module):

@@ -8,9 +8,7 @@ the encoder. To add an architecture, subclass `Hypernetwork` and import it in `l
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
 from typing import Any, NamedTuple
@@ -85,49 +83,25 @@ class Hypernetwork(Pretrained):
         return getattr(self.config, "merging", Merging())
 
     def loras(self, rows: Rows) -> LoRABatch:
-        """Rows of n chunks, descriptions or images -> one LoRA for each, the static LoRA included."""
-        return self.merge(rows, 1)
+        """Rows of n chunks, descriptions or images -> one LoRA for each, the static LoRA included; differentiable.
 
-    def merge(self, rows: Rows, chunks_per_document: int) -> LoRABatch:
-        """Rows of chunks -> one LoRA for each document, of rank K * r plus the static LoRA's; differentiable.
-
-        Args:
-            rows: a document's chunks are consecutive.
-            chunks_per_document: K.
-        """
-        target: Target = self.config.target
-        static, merged = self.static_rows(), {}
-        n_documents = next(iter(rows.values()))[0].shape[0] // chunks_per_document
-        for kind, (a, b) in rows.items():
-            sides = self._joined(kind, a, b, chunks_per_document, static.get(kind))
-            for module, a_rows, b_rows in zip(target.of_kind(kind), *sides, strict=True):
-                merged[module.name] = Factors(a_rows, b_rows.transpose(1, 2))
-        return LoRABatch(n_documents, {name: merged[name] for name in target.names}, {})
-
-    def _joined(
-        self, kind: str, a: Tensor, b: Tensor, k: int, static: tuple[Tensor, Tensor] | None
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """By module, A [documents, K*r (+ static), in] and B rows [documents, K*r (+ static), out].
-
-        Kinds with a static LoRA alone come as [1, static, ...]. The modules are unbound once: slicing a stacked tensor
+        Kinds with a static LoRA alone have the same one for all. The modules are unbound once: slicing a stacked tensor
         inside each hook would build a full zero gradient for each.
         """
-        if static and not a.shape[2]:
-            return static[0][:, None].unbind(0), static[1][:, None].unbind(0)
-        b = b.expand(-1, a.shape[1], -1, -1)  # B rows that all modules share
-
-        def by_document(rows: Tensor) -> Sequence[Tensor]:  # [n, modules, r, d] -> K of [modules, documents, r, d]
-            return rows.unflatten(0, (-1, k)).permute(1, 2, 0, 3, 4).unbind(0)
-
-        # All rows, in their places, by which training weighs and scores them; an adapter merges the strongest keys.
-        every = dataclasses.replace(self.merging, most_keys=math.inf)
-        joined_a, joined_b = every.join(kind, by_document(a), by_document(b))
-        if static:
-            joined_a, joined_b = (
-                torch.cat([joined, of_all[:, None].expand(-1, joined.shape[1], -1, -1).to(joined.dtype)], dim=2)
-                for joined, of_all in zip((joined_a, joined_b), static, strict=True)
-            )
-        return joined_a.unbind(0), joined_b.unbind(0)
+        target: Target = self.config.target
+        static, factors = self.static_rows(), {}
+        for kind, (a, b) in rows.items():
+            b = b.expand(-1, a.shape[1], -1, -1)  # B rows may be the same in all modules
+            sides = [side.transpose(0, 1) for side in (a, b)]  # [modules, n, r, d]
+            if kind in static:
+                alone = [of_all[:, None] for of_all in static[kind]]
+                both = zip(sides, alone, strict=True)
+                joined = [torch.cat([x, y.expand(-1, len(a), -1, -1).to(x.dtype)], dim=2) for x, y in both]
+                sides = joined if a.shape[2] else alone
+            for module, a_rows, b_rows in zip(target.of_kind(kind), *(side.unbind(0) for side in sides), strict=True):
+                factors[module.name] = Factors(a_rows, b_rows.transpose(1, 2))
+        n = next(iter(rows.values()))[0].shape[0]
+        return LoRABatch(n, {name: factors[name] for name in target.names}, {})
 
     def computes_in_bf16(self, base: Base | None) -> bool:
         """Whether casting for this base runs its matmuls in bf16, as in training."""

@@ -30,8 +30,8 @@ from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.errors import HypernetworkError
 from loracast.hypernets.config import MOST_BLOCKS, DocToLoRAConfig, failed
-from loracast.hypernets.doc_to_lora import DocToLoRA, RankCodes
-from loracast.hypernets.encoders import Features, HiddenStatesEncoder
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.encoders import Features
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries, per_layer
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.target import target_from_config, text_config
@@ -88,37 +88,23 @@ class PublishedDocToLoRA(DocToLoRA):
         self.decoder = Perceiver(c.n_decoder_blocks, *block)
         self.latent_mlps = nn.ModuleList(LatentMLP(len(c.layers), c.width) for _ in range(c.n_latent_mlps))
 
-    def hidden_states_encoder(self, base: Base) -> HiddenStatesEncoder:
-        c = self.config
-        return HiddenStatesEncoder(
-            base.model, c.reader_layers, fingerprint=base.fingerprint.matrices, with_final_norm=c.with_final_norm
-        )
-
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
         encode, c = super().encoder_for(base, encoder, say), self.config
         return lambda rows: encode([[*c.chat_prefix, *row, *c.chat_suffix] for row in rows])
 
-    def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
-        """The rank codes of chunks.
-
-        Args:
-            features: states [n, t, d], or [n, layers, t, d] when each layer reads features of its own.
-            mask: [n, t], true where a token is real.
-        """
-        c = self.config
-        n, n_layers = features.shape[0], len(c.layers)
+    def read(self, standard: Tensor, mask: Tensor) -> Tensor:
+        """Standardised features [n, t, d], or [n, layers, t, d] when each layer reads its own -> rank latents."""
+        c, n_layers = self.config, len(self.config.layers)
         if c.reads_each_layer:
-            features = features.flatten(0, 1)  # [n * layers, t, d]
-            mask = None if mask is None else mask.repeat_interleave(n_layers, dim=0)
-        context = self.project(self.standard(features))
-        mask = None if mask is None else mask.bool()
+            standard, mask = standard.flatten(0, 1), mask.repeat_interleave(n_layers, dim=0)  # [n * layers, t, d]
+        context = self.project(standard)
         if c.n_encoder_blocks:
-            context, mask = self.encoder(self.encoder_latents(), context, mask), None
-        latents = self.decoder(self.rank_latents(), context, mask)
-        latents = latents.view(n, n_layers, len(c.kinds) * c.rank, c.width)
+            context = self.encoder(self.encoder_latents(), context, mask)
+        latents = self.decoder(self.rank_latents(), context, None if c.n_encoder_blocks else mask)
+        latents = latents.view(-1, n_layers, len(c.kinds) * c.rank, c.width)
         for mlp in self.latent_mlps:
             latents = mlp(latents)
-        return RankCodes(functional.normalize(latents.float(), dim=-1), {})
+        return latents
 
 
 class LatentMLP(nn.Module):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.base.fingerprint import Fingerprint
-from loracast.errors import ConfigError, HypernetworkError
+from loracast.errors import ConfigError, HypernetworkError, LoracastError
 from loracast.files import folder_of, type_faults, write_atomically, write_with
 from loracast.hypernets.config import NEWER
 from loracast.lora.quantize import quantise
@@ -70,10 +70,9 @@ class Pretrained(nn.Module):
             HypernetworkError: missing, damaged, of another class or a newer format.
             ConfigError: its config has faults; the message lists every one.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = _folder_of(source, revision)
+        folder = folder_of(source, _FILES, "hypernetwork", HypernetworkError, revision)
         stored = _stored(folder)
         name, written_as = stored.get("architecture"), stored.get("format")
         if written_as not in (1, FORMAT) or not isinstance(name, str) or name not in _ARCHITECTURES:
@@ -89,16 +88,9 @@ class Pretrained(nn.Module):
             with torch.device("meta"):  # shapes only: memory is allocated once the file has shown that it holds them
                 hypernet = architecture(read_config(stored["config"], architecture.config_class))
             tensors = load_file(folder / "model.safetensors")
-        except (
-            OSError,
-            SafetensorError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RuntimeError,
-            ArithmeticError,
-        ) as error:
+        except LoracastError:
+            raise
+        except Exception as error:  # a damaged file makes these readers raise nearly anything
             raise HypernetworkError(_damaged(folder, error)) from error
         weights = _in_fp32(tensors_of_format_1(tensors), folder)
         hypernet.take_weights(weights, folder)
@@ -221,10 +213,6 @@ class Pretrained(nn.Module):
                 del config[key.name]
         return _hash(self.state_dict(), json.dumps(config, sort_keys=True).encode())
 
-    def weights_for(self, config: Any) -> dict[str, Tensor]:
-        """The weights for another config of the same hypernetwork. Raises ConfigError where they cannot be derived."""
-        return self.state_dict()
-
 
 H = TypeVar("H", bound=Pretrained)
 C = TypeVar("C")
@@ -316,6 +304,7 @@ def _is_idle(name: str, value: Tensor) -> bool:
     return name.endswith(_UNITS) and bool((value == 1).all())
 
 
+_FILES = ("config.json", "model.safetensors")
 CARD = "README.md"
 GENERATED = "<!-- Written by loracast, and written anew with the weights until this line is deleted. -->"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -403,43 +392,9 @@ _SCALE = ".int8_scale"
 _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delicate ones
 
 
-def average(hypernet: Pretrained, others: Sequence[Pretrained]) -> None:
-    """Set a hypernetwork's parameters to the mean of its own and others'; its buffers stay, former ids go.
-
-    The mean of a network and those trained further from it often keeps the strengths of each (Wortsman et al., arXiv
-    2203.05482).
-
-    Raises:
-        ConfigError: they are of different architectures.
-    """
-    if any(type(other) is not type(hypernet) or other.config != hypernet.config for other in others):
-        raise ConfigError("only hypernetworks of the same architecture and config can be averaged")
-    theirs = [dict(other.named_parameters()) for other in others]
-    with torch.no_grad():
-        for name, value in hypernet.named_parameters():
-            value.copy_(torch.stack([value, *(weights[name] for weights in theirs)]).mean(0))
-    hypernet.former_ids = ()  # they named other weights
-
-
-def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
-    """The same weights with other values of config keys that fix no weight, or that `weights_for` can adapt to.
-
-    Raises:
-        ConfigError: the weights do not fit.
-    """
-    architecture: type[Any] = type(hypernet)
-    changed = architecture(dataclasses.replace(hypernet.config, **changes))
-    changed.made_for = hypernet.made_for
-    try:
-        changed.load_state_dict(hypernet.weights_for(changed.config))
-    except RuntimeError as error:
-        raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit another value") from error
-    return changed
-
-
 def read_made_for(source: str | Path) -> Fingerprint:
     """The base that a hypernetwork was made for, from config.json alone. Raises as `from_pretrained` does."""
-    folder = _folder_of(source)
+    folder = folder_of(source, _FILES, "hypernetwork", HypernetworkError)
     try:
         return Fingerprint(**_stored(folder)["made_for"])
     except (KeyError, TypeError) as error:
@@ -484,11 +439,6 @@ def _in_fp32(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     if problems:
         raise HypernetworkError(f"{folder} is not a hypernetwork that can be used: {'; '.join(problems)}")
     return weights
-
-
-def _folder_of(source: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or a copy of what a hub repository holds."""
-    return folder_of(source, ("config.json", "model.safetensors"), "hypernetwork", HypernetworkError, revision)
 
 
 def _stored(folder: Path) -> dict[str, Any]:

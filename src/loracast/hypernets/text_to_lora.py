@@ -10,20 +10,18 @@ What a head makes depends on the variant: `L` both factors at once; `M` one fact
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loracast.base.embedded import Say
 from loracast.base.load import Base
 from loracast.hypernets.config import ArchitectureConfig, ModuleRow, failed
-from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
+from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.hypernets.perceiver import shapes_by_kind
-from loracast.lora.algebra import LoRA, LoRABatch
-from loracast.lora.factors import Factors
+from loracast.lora.factors import Rows
 
 Variant = Literal["L", "M", "S"]
 
@@ -85,7 +83,7 @@ class TextToLoRA(DescriptionHypernetwork):
             nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.width, c.dropout)) for _ in range(2)
         )
         self.last = nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.head_width, c.dropout))
-        self.heads = nn.ModuleDict({kind: _Head(c, *shape) for kind, shape in shapes_by_kind(c.modules).items()})
+        self.heads = nn.ModuleDict({kind: Head(c, *shape) for kind, shape in shapes_by_kind(c.modules).items()})
         if c.variant in ("M", "S"):  # embeddings that select the factor of each kind, and in S its row
             n_rows = c.rank if c.variant == "S" else 1
             self.asked = nn.Parameter(torch.randn(len(target.kinds), 2, n_rows, c.width))
@@ -102,33 +100,11 @@ class TextToLoRA(DescriptionHypernetwork):
         """The embeddings themselves [n, d_text]."""
         return conditions
 
-    def constant(self) -> Tensor:
-        """An embedding that describes nothing: ones [1, d_text]."""
-        return torch.ones(1, self.config.d_text)
-
-    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
-        """Embeddings in random directions [n, d_text], as long as those of texts."""
-        free = torch.randn(n, self.config.d_text, generator=generator)
-        return functional.normalize(free, dim=-1) * self.config.d_text**0.5
-
-    def start_shared_from(self, lora: LoRA) -> None:
-        for kind in self.config.target.kinds:
-            head = cast(_Head, self.heads[kind])
-            a, b = shared_factors(lora, self.config.target.of_kind(kind), self.config.rank)
-            head.shared_a.data.copy_(a)
-            head.shared_b.data.copy_(b / self.config.scale)
-
-    def forward(self, embeddings: Tensor) -> LoRABatch:
-        """Embeddings of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
-        c, target = self.config, self.config.target
+    def rows(self, embeddings: Tensor) -> Rows:
+        """Embeddings of n descriptions [n, d_text] -> the rows of their n LoRAs, differentiable."""
         latents = self.latents(embeddings)  # [n, layers, kinds, sides, rows, head_width]
-        factors: dict[str, Factors] = {}
-        for i, kind in enumerate(target.kinds):
-            a, b = self.heads[kind](latents[:, :, i])  # [n, modules, r, in], [n, modules, r, out]
-            sides = zip(a.unbind(1), (b * c.scale).transpose(2, 3).unbind(1), strict=True)
-            for module, (a_rows, b_columns) in zip(target.of_kind(kind), sides, strict=True):
-                factors[module.name] = Factors(a_rows, b_columns)
-        return LoRABatch(embeddings.shape[0], {name: factors[name] for name in target.names}, {})
+        made = {kind: self.heads[kind](latents[:, :, i]) for i, kind in enumerate(self.config.target.kinds)}
+        return {kind: (a, b * self.config.scale) for kind, (a, b) in made.items()}
 
     def latents(self, embeddings: Tensor) -> Tensor:
         """The heads' input [n, layers, kinds, sides, rows, head_width]; sides and rows are 1 if made at once."""
@@ -147,7 +123,7 @@ class TextToLoRA(DescriptionHypernetwork):
         return x + self.blocks[0](x)
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """Condition -> factors of one module kind, plus factors shared by all tasks; B is scaled, at first to zero."""
 
     def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):

@@ -27,7 +27,7 @@ from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, STATIC,
 from loracast.library.index import write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT, Manifest, check_name
-from loracast.lora.algebra import LoRA, compress
+from loracast.lora.algebra import LoRA, compress, rows_of
 from loracast.lora.factors import Rows
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
@@ -197,8 +197,8 @@ def save_lora(lora: LoRA, library: Library, name: str, *, static: LoRA = LoRA(),
     if lora.dense:
         lora, _ = compress(lora, lora.rank)
     target = target_of(LoRA({**static.factors, **lora.factors}))
-    rows = {kind: (a[None], b[None]) for kind, (a, b) in _stacked(lora, target).items()}
-    kept_apart = {kind: pair for kind, pair in _stacked(static, target).items() if pair[0].shape[1]}
+    rows, of_static = (rows_of(one.to(dtype=torch.float32), target) for one in (lora, static))
+    kept_apart = {kind: (a[0], b[0]) for kind, (a, b) in of_static.items() if a.shape[2]}
     return save_single(rows, target, library, name, static=kept_apart, **about)
 
 
@@ -210,21 +210,6 @@ def import_lora(base: Base, folder: Path, library: Library, name: str, *, replac
     source, lora = folder.resolve().name, LoRA(read_peft(folder, linear_shapes(base.model)))
     about: dict[str, Any] = {"title": f"LoRA from {source}", "source": source, "made_for": base.fingerprint}
     return save_lora(lora, library, name, kind="imported", replace=replace, **about)
-
-
-def _stacked(lora: LoRA, target: Target) -> Rows:
-    """By kind, A [modules, r, in] and B rows [modules, r, out], padded to the largest rank r of the kind."""
-    rows = {}
-    for kind in target.kinds:
-        modules = target.of_kind(kind)
-        pairs = [lora.factors.get(module.name) for module in modules]
-        rank = max(pair.rank if pair else 0 for pair in pairs)
-        a, b = (torch.zeros(len(modules), rank, d) for d in (modules[0].d_in, modules[0].d_out))
-        for i, pair in enumerate(pairs):
-            if pair:
-                a[i, : pair.rank], b[i, : pair.rank] = pair.a, pair.b.T
-        rows[kind] = (a, b)
-    return rows
 
 
 def source_of(title: str) -> str:

@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from loracast.errors import AdapterError
 from loracast.files import folder_of
-from loracast.lora.factors import Factors, is_past_break_even
+from loracast.lora.factors import Factors, Rows, is_past_break_even
 from loracast.lora.inject import deltas_added, model_lock, static_added
 from loracast.lora.peft_format import PEFT_FILES, peft_model, read_peft, write_peft_folder
+from loracast.lora.target import Target
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,20 @@ def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
         zeros = torch.zeros_like(next(lora.dense[name] for lora in rows if name in lora.dense))
         dense[name] = torch.stack([lora.dense.get(name, zeros) for lora in rows])
     return LoRABatch(len(rows), factors, dense)
+
+
+def rows_of(lora: LoRA, target: Target) -> Rows:
+    """The rows of a LoRA (n = 1) by kind; lower ranks of a kind, and missing modules, are padded with zeros."""
+    like = next((pair.a for pair in lora.factors.values()), torch.zeros(0))
+    rows: Rows = {}
+    for kind in target.kinds:
+        modules = target.of_kind(kind)
+        pairs = {i: lora.factors[module.name] for i, module in enumerate(modules) if module.name in lora.factors}
+        shape = (1, len(modules), max((pair.rank for pair in pairs.values()), default=0))
+        a, b = rows[kind] = like.new_zeros(*shape, modules[0].d_in), like.new_zeros(*shape, modules[0].d_out)
+        for i, pair in pairs.items():
+            a[0, i, : pair.rank], b[0, i, : pair.rank] = pair.a, pair.b.T
+    return rows
 
 
 @contextmanager

@@ -6,7 +6,7 @@ base.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,23 +22,6 @@ _SUPPORTED = (
 )  # fmt: skip
 _FUSED = {"phi3": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
 """By type of base, kinds that are parts of a larger matrix there and cannot be targeted one by one."""
-
-Layers = Sequence[int | float] | float | None
-"""Which layers of a base: their numbers; or where they are, as shares of the depth, so that it fits any base. One share
-alone stands for all layers from there on, None for all."""
-
-
-def layers_at(where: Layers, n_layers: int) -> list[int]:
-    """The numbers of layers of a base of `n_layers`, in order. Raises ConfigError for a share outside of 0..1."""
-    if where is None:
-        return list(range(n_layers))
-    given = [where] if isinstance(where, float) else list(where)
-    if bad := [share for share in given if isinstance(share, float) and not 0 <= share <= 1]:
-        raise ConfigError(f"layers as shares of the depth must be from 0.0 to 1.0, not {', '.join(map(str, bad))}")
-    if isinstance(where, float):
-        return list(range(min(round(where * n_layers), n_layers - 1), n_layers))
-    numbers = [min(round(n * n_layers), n_layers - 1) if isinstance(n, float) else n for n in given]
-    return sorted(set(numbers))
 
 
 @dataclass(frozen=True)
@@ -119,13 +102,15 @@ def layer_shapes(config: Any) -> dict[str, tuple[int, int]]:
     }
 
 
-def target_from_config(config: Any, kinds: Iterable[str] = ("down_proj",), layers: Layers = None) -> Target:
+def target_from_config(
+    config: Any, kinds: Iterable[str] = ("down_proj",), layers: Iterable[int] | None = None
+) -> Target:
     """Choose the modules of a base that receive a LoRA, from the base's config.
 
     Args:
         config: a transformers config (attributes as in LlamaConfig).
         kinds: which of `KINDS`; their order does not matter, the result always follows `KINDS`.
-        layers: which layers (`Layers`).
+        layers: the numbers of layers; all if None.
 
     Raises:
         ConfigError: an unknown kind or a layer that the base does not have.
@@ -135,7 +120,7 @@ def target_from_config(config: Any, kinds: Iterable[str] = ("down_proj",), layer
     text = text_config(config)
     n_layers = text.num_hidden_layers
     prefix = "model.layers" if text is config else "model.language_model.layers"  # where a multimodal base has them
-    chosen = layers_at(layers, n_layers)
+    chosen = range(n_layers) if layers is None else sorted(set(layers))
     shapes = module_shapes(config)
     problems = [f"unknown module kind {kind!r}" for kind in sorted(wanted - set(KINDS))]
     problems += [f"layer {layer} is outside 0..{n_layers - 1}" for layer in chosen if not 0 <= layer < n_layers]

@@ -271,7 +271,8 @@ def export(
 ) -> None:
     """Write a trained hypernetwork in a compact form, to ship or share it."""
     from loracast.hypernets.protocol import Hypernetwork
-    from loracast.hypernets.store import average, read_provenance, with_config
+    from loracast.hypernets.store import read_provenance
+    from loracast.lab.training.checkpoint import average, with_config
     from loracast.lab.training.recipe import keys_of, read_tables
 
     hypernet = Hypernetwork.from_pretrained(run)

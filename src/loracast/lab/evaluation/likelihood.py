@@ -28,6 +28,7 @@ from loracast.lab.evaluation.report import (
     named_interval,
     no_progress,
 )
+from loracast.lab.training.doc import merged
 from loracast.lab.training.document_source import KINDS, DataConfig, EpisodeKind, EpisodeSource
 from loracast.lab.training.losses import sentence_gates
 from loracast.lab.training.scoring import Batch, Episode, Question, pack, score_answers
@@ -159,7 +160,7 @@ def _answered(model: Model, batch: Batch) -> dict[str, list[tuple[list[float], l
     with autocast:
         chunks = [ids[real].tolist() for ids, real in zip(batch.chunk_ids, batch.chunk_mask.bool(), strict=True)]
         rows, tokens = documents.cast(documents.encode(chunks))
-        loras = documents.hypernetwork.merge(rows, batch.chunks_per_document)
+        loras = merged(documents.hypernetwork, rows, batch.chunks_per_document)
         n = loras.n
         loras_of = {
             "adapter": loras, "merged": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.generate import Sampling
-from loracast.cast.refine import FEWEST_EXAMPLES, RefineConfig, descent, loras_of, rows_of
+from loracast.cast.refine import FEWEST_EXAMPLES, RefineConfig, descent
 from loracast.documents.task_spec import Example, TaskSpec
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import is_right
@@ -44,8 +44,8 @@ from loracast.lab.evaluation.tasks import (
     task_figures,
     test_rows,
 )
-from loracast.lora.algebra import LoRA
-from loracast.lora.factors import Factors
+from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.factors import Factors, Rows
 
 COLUMNS = columns(
     label="what descent starts from", at="after", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"),
@@ -187,6 +187,16 @@ def descend(
             break
         stages |= dict.fromkeys(ahead, stage)
     return stages
+
+
+def rows_of(lora: LoRA) -> Rows:
+    """A LoRA of factors as rows, each module on its own; `loras_of` is the way back."""
+    return {name: (a[None, None], b.T[None, None]) for name, (a, b) in lora.factors.items()}
+
+
+def loras_of(rows: Rows) -> LoRABatch:
+    """The LoRA of rows that have a module each."""
+    return LoRABatch(1, {name: Factors(a[:, 0], b[:, 0].transpose(1, 2)) for name, (a, b) in rows.items()}, {})
 
 
 def _answer(

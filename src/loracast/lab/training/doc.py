@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -26,19 +27,30 @@ from loracast.base.forward import pad_right
 from loracast.base.load import Base
 from loracast.documents import split_text
 from loracast.errors import ConfigError, TrainingError
-from loracast.hypernets.associative_memory import N_PLACES
+from loracast.hypernets.associative_memory import N_PLACES, MemoryWrites
 from loracast.hypernets.config import ModuleRow
-from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
-from loracast.hypernets.encoders import HiddenStatesEncoder
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.encoders import Features, HiddenStatesEncoder
+from loracast.hypernets.protocol import Hypernetwork
 from loracast.lab.data.everyday import make_document
 from loracast.lab.data.facts import tokens_between
+from loracast.lab.training import memory_start
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lab.training.loras import read_window_lora
 from loracast.lab.training.losses import Distillation, MemoryLosses, Teacher, retrieval_loss, sentence_gates, write_loss
-from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, recorded, start_from, train_hypernet
+from loracast.lab.training.recipe import (
+    HypernetRecipe,
+    Layers,
+    check_values,
+    keys_of,
+    recorded,
+    start_from,
+    target_at,
+    train_hypernet,
+)
 from loracast.lab.training.scoring import AnswerScores, Batch, Episode, Passes, pack, read_in_groups, score_answers
 from loracast.lora.algebra import LoRA, LoRABatch
-from loracast.lora.target import Layers, target_from_config
+from loracast.lora.factors import Rows
 
 CALIBRATION_ROWS = 12
 
@@ -59,7 +71,7 @@ class DocRecipe(HypernetRecipe):
     kinds: tuple[str, ...] = ("down_proj",)
     """Module kinds that receive a LoRA of each chunk; none for a memory alone."""
     layers: Layers = 0.2
-    """Layers that receive a LoRA, by number or as shares of the base's depth (`lora.target.Layers`)."""
+    """Layers that receive a LoRA, by number or as shares of the base's depth (`Layers` in recipe.py)."""
     memory_layers: tuple[int | float, ...] = ()
     """Layers whose attention output (`o_proj`) holds an associative memory, by number or as shares of the depth."""
     static_kinds: tuple[str, ...] = ()
@@ -102,7 +114,7 @@ def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> 
     encoder = hypernet.hidden_states_encoder(base)
     with torch.no_grad():  # the first token is an attention sink, whose states are hundreds of times larger
         states = [encoder(row).states[..., 1:, :].float().flatten(0, -2) for row in rows]
-        hypernet.standardise(torch.cat(states))
+        standardise(hypernet, torch.cat(states))
     if hypernet.memory is not None:
         set_memory_units(hypernet, base, encoder, rows, episodes)
     return hypernet
@@ -120,7 +132,7 @@ def doc_config(base_config: Any, tokenizer: Any, recipe: DocRecipe) -> DocToLoRA
     check_values(DocToLoRAConfig, options)
     options |= added_modules(base_config, recipe, recipe.layers, options["reader_layers"])
     # Without kinds there is a memory alone, and nothing to target.
-    modules = target_from_config(base_config, recipe.kinds, recipe.layers).rows if recipe.kinds else ()
+    modules = target_at(base_config, recipe.kinds, recipe.layers).rows if recipe.kinds else ()
     return DocToLoRAConfig(d_features=d_features, modules=modules, **options)
 
 
@@ -136,12 +148,12 @@ def added_modules(
     """
     found = {}
     if recipe.memory_layers:
-        found["memory_modules"] = memory = target_from_config(base_config, ("o_proj",), recipe.memory_layers).rows
+        found["memory_modules"] = memory = target_at(base_config, ("o_proj",), recipe.memory_layers).rows
     if recipe.static_kinds:
-        found["static_modules"] = target_from_config(base_config, recipe.static_kinds, layers).rows
+        found["static_modules"] = target_at(base_config, recipe.static_kinds, layers).rows
     if recipe.encoder_kinds:
         depth = max([*read, *(layer + 1 for _, layer, *_ in memory)])
-        found["encoder_modules"] = target_from_config(base_config, recipe.encoder_kinds, range(depth)).rows
+        found["encoder_modules"] = target_at(base_config, recipe.encoder_kinds, range(depth)).rows
     return found
 
 
@@ -194,14 +206,14 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
         if recipe.memory_layers:
             theirs = {module: i for i, module in enumerate(c.memory_modules)}
             both = {i: theirs[module] for i, module in enumerate(grown.config.memory_modules) if module in theirs}
-            grown.memory.take_modules(hypernet.memory, both)
+            memory_start.take_modules(grown.memory, hypernet.memory, both)
         if near is not None:
-            grown.memory.take_without_near(hypernet.memory)
+            memory_start.take_without_near(grown.memory, hypernet.memory)
     if verdicts:
         fit_verdicts(grown, base, recipe.data.max_chunk_tokens, recipe.data.seed)
     if "head_shared_rank" in changes:
         for kind in c.kinds:
-            grown.head(kind).take_low_rank(hypernet.head(kind))
+            memory_start.take_low_rank(grown.head(kind), hypernet.head(kind))
     return grown
 
 
@@ -246,11 +258,12 @@ def set_memory_units(
     assert memory is not None
     questions = [question for episode in episodes for question in episode.questions]
     chunks = [chunk for episode in episodes for chunk in episode.chunks]
+    static = hypernet.static.lora(hypernet.config.target.rows)
     answered = [(*question.prompt, *question.answer) for question in questions]
     seen = [keys[:, 1:] for keys in _keys(encoder, base, [row[0].tolist() for row in rows])]
     totals, counts = torch.zeros(1, device=base.device), torch.zeros(N_PLACES)
     at_answers: list[Tensor] = []  # by question, at the first places of its answer: [modules, places, in]
-    for i, keys in enumerate(_keys(encoder, base, answered, hypernet.static_lora())):
+    for i, keys in enumerate(_keys(encoder, base, answered, static)):
         if i < _QUESTIONS_FOR_UNITS:
             seen.append(keys[:, 1:])
         keys = keys[:, len(questions[i].prompt) - 1 : -1]  # where the answer's tokens are predicted
@@ -262,7 +275,7 @@ def set_memory_units(
         raise TrainingError(f"no calibration answer has {N_PLACES} tokens; give more varied data")
     means = totals / counts[:, None].to(totals)  # [modules, places, in]
     end_of_turn = torch.tensor([base.chat.end_of_turn], device=base.device)
-    memory.set_units(torch.cat(seen, dim=1), means, encoder.values(end_of_turn)[0])
+    memory_start.set_units(memory, torch.cat(seen, dim=1), means, encoder.values(end_of_turn)[0])
 
     # By chunk: the token that ends a statement, and the statement's question.
     stated: list[set[tuple[int, int]]] = [set() for _ in chunks]
@@ -281,7 +294,7 @@ def set_memory_units(
             answers.append(at_answer)
     if not ends:
         raise TrainingError("no calibration statement has a question; give documents with token labels")
-    memory.set_question_map(torch.cat(ends, dim=1), torch.cat(answers, dim=1), means)
+    memory_start.set_question_map(memory, torch.cat(ends, dim=1), torch.cat(answers, dim=1), means)
 
 
 def _keys(
@@ -428,16 +441,63 @@ def mean_deltas(hypernet: DocToLoRA, base: Base, chunks: Sequence[Sequence[int]]
     return {kind: total / len(chunks) for kind, total in sums.items()}
 
 
+class MergedCast(NamedTuple):
+    """The merged LoRA of each document, with the unmerged rows and the memory's writes; differentiable."""
+
+    loras: LoRABatch
+    """One merged LoRA for each document."""
+    writes: MemoryWrites | None
+    """What the memory wrote; None without a memory."""
+    rows: Rows
+    """The rows of each chunk, before merging."""
+    n_real: int
+    """Number of chunks that are not padding; the rows of padding are zero."""
+
+
+def merged(hypernet: Hypernetwork, rows: Rows, chunks_per_document: int) -> LoRABatch:
+    """Rows of chunks -> one LoRA for each document, of rank K * r plus the static LoRA's; differentiable.
+
+    Args:
+        rows: a document's chunks are consecutive.
+        chunks_per_document: K.
+    """
+
+    def by_document(side: Tensor) -> Sequence[Tensor]:  # [n, modules, r, d] -> K of [modules, documents, r, d]
+        return side.unflatten(0, (-1, chunks_per_document)).permute(1, 2, 0, 3, 4).unbind(0)
+
+    # All rows, in their places, by which training weighs and scores them; an adapter merges the strongest keys.
+    merging, joined = dataclasses.replace(hypernet.merging, most_keys=math.inf), Rows()
+    for kind, (a, b) in rows.items():
+        sides = merging.join(kind, by_document(a), by_document(b.expand(-1, a.shape[1], -1, -1)))
+        joined[kind] = sides[0].transpose(0, 1), sides[1].transpose(0, 1)
+    return hypernet.loras(joined)
+
+
+def cast_documents(hypernet: DocToLoRA, features: Features, chunks_per_document: int = 1) -> MergedCast:
+    """Chunks -> one merged LoRA for each document, with what the memory wrote and the chunks' own rows.
+
+    Args:
+        features: a document's chunks are consecutive.
+        chunks_per_document: K; the rows of K neighbours are joined along the rank.
+    """
+    rows, writes = hypernet.cast_and_write(features)
+    n_real = features.n_chunks if features.mask is None else int(features.mask.any(-1).sum())
+    return MergedCast(merged(hypernet, rows, chunks_per_document), writes, rows, n_real)
+
+
+@torch.no_grad()
+def standardise(hypernet: DocToLoRA, features: Tensor) -> None:
+    """Have a hypernetwork standardise features by mean and deviation of those of real tokens [tokens, d_features]."""
+    hypernet.feature_mean.copy_(features.mean(0))
+    hypernet.feature_std.copy_(features.std(0).clamp_min(1e-3))
+
+
 def answer_questions(
-    model: Any,
-    encoder: HiddenStatesEncoder,
-    hypernet: Callable[..., MergedCast],
-    batch: Batch,
-    passes: Passes = Passes(),
+    model: Any, encoder: HiddenStatesEncoder, hypernet: DocToLoRA, batch: Batch, passes: Passes = Passes()
 ) -> tuple[AnswerScores, MemoryLosses, MergedCast]:
     """Documents -> features -> LoRAs -> scores of their questions' answers, losses of the memory, and what was cast."""
     features = read_in_groups(encoder, batch.chunk_ids, batch.chunk_mask, passes.length_groups)
-    cast = hypernet(features, batch.chunks_per_document)
+    cast = cast_documents(hypernet, features, batch.chunks_per_document)
     gate = None  # [d, t, k * r] the weights of the rows' sentences, the same in all modules
     if cast.writes is not None and batch.is_routed.any():
         assert cast.writes.tokens is not None
@@ -492,7 +552,7 @@ def train_doc(
             "distillation_loss": (recipe.distillation_weight, scores.distillation_loss),
             "memory_loss": (recipe.memory_loss_weight, memory.loss),
             "kl_to_base": (recipe.kl_to_base_weight, scores.kl_to_base),
-            "l1": (recipe.l1_weight, cast.mean_absolute() if recipe.l1_weight > 0 else None),
+            "l1": (recipe.l1_weight, mean_absolute(cast) if recipe.l1_weight > 0 else None),
         }
         present = {name: (w, loss) for name, (w, loss) in losses.items() if loss is not None and w > 0}
         total = torch.stack([weight * loss for weight, loss in present.values()]).sum()
@@ -516,3 +576,10 @@ def _sha256(lora: LoRA) -> str:
         f"{name}.{side}": value for name, pair in lora.factors.items() for side, value in zip("ab", pair, strict=True)
     }
     return hashlib.sha256(save({name: value.cpu().contiguous() for name, value in sides.items()})).hexdigest()
+
+
+def mean_absolute(cast: MergedCast) -> Tensor:
+    """[]: mean absolute value of the real chunks' rows."""
+    sides = [side for pair in cast.rows.values() for side in pair]
+    total = torch.stack([side.abs().sum(dtype=torch.float32) for side in sides]).sum()
+    return total / (cast.n_real * sum(side[0].numel() for side in sides))

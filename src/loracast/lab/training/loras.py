@@ -40,13 +40,12 @@ from loracast.lab.data.rows import read_questioned
 from loracast.lab.data.tasks import Task
 from loracast.lab.training.document_source import answered_questions, reading_prompt
 from loracast.lab.training.loop import OnMetrics, TrainConfig, Workers, resumable_settings, train
-from loracast.lab.training.recipe import recorded
+from loracast.lab.training.recipe import Layers, recorded, target_at
 from loracast.lab.training.scoring import Episode, Question, pack, score_answers
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.library.manifest import check_name
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.peft_format import read_peft
-from loracast.lora.target import Layers, target_from_config
 
 ABOUT = "loracast.json"  # file beside PEFT's own: what the LoRA was trained on and how
 
@@ -141,7 +140,7 @@ def _with_lora(base: Base, lora: PeftConfig, seed: int) -> Iterator[tuple[Any, n
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError("training LoRAs needs PEFT: pip install 'loracast[train]'") from error
-    names = list(target_from_config(base.model.config, lora.kinds, lora.layers).names)
+    names = list(target_at(base.model.config, lora.kinds, lora.layers).names)
     torch.manual_seed(seed)
     alpha: Any = lora.rank * lora.scale  # PEFT accepts any number
     options = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM")

@@ -21,12 +21,20 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import Encoder, Features, check_encoder
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.data.rows import read_content, read_unrelated
+from loracast.lab.training.doc import cast_documents, standardise
 from loracast.lab.training.document_source import UNRELATED_SHARE
 from loracast.lab.training.loop import Workers
 from loracast.lab.training.losses import Distillation, Teacher
-from loracast.lab.training.recipe import HypernetRecipe, check_values, recorded, start_from, train_hypernet
+from loracast.lab.training.recipe import (
+    HypernetRecipe,
+    Layers,
+    check_values,
+    recorded,
+    start_from,
+    target_at,
+    train_hypernet,
+)
 from loracast.lab.training.scoring import Episode, Question, pack, score_answers
-from loracast.lora.target import Layers, target_from_config
 
 _BATCH = 16  # examples that are encoded at once
 
@@ -186,7 +194,7 @@ def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder
     """A fresh hypernetwork for a base and an encoder, its input units measured on the data."""
     torch.manual_seed(recipe.training.seed)
     check_values(DocToLoRAConfig, recipe.hypernetwork)
-    target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
+    target = target_at(base.model.config, recipe.kinds, recipe.layers)
     config = DocToLoRAConfig.for_target(
         target, encoder.d_features,
         encoder=encoder.name, encoder_fingerprint=encoder.fingerprint, reader_layers=(0,), **recipe.hypernetwork,
@@ -194,7 +202,7 @@ def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder
     hypernet = DocToLoRA(config)
     n = len(source.states)
     chosen = torch.linspace(0, n - 1, min(_EXAMPLES_FOR_UNITS, n)).long()
-    hypernet.standardise(source.states[chosen].float().flatten(0, 1))
+    standardise(hypernet, source.states[chosen].float().flatten(0, 1))
     return hypernet
 
 
@@ -232,8 +240,8 @@ def train_modality(
         features, episodes = source.step(number)
         batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(base.device)
         with recipe.training.autocast(base.device):
-            cast = hypernet(features.to(base.device))
-            scores = score_answers(base.model, cast.loras, batch, passes=recipe.training.passes)
+            loras = cast_documents(hypernet, features.to(base.device)).loras
+            scores = score_answers(base.model, loras, batch, passes=recipe.training.passes)
         loss, kl = scores.loss, scores.kl_to_base
         figures = {"answer_loss": loss.item(), "exact": scores.exact, "token_accuracy": scores.token_accuracy}
         if kl is not None:

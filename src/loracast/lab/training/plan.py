@@ -40,7 +40,7 @@ from loracast.files import folder_of
 from loracast.hypernets.config import DocToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.lab.data.everyday import make_document
-from loracast.lab.training.doc import DocRecipe, doc_config
+from loracast.lab.training.doc import DocRecipe, doc_config, merged
 from loracast.lab.training.document_source import EpisodeSource
 from loracast.lab.training.recipe import file_overrides, read_recipe
 from loracast.lab.training.scoring import Batch, Passes, checkpointed_blocks, length_groups, pack
@@ -186,7 +186,7 @@ def _step(model: Any, hypernet: DocToLoRA, shape: StepShape, machine: Machine, i
         features = encoder(torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool))
         assert features.mask is not None
         rows, writes = hypernet.rows_and_writes(features, features.mask)
-        loras = hypernet.merge(rows, shape.chunks_per_document)
+        loras = merged(hypernet, rows, shape.chunks_per_document)
         keys = [name for name, *_ in hypernet.config.memory_modules]
         hidden, inputs = _run(model, loras, shape, keys, torch.device(machine.device), is_checkpointed)
         logits = model.get_output_embeddings()(hidden).float()

@@ -17,8 +17,12 @@ from loracast.errors import ConfigError
 from loracast.files import value_faults
 from loracast.hypernets.store import H, read_provenance
 from loracast.lab.training.loop import Objective, OnMetrics, TrainConfig, Workers, train
+from loracast.lora.target import Target, target_from_config, text_config
 
 R = TypeVar("R")
+Layers = Sequence[int | float] | float | None
+"""Which layers of a base: their numbers; or where they are, as shares of the depth, so that it fits any base. One share
+alone stands for all layers from there on, None for all."""
 
 
 def read_tables(
@@ -185,3 +189,21 @@ def train_hypernet(
         finish()
         save_model(out_dir)
     return metrics
+
+
+def layers_at(where: Layers, n_layers: int) -> list[int]:
+    """The numbers of layers of a base of `n_layers`, in order. Raises ConfigError for a share outside of 0..1."""
+    if where is None:
+        return list(range(n_layers))
+    given = [where] if isinstance(where, float) else list(where)
+    if bad := [share for share in given if isinstance(share, float) and not 0 <= share <= 1]:
+        raise ConfigError(f"layers as shares of the depth must be from 0.0 to 1.0, not {', '.join(map(str, bad))}")
+    if isinstance(where, float):
+        return list(range(min(round(where * n_layers), n_layers - 1), n_layers))
+    numbers = [min(round(n * n_layers), n_layers - 1) if isinstance(n, float) else n for n in given]
+    return sorted(set(numbers))
+
+
+def target_at(base_config: Any, kinds: Collection[str], layers: Layers) -> Target:
+    """The modules of these kinds in some layers of a base; arguments and errors as in `target_from_config`."""
+    return target_from_config(base_config, kinds, layers_at(layers, text_config(base_config).num_hidden_layers))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loracast.base.embedded import DEFAULT_ENCODER
 from loracast.base.fingerprint import Fingerprint
@@ -31,16 +31,24 @@ from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDe
 from loracast.hypernets.attention_delta_encoder import POSITIONS, tokens_around_input
 from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
-from loracast.hypernets.store import with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lab.data.tasks import Task
+from loracast.lab.training import task_start
+from loracast.lab.training.checkpoint import with_config
 from loracast.lab.training.loop import Objective
 from loracast.lab.training.loras import oracles_in, read_oracle
-from loracast.lab.training.recipe import HypernetRecipe, check_values, keys_of, start_from, train_hypernet
+from loracast.lab.training.recipe import (
+    HypernetRecipe,
+    Layers,
+    check_values,
+    keys_of,
+    start_from,
+    target_at,
+    train_hypernet,
+)
 from loracast.lab.training.scoring import pack, score_answers
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lora.algebra import LoRABatch, inject, stack
-from loracast.lora.target import Layers, target_from_config
 
 N_GIBBERISH = 256  # strings without meaning, drawn once
 
@@ -92,7 +100,7 @@ def gibberish(rng: random.Random, n: int) -> list[str]:
 def build_text_hypernet(base: Base, recipe: TextRecipe) -> DescriptionHypernetwork:
     """A fresh hypernetwork for a base. Raises ConfigError for options that the variant does not have."""
     torch.manual_seed(recipe.training.seed)
-    modules = target_from_config(base.model.config, recipe.kinds, recipe.layers).rows
+    modules = target_at(base.model.config, recipe.kinds, recipe.layers).rows
     options = dict(recipe.hypernetwork)
     is_delta = options.get("variant") == _ATTENTION_DELTA
     if is_delta:
@@ -125,8 +133,8 @@ def train_text(
 
     Args:
         oracles: library of `train_oracles`: learn by reconstruction of its LoRAs instead of the tasks' examples.
-        init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` may only have the keys that
-            the hypernetwork lists as `changeable`.
+        init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` may only have keys that
+            may be changed (`task_start.changeable`).
         shared_from: LoRA trained on all tasks (`train_multitask`), from which a fresh run's shared factors start.
         record: `command` and `on_metrics` of `train_hypernet`.
 
@@ -139,18 +147,21 @@ def train_text(
             raise ConfigError(f"{oracles} has no oracle of a training task; `loracast train oracle` makes them")
     source = TaskSource(recipe.data, tasks, base.chat, is_specified=oracles is None)
     hypernet = _start_from(init_from, recipe, base) if init_from is not None else build_text_hypernet(base, recipe)
-    hypernet.select_trained(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
+    task_start.select_trained(
+        hypernet, encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only
+    )
     encoder = hypernet.text_encoder(base)
     if shared_from is not None:
-        hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
+        task_start.start_shared_from(hypernet, read_oracle(shared_from, base.fingerprint))
     hypernet.to(base.device)
     with torch.no_grad():
         conditions = encoder(source.descriptions).to(base.device)
     if init_from is None and isinstance(hypernet, AttentionDeltaToLoRA):
         lora = hypernet.encoder_lora_batch()
-        hypernet.set_position_probes(fit_position_probes(base, lora, hypernet.probed_modules, source))
+        probes = fit_position_probes(base, lora, hypernet.in_layers(hypernet.config.kind), source)
+        hypernet.where.data[:, : probes.shape[1]] = probes  # [modules, positions, in]
     torch.manual_seed(recipe.training.seed)
-    hypernet.start_training(conditions, source.n_descriptions, is_fresh=init_from is None)
+    task_start.start_training(hypernet, conditions, source.n_descriptions, is_fresh=init_from is None)
     hypernet.train()
     about = {**source.about, "objective": recipe.objective}
     if oracles is None:
@@ -164,12 +175,12 @@ def train_text(
         about |= {"objective": {"match": "product"}, "oracles_sha256": digest}
 
     @torch.no_grad()
-    def remember_seen() -> None:
-        hypernet.remember_seen(encoder(source.descriptions).to(base.device))
+    def remember_all() -> None:
+        task_start.remember_seen(hypernet, encoder(source.descriptions).to(base.device))
 
     if shared_from is not None:
         about["shared_from_sha256"] = file_sha256(shared_from / "adapter_model.safetensors")
-    finish = remember_seen if recipe.encoder_lora_is_trained else None
+    finish = remember_all if recipe.encoder_lora_is_trained else None
     return train_hypernet(
         hypernet, objective, recipe.training, out, base=base, init_from=init_from, about=about, finish=finish, **record
     )
@@ -177,9 +188,7 @@ def train_text(
 
 def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> DescriptionHypernetwork:
     """The hypernetwork that a fresh run starts from, with the changes that the recipe makes to it."""
-    hypernet: DescriptionHypernetwork = start_from(
-        folder, DescriptionHypernetwork, base, recipe, lambda hypernet: hypernet.changeable
-    )
+    hypernet = start_from(folder, DescriptionHypernetwork, base, recipe, task_start.changeable)
     changes = dict(recipe.hypernetwork)
     if changes.get("task_bank_rank") == 0:  # the bank goes, since another encoder LoRA would not find its tasks
         changes["bank_sizes"] = ()
@@ -271,10 +280,11 @@ def _by_examples(
         if recipe.null_condition_weight > 0:
             with torch.no_grad():
                 meaningless = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
-            free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
-            conditions = torch.cat([conditions, meaningless, hypernet.constant().to(free), free])
+            generator = torch.Generator().manual_seed(rng.randrange(2**31))
+            nothing = task_start.nothing_described(hypernet, n // 2, generator).to(device)
+            conditions = torch.cat([conditions, meaningless, nothing])
         with recipe.training.autocast(device):
-            both = hypernet(conditions)
+            both = task_start.cast_described(hypernet, conditions)
             loras = both.take(range(n))
             scores = score_answers(base.model, loras, batch, passes=recipe.training.passes)
         of_descriptions, of_null = (squares := both.squared_norms())[:n], squares[n:]
@@ -311,7 +321,9 @@ def read_library(
     return LoRABatch(len(loras), {name: batch.factors[name] for name in config.target.names}, {})
 
 
-def _by_oracles(hypernet: nn.Module, source: TaskSource, library: LoRABatch, encoder: TextEncoder) -> Objective:
+def _by_oracles(
+    hypernet: DescriptionHypernetwork, source: TaskSource, library: LoRABatch, encoder: TextEncoder
+) -> Objective:
     """The objective in which descriptions give the products of their tasks' oracles; the base is not run."""
     row_of = {task.name: i for i, task in enumerate(source.tasks)}
     device = next(iter(library.factors.values())).a.device
@@ -319,7 +331,8 @@ def _by_oracles(hypernet: nn.Module, source: TaskSource, library: LoRABatch, enc
     def objective(number: int) -> tuple[Tensor, dict[str, float]]:
         drawn = source.draw(number)
         wanted = library.take([row_of[one.task.name] for one in drawn])
-        errors = relative_square_error(hypernet(encoder([one.text for one in drawn]).to(device)), wanted)
+        made = task_start.cast_described(hypernet, encoder([one.text for one in drawn]).to(device))
+        errors = relative_square_error(made, wanted)
         figures = {"relative_error": errors.detach().clamp_min(0).mean().sqrt().item(), "tasks": len(drawn)}
         return errors.mean(), figures
 
