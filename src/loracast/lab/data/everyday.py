@@ -16,7 +16,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, TypeAdapter
 
 from loracast.answering.answers import NOT_SAID
 from loracast.lab.data.facts import ALTERNATIVES, Split, expand, fill, make_entity
@@ -121,7 +123,7 @@ class Genre:
     titles: Wordings
     layouts: Wordings
     fillers: Wordings
-    sayings: Sequence[Saying]
+    sayings: Annotated[Sequence[Saying], Field(alias="saying")]
     names: Mapping[str, str] = field(default_factory=dict)  # patterns of what is drawn once for a document
     asides: Wordings = field(default_factory=dict)  # paragraphs without any fact that is asked for
     list: Listing | None = None
@@ -131,19 +133,10 @@ class Genre:
 @cache
 def load_genres(split: Split) -> dict[str, Genre]:
     """Read the genres that documents of a split are drawn from, once."""
-    genres = {}
-    tables = list(read_content("everyday")["genre"])
-    if split == "train":
-        tables += read_content("everyday_train")["genre"]
-    for table in tables:
-        listing = None
-        if listed := table.get("list"):
-            compare = tuple(Comparison(**one) for one in listed.get("compare", ()))
-            listing = Listing(**{**listed, "compare": compare})
-        sayings = tuple(Saying(**one) for one in table["saying"])
-        given = {key: value for key, value in table.items() if key not in ("list", "saying")}
-        genres[table["name"]] = Genre(**given, sayings=sayings, list=listing)
-    return genres
+    names = ("everyday", "everyday_train") if split == "train" else ("everyday",)
+    tables = [table for name in names for table in read_content(name)["genre"]]
+    genres = TypeAdapter(list[Genre], config={"extra": "forbid"}).validate_python(tables)
+    return {genre.name: genre for genre in genres}
 
 
 def make_document(rng: random.Random, *, split: Split, genre: str | None = None) -> EverydayDocument:

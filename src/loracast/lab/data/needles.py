@@ -20,9 +20,10 @@ from itertools import accumulate, cycle
 
 from loracast.documents.chunks import Encode
 from loracast.errors import ConfigError
-from loracast.lab.data.facts import Split, expand, fill
+from loracast.lab.data.facts import Split, expand, fill, wordings_of
 from loracast.lab.data.rows import read_content
 
+_N_DEV = 2  # wordings of each list that are the dev split's
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'“(])")
 
 
@@ -47,21 +48,14 @@ def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str 
     while len(needles) < n_needles:
         name = kind or rng.choice([*sorted(content["kinds"]), "number4", "number4", "number4"])
         table = content["kinds"][name]
-        label, value = rng.choice(_of_split(table, "", split)), expand(rng, rng.choice(table["values"]))
+        label, value = rng.choice(wordings_of(table, "", split, _N_DEV)), expand(rng, rng.choice(table["values"]))
         key = expand(rng, rng.choice(content["keys"]["things"]))
-        state = fill(rng.choice(_of_split(frames, "state_", split)), label=label, key=key, v=value)
-        question = fill(rng.choice(_of_split(frames, "ask_", split)), label=label, key=key, v=value)
+        state = fill(rng.choice(wordings_of(frames, "state_", split, _N_DEV)), label=label, key=key, v=value)
+        question = fill(rng.choice(wordings_of(frames, "ask_", split, _N_DEV)), label=label, key=key, v=value)
         taken = any(key == other.key or value == other.answer for other in needles)
         if not taken and value.lower() not in question.lower():
             needles.append(Needle(state, question, value, key))
     return needles
-
-
-def _of_split(table: dict[str, list[str]], prefix: str, split: Split) -> list[str]:
-    """The wordings of a split; dev has the last two of the train list, and train the others."""
-    if split == "test":
-        return table[f"{prefix}test"]
-    return table[f"{prefix}train"][-2:] if split == "dev" else table[f"{prefix}train"][:-2]
 
 
 def sentences(text: str) -> list[str]:

@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loracast.base.chat import Message
 from loracast.base.generate import Sampling
@@ -112,13 +112,8 @@ _MIN_WORDS = 5
 _MAX_WORDS = 22
 
 
-@dataclass(frozen=True)
-class Cloze:
-    """A question, its answer, and the sentence that gives it."""
-
-    question: str
-    answer: str
-    fact: FactSpan
+Cloze = tuple[str, FactSpan]
+"""A question, and the sentence that gives its answer."""
 
 
 def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
@@ -132,8 +127,8 @@ def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
             break
         sentence = text[start:end]
         cloze = _cloze(rng, sentence)
-        if cloze is not None and (start, cloze.answer) not in asked:
-            asked.add((start, cloze.answer))
+        if cloze is not None and (start, cloze[1].value) not in asked:
+            asked.add((start, cloze[1].value))
             made.append((start, cloze))
     return [cloze for _, cloze in sorted(made, key=lambda pair: pair[0])]
 
@@ -150,7 +145,7 @@ def _cloze(rng: random.Random, sentence: str) -> Cloze | None:
     if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", before + " " + after):
         return None  # the question would contain the answer
     question = _with_gap(rng, before, after) if rng.random() < 0.3 else _with_word(rng, kind, before, after)
-    return Cloze(question, answer, FactSpan(sentence, "", answer, match.start())) if question else None
+    return (question, FactSpan(sentence, "", answer, match.start())) if question else None
 
 
 def _may_ask(kind: str, match: re.Match[str]) -> bool:
@@ -199,19 +194,6 @@ _TRIES = 4
 _FIRST_WAIT_S = 2.0
 
 
-class Writer(Protocol):
-    """Continues conversations."""
-
-    @property
-    def name(self) -> str:
-        """The name that its rows give in `made_by`."""
-        ...
-
-    def write(self, messages: Sequence[Message], max_tokens: int) -> str:
-        """Write the assistant's next turn."""
-        ...
-
-
 @dataclass(frozen=True)
 class BaseWriter:
     """Decodes greedily with a base on this machine."""
@@ -220,9 +202,11 @@ class BaseWriter:
 
     @property
     def name(self) -> str:
+        """The name that its rows give in `made_by`."""
         return self.base.name
 
     def write(self, messages: Sequence[Message], max_tokens: int) -> str:
+        """Write the assistant's next turn."""
         prompt = self.base.chat.conversation(messages)
         return answer_of(self.base, prompt, None, Sampling(max_new_tokens=max_tokens)).text
 
@@ -232,17 +216,13 @@ class EndpointWriter:
     """Asks a model behind an OpenAI-compatible endpoint; `url` is the part before /chat/completions."""
 
     url: str
-    model: str
+    name: str
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 120.0
 
-    @property
-    def name(self) -> str:
-        return self.model
-
     def write(self, messages: Sequence[Message], max_tokens: int) -> str:
         """Write the assistant's next turn. Raises LoracastError if the endpoint refuses or fails repeatedly."""
-        order = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
+        order = {"model": self.name, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -253,23 +233,22 @@ class EndpointWriter:
         for attempt in range(_TRIES):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return _content(json.loads(response.read()))
+                    said = response.read()
+                return str(json.loads(said)["choices"][0]["message"]["content"] or "")
             except urllib.error.HTTPError as error:
                 problem = f"{where} answers {error.code}: {error.read(500).decode(errors='replace')}"
                 if error.code < 500 and error.code != 429:  # the request itself is wrong, so another try would fail too
                     raise LoracastError(problem) from error
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 problem = f"{where} cannot be reached: {error}"
+            except (ValueError, LookupError, TypeError) as error:
+                problem = f"{where} gives an answer without choices[0].message.content ({error!r}): {said[:200]!r}"
             if attempt < _TRIES - 1:
                 time.sleep(_FIRST_WAIT_S * 2**attempt)
         raise LoracastError(f"{problem} (after {_TRIES} tries)")
 
 
-def _content(response: Any) -> str:
-    try:
-        return str(response["choices"][0]["message"]["content"] or "")
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"an answer without choices[0].message.content: {str(response)[:200]}") from error
+Writer = BaseWriter | EndpointWriter
 
 
 _LINE = re.compile(
@@ -392,7 +371,7 @@ def _by_rule(passage: Passage, config: MakeConfig, tally: Tally) -> list[Made]:
     rng = random.Random(f"{config.seed}/{passage.doc_id}")
     clozes = make_clozes(rng, passage.text, config.per_passage)
     tally.kept += len(clozes)
-    return [Made(cloze.question, (cloze.answer,), True, 0) for cloze in clozes]
+    return [Made(question, (fact.value,), True, 0) for question, fact in clozes]
 
 
 def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally) -> list[Made]:

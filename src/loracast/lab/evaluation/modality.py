@@ -112,14 +112,14 @@ def evaluate_modality(
         for part in parts:
             right[part, baseline] = (likeliest(losses, part) == labels[about[part]]).tolist()
 
-    own = scorer.losses(asked.test, test.names, states, every)
+    own = scorer.losses(asked["test"], test.names, states, every)
     paired = _shuffled([about[part].tolist() for part in parts[:2]], config.seed)
     count("adapter", own, parts)
-    count("gain", own - scorer.losses(asked.test, test.names, reference, range(len(reference))).mean(0), parts)
-    count("unseen wording", scorer.losses(asked.unseen, test.names, states, every))
-    count("shuffled", scorer.losses(asked.test, test.names, states, paired))
-    count("none", np.repeat(scorer.of_base(asked.test, test.names), len(every), axis=0))
-    free = scorer.free_answers(asked.test, states)
+    count("gain", own - scorer.losses(asked["test"], test.names, reference, range(len(reference))).mean(0), parts)
+    count("unseen wording", scorer.losses(asked["unseen_wording"], test.names, states, every))
+    count("shuffled", scorer.losses(asked["test"], test.names, states, paired))
+    count("none", np.repeat(scorer.of_base(asked["test"], test.names), len(every), axis=0))
+    free = scorer.free_answers(asked["test"], states)
     names = [test.names[label] for label in labels]
     for part in parts[:2]:
         right[part, "free"] = [is_exact(free[i], names[i]) for i in about[part]]
