@@ -15,19 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from data_files import write
-
-from loracast.lab.data.rows import each_row
+from data_files import rows_of, write
 
 N_TASKS = 24
 SEED = "dev tasks 1"
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    rows: list[dict[str, Any]] = []
-    each_row(path, rows.append)
-    return rows
 
 
 def dev_tasks(meta: Iterable[dict[str, Any]]) -> set[str]:

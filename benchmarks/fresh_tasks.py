@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from data_files import write
-from dev_tasks import rows_of
+from data_files import rows_of, write
 
 from loracast.documents.units import sentence_spans
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from dev_tasks import rows_of
+from data_files import rows_of
 from fresh_tasks import sentences_of, write_suite
 
 SEED = "unseen tasks 1"

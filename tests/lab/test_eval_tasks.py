@@ -144,13 +144,15 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
 
     current = [""]
 
+    ask_runner = runner.ask
+
     def ask(setup, baselines, cases, sampling):
         (some,) = cases.values()
         current[0] = some[0].drawn.task.name
-        return runner.ask(setup, baselines, cases, sampling)
+        return ask_runner(setup, baselines, cases, sampling)
 
     answer_with(monkeypatch, answer_batch)
-    monkeypatch.setattr(evaluation, "ask", ask)
+    monkeypatch.setattr(runner, "ask", ask)
     caster = TaskCaster(load_caster(hypernetwork, "task", base))
     config = TasksConfig(str(suite), seeds=(0, 1), baselines=("none", "shots3", "adapter"))
     seen: list[tuple[int, int]] = []

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -282,14 +282,8 @@ class MakeConfig:
             raise ConfigError("per_passage must be at least 1, and levels 1 or 2")
 
 
-@dataclass(frozen=True)
-class Made:
-    """A question that is kept."""
-
-    question: str
-    answers: tuple[str, ...]
-    span: bool
-    level: int
+Made = dict[str, Any]
+"""A question that is kept, as it stands in a row: `question`, `answers`, `span` and `level`."""
 
 
 @dataclass
@@ -339,7 +333,7 @@ def make_questions(
             made = _by_rule(passage, config, tally) if writer is None else _written(passage, writer, config, tally)
             row = {
                 "doc_id": passage.doc_id, "source": "self-made", "title": passage.title, "document": passage.text,
-                "made_by": "rule" if writer is None else writer.name, "questions": [asdict(one) for one in made],
+                "made_by": "rule" if writer is None else writer.name, "questions": made,
             }  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -371,7 +365,7 @@ def _by_rule(passage: Passage, config: MakeConfig, tally: Tally) -> list[Made]:
     rng = random.Random(f"{config.seed}/{passage.doc_id}")
     clozes = make_clozes(rng, passage.text, config.per_passage)
     tally.kept += len(clozes)
-    return [Made(question, (fact.value,), True, 0) for question, fact in clozes]
+    return [{"question": question, "answers": [fact.value], "span": True, "level": 0} for question, fact in clozes]
 
 
 def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally) -> list[Made]:
@@ -380,7 +374,7 @@ def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally)
         order = _ask_for(passage.text, config.per_passage, kept if level == 2 else ())
         pairs = parse(writer.write(order, config.per_passage * _TOKENS_OF_A_PAIR))
         for question, answer in pairs[: config.per_passage]:
-            if any(_alike(question, other.question) for other in kept):
+            if any(_alike(question, other["question"]) for other in kept):
                 tally.repeated += 1
             elif token_f1(writer.write(_answer_with(passage.text, question), _TOKENS_OF_A_PAIR), answer) < _AGREES:
                 tally.not_answerable += 1
@@ -388,7 +382,7 @@ def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally)
                 tally.known_anyway += 1
             else:
                 is_span = find_answer(passage.text, question, (answer,)) is not None
-                kept.append(Made(question, (answer,), is_span, level))
+                kept.append({"question": question, "answers": [answer], "span": is_span, "level": level})
                 tally.kept += 1
     return kept
 
@@ -398,7 +392,7 @@ def _ask_for(text: str, n: int, known: Sequence[Made]) -> list[Message]:
     first = "Write {} questions that the text answers, each with its short answer."
     order = first.format(n)
     if known:
-        listed = "\n".join(f"- {one.question}" for one in known)
+        listed = "\n".join(f"- {one['question']}" for one in known)
         order = (
             f"Write {n} harder questions about the text, each with its short answer. "
             f"They must ask for something else than these:\n{listed}"

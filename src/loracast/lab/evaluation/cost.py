@@ -30,27 +30,10 @@ from loracast.documents import Document
 from loracast.errors import LoracastError
 from loracast.lab.data.needles import Haystack, Sample, make_needles
 from loracast.lab.data.rows import read_texts
-from loracast.lab.evaluation.documents import (
-    DocumentBaseline,
-    DocumentCase,
-    DocumentConfig,
-    DocumentSetup,
-    LearnedDocument,
-    RoutedConfig,
-    adapter,
-    no_document,
-    whole,
-)
+from loracast.lab.evaluation import documents
+from loracast.lab.evaluation.documents import DocumentBaseline, DocumentCase, DocumentSetup
 from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
-from loracast.lab.evaluation.runner import (
-    Answered,
-    Baseline,
-    ask_one,
-    check_positive,
-    in_turn,
-    peak_memory,
-    warm_up,
-)
+from loracast.lab.evaluation.runner import Answered, Baseline, ask_one, check_positive, in_turn, peak_memory, warm_up
 from loracast.lab.evaluation.synthetic import window_prompt
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import layer_shapes, text_config
@@ -154,7 +137,7 @@ class LatencyConfig:
 
 
 @dataclass(frozen=True)
-class MemoryConfig(DocumentConfig):
+class MemoryConfig(documents.DocumentConfig):
     """Settings of `loracast eval memory`."""
 
     texts: tuple[str, ...]
@@ -168,15 +151,15 @@ def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: P
 
     Every question is another one about another place, so that no LoRA is at hand from the question before.
     """
-    setup = DocumentSetup(model, RoutedConfig(route=config.route))
+    setup = DocumentSetup(model, documents.RoutedConfig(route=config.route))
     writer = Report(out, "latency", LATENCY_COLUMNS, config, model.base, model.documents.id)
     sample = _document(model, config.texts, config.tokens, config.seed, config.repetitions + _N_WARM_UP)
     document = Document.from_text(sample.text)
-    on_disk = LearnedDocument(document, [], setup.learn(document, "document"))
+    on_disk = documents.LearnedDocument(document, [], setup.learn(document, "document"))
     baselines: dict[str, DocumentBaseline] = {
-        "base": Baseline("no document", no_document),
-        "adapter": Baseline(f"adapter, routed {config.route}", adapter("document")),
-        "window": Baseline("in the window", whole(window_prompt)),
+        "base": Baseline("no document", documents.no_document),
+        "adapter": Baseline(f"adapter, routed {config.route}", documents.adapter("document")),
+        "window": Baseline("in the window", documents.whole(window_prompt)),
     }
     answered: dict[str, list[Answered[DocumentCase]]] = {name: [] for name in baselines}
     warm_up(model.base)

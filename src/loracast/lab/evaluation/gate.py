@@ -25,18 +25,10 @@ from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.data.tasks import read_benchmark
+from loracast.lab.evaluation import report
 from loracast.lab.evaluation.documents import DocumentSetup, LearnedDocument, QuestionedConfig, RoutedConfig
 from loracast.lab.evaluation.likelihood import likeliest
-from loracast.lab.evaluation.report import (
-    Progress,
-    Report,
-    columns,
-    mean,
-    mean_with_interval,
-    named_interval,
-    no_progress,
-    wilson,
-)
+from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
 from loracast.lab.evaluation.runner import check_positive, grouped, made
 from loracast.lab.training.relevance import measure, read_unrelated_files, shipped_fit
 
@@ -77,7 +69,7 @@ def evaluate_gate(config: GateConfig, out: Path, progress: Progress = no_progres
     for (is_about, group, source), some in of_rows.items():
         n = sum(kind["n"] for kind in some)
         n_passed = round(sum(kind["n"] * kind["passed"] for kind in some))
-        low, high = wilson(n_passed, n)
+        low, high = report.wilson(n_passed, n)
         row = {"about": "yes" if is_about else "no", "group": group, "source": source or "-", "n": n}
         rows.append({**row, "passed": n_passed / n, "low": low, "high": high})
     progress(1, 1)
@@ -182,11 +174,10 @@ def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, A
     rows = []
     for count, now in chosen.items():
         row: dict[str, Any] = {"benchmark": name, "n_documents": count, "n": len(now)}
-        row["accuracy"], row["low"], row["high"] = mean_with_interval([[float(is_right)] for _, is_right in now])
+        row["accuracy"], row["low"], row["high"] = report.mean_with_interval([[float(is_right)] for _, is_right in now])
         if count:
             pairs = list(zip(now, before, strict=True))
-            changes = [[float(a) - float(b)] for (_, a), (_, b) in pairs]
-            row |= named_interval("change", mean_with_interval(changes))
-            row["same"] = mean([a == b for (a, _), (b, _) in pairs])
+            row |= report.with_interval("change", [[float(a) - float(b)] for (_, a), (_, b) in pairs])
+            row["same"] = report.mean([a == b for (a, _), (b, _) in pairs])
         rows.append(row)
     return rows

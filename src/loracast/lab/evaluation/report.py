@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from datetime import UTC, datetime
 from math import sqrt
 from pathlib import Path
@@ -58,6 +58,11 @@ def mean_with_interval(clusters: Sequence[Sequence[float]]) -> tuple[float, floa
 def named_interval(key: str, found: Sequence[float | None]) -> dict[str, float | None]:
     """A figure and the ends of its interval as they stand in a row: `key`, `key_low` and `key_high`."""
     return dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
+
+
+def with_interval(key: str, clusters: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """The figure of `mean_with_interval` as it stands in a row, as `named_interval` has it."""
+    return named_interval(key, mean_with_interval(clusters))
 
 
 def mean(values: Sequence[float]) -> float:
@@ -147,30 +152,26 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows))
 
 
+@dataclass
 class Report:
     """The results of one evaluation, written into a folder while it runs: its tables, and its answers one by one."""
 
-    def __init__(
-        self,
-        out: Path,
-        title: str,
-        columns: Sequence[Column],
-        config: Any,
-        base: Base | None,
-        hypernetwork: str | None = None,
-    ):
-        """
-        Args:
-            config: the evaluation's dataclass of settings.
-            base, hypernetwork: the base and the hash of the hypernetwork that are measured, if there are any.
-        """
-        self.out, self.title, self.columns = out, title, columns
-        self.settings: dict[str, Any] = asdict(config)
+    out: Path
+    title: str
+    columns: Sequence[Column]
+    config: Any
+    """The evaluation's dataclass of settings."""
+    base: InitVar[Base | None]
+    hypernetwork: InitVar[str | None] = None
+    """The hash of the hypernetwork that is measured, if there is one."""
+    rows: Sequence[Row] = ()
+    is_complete: bool = False
+
+    def __post_init__(self, base: Base | None, hypernetwork: str | None) -> None:
+        self.settings: dict[str, Any] = asdict(self.config)
         self.environment = environment(base, hypernetwork)
-        self.rows: Sequence[Row] = ()
-        self.is_complete = False
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "answers.jsonl").unlink(missing_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "answers.jsonl").unlink(missing_ok=True)
 
     def write(self, rows: Sequence[Row], is_complete: bool = True) -> Report:
         """Write results.json and table.md of these rows, each of them whole or not at all.

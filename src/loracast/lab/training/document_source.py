@@ -22,7 +22,7 @@ from loracast.lab.data.everyday import EverydayFact, make_document
 from loracast.lab.data.facts import INSIDE, FactSpan, Split, TokenLabel, label_tokens, make_sheet
 from loracast.lab.data.needles import hide, make_needles, sentences
 from loracast.lab.data.questions import find_answer, make_clozes
-from loracast.lab.data.rows import QuestionedDocument, read_questioned, read_texts, read_unrelated
+from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument, read_questioned, read_texts, read_unrelated
 from loracast.lab.training.losses import weights_of
 
 # System turns of training prompts; most are empty, since the template's own (None) is longer than a question.
@@ -71,16 +71,20 @@ _MAX_UNASKED = 32  # answers of one document that are labelled without being ask
 def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
     """At most `n` of a document's questions whose answers stand in it, with the answers in the document's words."""
     rng.shuffle(spans := document.spans)
-    found = ((span.question, find_answer(document.text, span.question, span.answers)) for span in spans[:n])
-    return [(question, fact) for question, fact in found if fact is not None]
+    return _with_answers(document, spans[:n])
 
 
 def unasked_values(document: QuestionedDocument, answered: Answered) -> list[FactSpan]:
     """The answers to a document's other questions, where they stand in it."""
     asked = {question for question, _ in answered}
-    others = [span for span in document.spans if span.question not in asked][:_MAX_UNASKED]
-    found = (find_answer(document.text, span.question, span.answers) for span in others)
-    return [fact for fact in found if fact is not None]
+    others = [span for span in document.spans if span.question not in asked]
+    return [fact for _, fact in _with_answers(document, others[:_MAX_UNASKED])]
+
+
+def _with_answers(document: QuestionedDocument, asked: Sequence[DocumentQuestion]) -> Answered:
+    """The questions whose answers are found in the document."""
+    found = ((one.question, find_answer(document.text, one.question, one.answers)) for one in asked)
+    return [(question, fact) for question, fact in found if fact is not None]
 
 
 _Group = tuple[int, list[QuestionedDocument], list[int]]
