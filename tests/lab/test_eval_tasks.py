@@ -209,13 +209,13 @@ def test_the_paired_interval_against_one_by_hand():
     rng = random.Random(2)
     one = [[rng.random() < 0.8] for _ in range(200)]
     other = [[rng.random() < 0.5] for _ in range(200)]
-    mean, low, high = paired_bootstrap(one, other, n_resamples=500)
+    mean, low, high = paired_bootstrap(one, other)
     gains = np.array([a[0] - b[0] for a, b in zip(one, other, strict=True)], dtype=float)
     half = 1.96 * gains.std() / 200**0.5
     assert mean == pytest.approx(gains.mean()) and low == pytest.approx(mean - half, abs=0.02)
     assert high == pytest.approx(mean + half, abs=0.02)
-    assert paired_bootstrap(one, one, n_resamples=50) == (0, 0, 0)
-    wide = paired_bootstrap([[True] * 50, [False] * 50], [[False] * 50, [False] * 50], n_resamples=500)
+    assert paired_bootstrap(one, one) == (0, 0, 0)
+    wide = paired_bootstrap([[True] * 50, [False] * 50], [[False] * 50, [False] * 50])
     assert wide == (0.5, 0.0, 1.0)  # many rows of few tasks say little about other tasks
 
 

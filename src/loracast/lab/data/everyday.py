@@ -21,7 +21,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, TypeAdapter
 
 from loracast.answering.answers import NOT_SAID
-from loracast.lab.data.facts import ALTERNATIVES, Split, expand, fill, make_entity
+from loracast.lab.data.facts import Split, expand, fill, make_entity, pick_alternatives
 from loracast.lab.data.rows import read_content
 
 Kind = Literal["span", "yes/no", "count", "comparison", "not said"]
@@ -192,7 +192,7 @@ class _Draft:
             if mark[1] == "list" and genre.list:
                 return self.list_items(genre.list)
             if mark[1] == "filler":
-                return self.fill(self.pick_alternatives(fillers.pop()))
+                return self.fill(pick_alternatives(self.rng, fillers.pop()))
             number += 1
             return str(number)
 
@@ -209,15 +209,12 @@ class _Draft:
         asides = self.genre.asides.get(self.split, ())
         if len(paragraphs) > 1:
             for aside in self.rng.sample(asides, self.rng.randint(0, len(asides))):
-                paragraphs.insert(self.rng.randrange(1, len(paragraphs)), self.pick_alternatives(aside))
+                paragraphs.insert(self.rng.randrange(1, len(paragraphs)), pick_alternatives(self.rng, aside))
         return "\n\n".join(paragraphs)
 
     def choose(self, wordings: Wordings) -> str:
         """A wording of the split, with its alternatives picked."""
-        return self.pick_alternatives(self.rng.choice(wordings[self.split]))
-
-    def pick_alternatives(self, wording: str) -> str:
-        return ALTERNATIVES.sub(lambda given: self.rng.choice(given[1].split("|")), wording)
+        return pick_alternatives(self.rng, self.rng.choice(wordings[self.split]))
 
     def fill(self, wording: str, **slots: str) -> str:
         return fill(wording, **self.names, **slots)
@@ -276,7 +273,8 @@ class _Draft:
         *head, row = self.choose(listing.rows).split("\n")
         between = " " if row.startswith("~") else "\n"
         row = row.removeprefix("~")
-        per_row = 2 if "{item2}" in row else 1
+        suffixes = ("", "2") if "{item2}" in row else ("",)
+        per_row = len(suffixes)
         n = rng.randint(*listing.size) // per_row * per_row
         items = self.distinct_items(listing, n + 1)
         columns: dict[str, list[str]] = {name: [] for name in listing.columns}
@@ -291,13 +289,11 @@ class _Draft:
         spans: list[EverydayFact] = []
         for first in range(0, n, per_row):
             slots: dict[str, str] = {}
-            for k in range(per_row):
-                suffix = str(k + 1) if k else ""
+            for k, suffix in enumerate(suffixes):
                 slots[f"item{suffix}"] = items[first + k]
                 slots |= {f"{name}{suffix}": column[first + k] for name, column in columns.items()}
             rows.append(self.fill(row, **slots))
-            for k in range(per_row):
-                suffix = str(k + 1) if k else ""
+            for suffix in suffixes:
                 spans += self.of_row(listing, row, suffix, slots, rows[-1])
         rng.shuffle(spans)
         self.facts += spans[:MAX_LISTED]

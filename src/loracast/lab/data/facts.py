@@ -150,6 +150,11 @@ def wordings_of(table: Table, prefix: str, split: Split, n_dev: int = 1) -> list
     return table[f"{prefix}train"][-n_dev:] if split == "dev" else table[f"{prefix}train"][:-n_dev]
 
 
+def pick_alternatives(rng: random.Random, wording: str) -> str:
+    """Draw one of a wording's variants."""
+    return ALTERNATIVES.sub(lambda given: rng.choice(given[1].split("|")), wording)
+
+
 def expand(rng: random.Random, pattern: str) -> str:
     """Fill the slots of a pattern recursively."""
 

@@ -55,19 +55,14 @@ def find_answer(text: str, question: str, answers: Sequence[str]) -> FactSpan | 
     """
     spans = sentence_spans(text)
     asked = _stems(question)
-    best: tuple[float, int, int, int, str] | None = None
+    found: list[tuple[float, FactSpan]] = []
     for rank, answer in enumerate(answers):
         for start, end in _places(text, answer):
-            home = next(((low, high) for low, high in spans if low <= start and end <= high), None)
-            if home is None:
-                continue
-            shared = len(asked & (_stems(text[home[0] : home[1]]) - _stems(answer)))
-            if best is None or shared - rank / len(answers) > best[0]:
-                best = (shared - rank / len(answers), *home, start, text[start:end])
-    if best is None:
-        return None
-    _, low, high, start, value = best
-    return FactSpan(text[low:high], "", value, start - low)
+            for low, high in [span for span in spans if span[0] <= start and end <= span[1]][:1]:
+                shared = len(asked & (_stems(text[low:high]) - _stems(answer)))
+                fact = FactSpan(text[low:high], "", text[start:end], start - low)
+                found.append((shared - rank / len(answers), fact))
+    return max(found, key=lambda one: one[0])[1] if found else None
 
 
 def _places(text: str, answer: str) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 Read documents with questions about them, to train and evaluate on: JSONL rows of `document` and `questions`.
 
-A question has `question`, `answers`, and optionally `span` and `choices`. A row may also have `doc_id`, `source`,
+A question has `question`, `answers`, and optionally `span`. A row may also have `doc_id`, `source`,
 `title` and `split`.
 """
 
@@ -132,7 +132,6 @@ class DocumentQuestion:
     question: str
     answers: tuple[str, ...]
     is_span: bool = False  # whether an answer stands in the document, ignoring case
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,9 +181,7 @@ def read_questioned(
 
 def _document(row: Mapping[str, Any], default_id: str) -> QuestionedDocument:
     questions = tuple(
-        DocumentQuestion(
-            given["question"], tuple(given["answers"]), bool(given.get("span")), tuple(given.get("choices") or ())
-        )
+        DocumentQuestion(given["question"], tuple(given["answers"]), bool(given.get("span")))
         for given in row["questions"]
         if given["answers"]
     )

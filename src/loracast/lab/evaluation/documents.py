@@ -49,7 +49,7 @@ _JOINTS = 8  # tokens to spare: where text and prompt meet they may be encoded o
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentConfig:
+class DocumentConfig(runner.Settings):
     """Settings of every experiment on documents."""
 
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
@@ -62,6 +62,7 @@ class DocumentConfig:
 class RoutedConfig(DocumentConfig):
     """Settings of an experiment that gives a question some chunks only."""
 
+    POSITIVE = ("route",)
     route: int = DEFAULT_ROUTE
     """Chunks of a document that a question is given when routed."""
 
@@ -100,6 +101,7 @@ class QuestionedConfig(DocumentConfig):
     """Split to take of documents with a `split` field."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.documents:
             raise ConfigError("no documents: give a file of documents (--documents FILE)")
 
@@ -260,8 +262,6 @@ class DocumentCase:
     depth: float | None = None
     """Where in the document the answer was put, from 0 to 1, if it was."""
     doc_id: str = ""
-    source: str = ""
-    """The data set that the document is from."""
     about: Any = None
     """What the question was made from, if it was generated."""
     other: LearnedDocument | None = None

@@ -234,6 +234,7 @@ COLUMNS = columns(
 class QaConfig(documents.QuestionedConfig, documents.WindowedConfig):
     """Settings of `loracast eval qa`."""
 
+    POSITIVE = ("max_documents", "max_questions", "route")
     max_documents: int = 200
     """Most documents of each source, drawn at random."""
     max_questions: int | None = None
@@ -244,10 +245,6 @@ class QaConfig(documents.QuestionedConfig, documents.WindowedConfig):
     """Baselines to run; if empty, all but the optional ones."""
     budget_s: float | None = None
     """Begin no further documents after this many seconds; the table shows how many there were."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runner.check_positive(self, "max_documents", "max_questions", "route")
 
 
 MEASURES = {"exact": exact_match, "contained": has_value, "f1": token_f1, "rouge_l": rouge_l}
@@ -297,10 +294,7 @@ def _part(setup: DocumentSetup, source: str, some: Sequence[QuestionedDocument])
 def cases_of(setup: DocumentSetup, document: QuestionedDocument) -> list[DocumentCase]:
     """The questions about one document, which is learned."""
     learned = setup.keep(document.text, document.title)
-    return [
-        DocumentCase(learned, q.question, q.answers, doc_id=document.doc_id, source=document.source)
-        for q in document.questions
-    ]
+    return [DocumentCase(learned, q.question, q.answers, doc_id=document.doc_id) for q in document.questions]
 
 
 def _tables(answered: Mapping[str, Answers], updates: documents.Updates) -> list[dict[str, Any]]:

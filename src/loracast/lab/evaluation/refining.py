@@ -21,7 +21,7 @@ from loracast.lab.data.answer_metrics import is_right
 from loracast.lab.data.tasks import Task
 from loracast.lab.evaluation import report, tasks
 from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
-from loracast.lab.evaluation.runner import Answered, Baseline, ask, check_positive, fixed, grouped
+from loracast.lab.evaluation.runner import Answered, Baseline, ask, fixed, grouped
 from loracast.lab.evaluation.tasks import ADAPTER, Drawn, TaskCase, TaskSetup, TasksFrom
 from loracast.lora.algebra import LoRA
 from loracast.lora.factors import Factors
@@ -74,6 +74,7 @@ STARTS = {
 class RefiningConfig(TasksFrom):
     """Settings of `loracast eval refining`."""
 
+    POSITIVE = ("rows", "seconds", "steps")
     rows: int = 50
     """Most test rows of a task."""
     seeds: tuple[int, ...] = (0, 1)
@@ -87,7 +88,6 @@ class RefiningConfig(TasksFrom):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "rows", "seconds", "steps")
         if not self.seeds:
             raise ConfigError("seeds must be at least one")
 

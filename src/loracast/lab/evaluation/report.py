@@ -24,19 +24,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def wilson(n_hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default: honest for few samples and for shares near 0 and 1."""
+def wilson(n_hits: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a share, 95 %: honest for few samples and for shares near 0 and 1."""
     if n == 0:
         return 0.0, 1.0
-    share = n_hits / n
+    share, z = n_hits / n, 1.959964
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def cluster_bootstrap(
-    clusters: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+_N_RESAMPLES = 2000
+
+
+def cluster_bootstrap(clusters: Sequence[Sequence[float]]) -> tuple[float, float]:
     """95 % percentile interval of a mean over clusters, such as documents whose questions stand or fall together.
 
     Args:
@@ -44,8 +45,8 @@ def cluster_bootstrap(
     """
     hits = np.array([sum(cluster) for cluster in clusters], dtype=float)  # [clusters]
     sizes = np.array([len(cluster) for cluster in clusters], dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(hits), size=(n_resamples, len(hits)))
-    shares = hits[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)  # [n_resamples]
+    drawn = np.random.default_rng(0).integers(len(hits), size=(_N_RESAMPLES, len(hits)))
+    shares = hits[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)  # [_N_RESAMPLES]
     low, high = np.percentile(shares, [2.5, 97.5])
     return float(low), float(high)
 
@@ -53,6 +54,11 @@ def cluster_bootstrap(
 def mean_with_interval(clusters: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """The mean over the values of all clusters, and the 95 % interval of `cluster_bootstrap`."""
     return mean([value for cluster in clusters for value in cluster]), *cluster_bootstrap(clusters)
+
+
+def share_row(key: str, n_hits: int, n: int) -> dict[str, float]:
+    """A share and the ends of Wilson's interval as they stand in a row: `key`, `low` and `high`."""
+    return dict(zip((key, "low", "high"), (n_hits / n, *wilson(n_hits, n)), strict=True))
 
 
 def named_interval(key: str, found: Sequence[float | None]) -> dict[str, float | None]:
@@ -73,9 +79,7 @@ def mean_if_any(values: Sequence[float]) -> float | None:
     return mean(values) if values else None
 
 
-def paired_bootstrap(
-    one: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_bootstrap(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """The mean over tasks of how much more often `one` is right than `other` on the same rows, and its 95 % interval.
 
     The bootstrap draws tasks, and rows within each drawn task, since tasks and rows both might have been others.
@@ -88,12 +92,12 @@ def paired_bootstrap(
     padded = np.zeros((len(gains), sizes.max()))  # [tasks, rows], behind the end of a task's rows 0
     for row, gain in zip(padded, gains, strict=True):
         row[: len(gain)] = gain
-    rng = np.random.default_rng(seed)
-    means = np.zeros(n_resamples)
+    rng = np.random.default_rng(0)
+    means = np.zeros(_N_RESAMPLES)
     for _ in gains:  # one drawn task of each resample at a time, so that little memory is needed
-        task = rng.integers(len(gains), size=n_resamples)
+        task = rng.integers(len(gains), size=_N_RESAMPLES)
         size = sizes[task][:, None]
-        row = rng.integers(size, size=(n_resamples, padded.shape[1]))  # [resamples, rows]
+        row = rng.integers(size, size=(_N_RESAMPLES, padded.shape[1]))  # [resamples, rows]
         is_drawn = np.arange(padded.shape[1]) < size
         means += (padded[task[:, None], row] * is_drawn).sum(axis=1) / size[:, 0] / len(gains)
     low, high = np.percentile(means, [2.5, 97.5])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from loracast.answering.answers import Prepared, SourcedAnswer
 from loracast.answering.model import Model
@@ -92,13 +92,18 @@ class Baseline(Generic[AnySetup, Case]):
     """Whether its requests depend on what a seed draws; one that does not is asked with the first seed only."""
 
 
-def check_positive(config: Any, *fields: str) -> None:
-    """Raises ConfigError where one of these settings is below 1 or holds such a number; None is no number."""
-    given = {name: getattr(config, name) for name in fields}
-    if bad := [
-        n for n, v in given.items() if v is not None and min(v if isinstance(v, tuple) else (v,), default=0) < 1
-    ]:
-        raise ConfigError(f"{' and '.join(bad)} must be at least 1")
+@dataclass(frozen=True)
+class Settings:
+    """The settings of an experiment."""
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+    """Those that are refused where they are below 1 or hold such a number; None is no number."""
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in self.POSITIVE}
+        numbers = {name: v if isinstance(v, tuple) else (v,) for name, v in given.items() if v is not None}
+        if bad := [name for name, some in numbers.items() if min(some, default=0) < 1]:
+            raise ConfigError(f"{' and '.join(bad)} must be at least 1")
 
 
 def check_names(names: Sequence[str], known: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import find_value, has_value, is_exact
 from loracast.lab.data.everyday import KINDS, EverydayFact, load_genres, make_document
 from loracast.lab.data.facts import Fact, make_sheet
-from loracast.lab.data.needles import Haystack, Needle, Sample, make_needles
+from loracast.lab.data.needles import Haystack, Needle, make_needles
 from loracast.lab.data.rows import read_content, read_texts
 from loracast.lab.evaluation import documents, report, runner
 from loracast.lab.evaluation.documents import MAX_NEW_TOKENS, Answers, DocumentBaseline, DocumentCase, DocumentSetup
@@ -114,7 +114,7 @@ class SyntheticConfig(documents.WindowedConfig):
 
     def __post_init__(self) -> None:
         runner.choose_baselines(BASELINES, self.baselines, self.missing)
-        runner.check_positive(self, "route")
+        super().__post_init__()
 
     def started(self, model: Model, out: Path, title: str, columns: Sequence[Column]) -> tuple[DocumentSetup, Report]:
         """What the baselines of a run share, and its report."""
@@ -203,6 +203,7 @@ NEEDLE_COLUMNS = (*columns(length=("tokens", 0), chunks=("chunks", 1)), *ANSWER_
 class NeedleConfig(SyntheticConfig):
     """Settings of `loracast eval needle`."""
 
+    POSITIVE = ("samples", "samples_long", "samples_window", "lengths", "route")
     texts: tuple[str, ...]
     """Files with the prose of the haystacks, which no training may have seen."""
     lengths: tuple[int, ...] = (256, 1024, 4096, 8192, 32768)
@@ -220,7 +221,6 @@ class NeedleConfig(SyntheticConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runner.check_positive(self, "samples", "samples_long", "samples_window", "lengths")
         kinds = sorted(read_content("needles")["kinds"])
         problems = [f"a length of {n} tokens is too short for a needle" for n in self.lengths if n < 64]
         problems += [f"a depth of {d} is outside 0..1" for d in self.depths if not 0 <= d <= 1]
@@ -245,19 +245,14 @@ def evaluate_needle(model: Model, config: NeedleConfig, out: Path, progress: Pro
     return _evaluate(setup, config, writer, "length", parts, _by_depth, progress)
 
 
-def make_sample(config: NeedleConfig, haystack: Haystack, length: int, i: int) -> Sample:
-    """The i-th document of a length, by seed, length and i alone: a longer run begins with those of a shorter one."""
-    rng = random.Random(f"{config.seed}/{length}/{i}")
-    kind = None if config.kind == "any" else config.kind
-    return haystack.sample(rng, length, make_needles(rng, 1, split=config.split, kind=kind), [config.depth(i)])
-
-
 def _needles(setup: DocumentSetup, config: NeedleConfig, haystack: Haystack, length: int) -> documents.Part:
     """The documents of one length, each with a question about its needle."""
 
     def draw(i: int) -> list[DocumentCase]:
-        sample = make_sample(config, haystack, length, i)
-        return [_case(setup.keep(sample.text), sample.needles[0], sample.depths[0])]
+        """By seed, length and i alone: a longer run begins with the documents of a shorter one."""
+        rng, depth = random.Random(f"{config.seed}/{length}/{i}"), config.depth(i)
+        (needle,) = make_needles(rng, 1, split=config.split, kind=None if config.kind == "any" else config.kind)
+        return [_case(setup.keep(haystack.sample(rng, length, [needle], [depth])), needle, depth)]
 
     n_window = config.samples_window if length >= SLOW_WINDOW else None
     size = max(1, min(32, _TOKENS_PER_GROUP // length))
@@ -289,14 +284,11 @@ FACTS_COLUMNS = (
 class FactsConfig(SyntheticConfig):
     """Settings of `loracast eval facts`."""
 
+    POSITIVE = ("facts", "sheets", "route")
     facts: tuple[int, ...] = (5, 20)
     """Facts on a sheet, a size each."""
     sheets: int = 50
     """Sheets of each size."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runner.check_positive(self, "facts", "sheets")
 
 
 def evaluate_facts(model: Model, config: FactsConfig, out: Path, progress: Progress = no_progress) -> Report:
@@ -341,14 +333,11 @@ EVERYDAY_COLUMNS = (
 class EverydayConfig(SyntheticConfig):
     """Settings of `loracast eval everyday`."""
 
+    POSITIVE = ("documents", "questions", "route")
     documents: int = 60
     """Documents, of all genres alike."""
     questions: int = 8
     """Most questions about one document, drawn from all that its genre has."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runner.check_positive(self, "documents", "questions")
 
 
 def evaluate_everyday(model: Model, config: EverydayConfig, out: Path, progress: Progress = no_progress) -> Report:

@@ -274,7 +274,7 @@ COLUMNS = columns(
 
 
 @dataclass(frozen=True)
-class TasksFrom:
+class TasksFrom(runner.Settings):
     """Settings that choose the tasks of an experiment."""
 
     tasks: str | None = None
@@ -285,6 +285,7 @@ class TasksFrom:
     """Take the tasks that no training has seen; or else those of the training."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_one_source(self.tasks, self.benchmarks)
         if self.benchmarks and not self.heldout:
             raise ConfigError("benchmarks are held out: leave --trained out")
@@ -306,6 +307,7 @@ class TasksFrom:
 class TasksConfig(TasksFrom):
     """Settings of `loracast eval tasks`."""
 
+    POSITIVE = ("rows", "max_new_tokens")
     descriptions: DescriptionKind = "heldout"
     """Kind of the descriptions."""
     rows: int = 50
@@ -324,7 +326,6 @@ class TasksConfig(TasksFrom):
     def __post_init__(self) -> None:
         super().__post_init__()
         runner.check_names(self.baselines or (), BASELINES)
-        runner.check_positive(self, "rows", "max_new_tokens")
         if self.benchmarks and self.descriptions != "heldout":
             raise ConfigError("benchmarks have held-out descriptions only: leave --descriptions out")
         if self.baselines == () or not self.seeds:

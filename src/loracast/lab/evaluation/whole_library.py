@@ -31,7 +31,7 @@ from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument
 from loracast.lab.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig
 from loracast.lab.evaluation.qa import MAX_NEW_TOKENS
 from loracast.lab.evaluation.report import Progress, Report, columns, mean, no_progress, with_interval
-from loracast.lab.evaluation.runner import Answered, Baseline, ask, ask_one, check_positive, grouped, in_turn, warm_up
+from loracast.lab.evaluation.runner import Answered, Baseline, ask, ask_one, grouped, in_turn, warm_up
 from loracast.reading.search import phrases
 
 MAX_HOLDER_SHARE = 0.01
@@ -55,16 +55,13 @@ COLUMNS = columns(
 class LibraryConfig(QuestionedConfig, RoutedConfig):
     """Settings of `loracast eval library`."""
 
+    POSITIVE = ("library_size", "route")
     library_size: int = 1000
     """Documents in the library, drawn at random; all of their questions are looked up."""
     answered: int = 60
     """Most questions that are answered, drawn at random; 0 for none."""
     timed: int = 12
     """Most of those whose first token is timed, with adapters on disk, after one that is not counted."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "library_size", "route")
 
 
 @dataclass(frozen=True)

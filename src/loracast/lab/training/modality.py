@@ -77,7 +77,8 @@ def encoded(
         rows = []
         for first in range(0, len(indices), _BATCH):
             examples = [labelled.load(i) for i in indices[first : first + _BATCH]]
-            rows.append(encode(encoder, examples).states.bfloat16().cpu())
+            inputs = torch.stack(examples) if isinstance(examples[0], Tensor) else examples
+            rows.append(encoder(inputs).states.bfloat16().cpu())
             progress(min(first + _BATCH, len(indices)), len(indices))
         if len({row.shape[1:] for row in rows}) != 1:
             raise TrainingError(
@@ -86,11 +87,6 @@ def encoded(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_with(path, lambda temporary: save_file({"states": torch.cat(rows)}, temporary))
     return load_file(path)["states"]
-
-
-def encode(encoder: Encoder, examples: Sequence[Any]) -> Features:
-    """Encode a batch of examples; tensors are stacked first."""
-    return encoder(torch.stack(list(examples)) if isinstance(examples[0], Tensor) else examples)
 
 
 class ModalitySource:
