@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from loracast.lab.data.rows import each_row
+from loracast.lab.data.rows import read_rows
 
 SOURCE = "squad_v1_train_part"
 DEV_ARTICLES = {
@@ -26,20 +26,13 @@ DEV_ARTICLES = {
 
 def split(data: Path, out: Path) -> None:
     """Write both files and print their numbers of rows: those for choosing, and those for training."""
-    rows = rows_of(data / "docqa_train.jsonl.gz")
+    rows = read_rows(data / "docqa_train.jsonl.gz", what="training documents")
     dev = [row for row in rows if row["source"] == SOURCE and row.get("title") in DEV_ARTICLES]
     train = [row for row in rows if row["source"] != SOURCE or row.get("title") not in DEV_ARTICLES]
     out.mkdir(parents=True, exist_ok=True)
     write(out / "squad_dev_articles.jsonl.gz", dev)
     write(out / "docqa_train_less_dev.jsonl.gz", train)
     print(f"{len(dev)} rows to choose with, {len(train)} to train on")
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    rows: list[dict[str, Any]] = []
-    each_row(path, rows.append)
-    return rows
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, cycle
 
+import numpy as np
+
 from loracast.documents.chunks import Encode
 from loracast.errors import ConfigError
 from loracast.lab.data.facts import Split, expand, fill, wordings_of
@@ -95,9 +97,8 @@ class Haystack:
         if room < 0:
             raise ConfigError(f"{len(needles)} needle(s) do not fit into {n_tokens} tokens; ask for longer documents")
         prose, lengths = self._span(rng, room)
-        seams = [0, *accumulate(lengths)]  # tokens before each place where a needle may go
-        wanted = [depth * seams[-1] for depth in depths]
-        slots = [min(range(len(seams)), key=lambda i, at=at: abs(seams[i] - at)) for at in wanted]
+        seams = np.array([0, *accumulate(lengths)])  # tokens before each place where a needle may go
+        slots = [int(np.abs(seams - depth * seams[-1]).argmin()) for depth in depths]
         for slot, number in sorted(zip(slots, range(len(needles)), strict=True), reverse=True):
             prose.insert(slot, needles[number].statement)  # from the back: earlier places stay where they are
         return " ".join(prose)

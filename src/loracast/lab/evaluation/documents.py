@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from itertools import count, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -62,7 +62,7 @@ class DocumentConfig(runner.Settings):
 class RoutedConfig(DocumentConfig):
     """Settings of an experiment that gives a question some chunks only."""
 
-    POSITIVE = ("route",)
+    POSITIVE: ClassVar[tuple[str, ...]] = ("route",)
     route: int = DEFAULT_ROUTE
     """Chunks of a document that a question is given when routed."""
 

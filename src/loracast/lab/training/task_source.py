@@ -78,6 +78,7 @@ class DrawnTask:
     """Rows to answer, none of them among the examples that are read; those that are too many are not yet dropped."""
     system: str | None
     """The system turn of their prompts."""
+    augmentation: Augmentation | None = None
 
     @property
     def text(self) -> str:
@@ -188,7 +189,7 @@ class TaskSource:
                 rest = [example for example in pool if example.input not in shown]
                 rows = of_examples.sample(rest, min(c.examples_per_task, len(rest)))
             spec = TaskSpec(self._described(description, augmentation, len(read), of_examples), read)
-            drawn.append(DrawnTask(task, spec, style, tuple(rows), system))
+            drawn.append(DrawnTask(task, spec, style, tuple(rows), system, augmentation))
         return drawn
 
     def _n_read(self, rng: random.Random) -> int:
