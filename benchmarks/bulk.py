@@ -9,7 +9,6 @@ second run of each shows that nothing is done twice. It needs `pip install 'lora
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,6 +17,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -34,33 +36,33 @@ def learn(documents: Path, out: Path, options: list[str], threads: int) -> dict:
     return json.loads(done.stdout) | {"total_s": total_s, "adapters": n_adapters}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=10_000, help="how many, the broken ones included")
-    parser.add_argument("--broken", type=int, default=20, help="how many of them cannot be read")
-    parser.add_argument("--base", choices=("tiny", "shipped"), default="tiny")
-    parser.add_argument("--actors", type=int, default=2, help="of Ray, with one thread each")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the command without Ray")
-    given = parser.parse_args()
+def main(
+    documents: Annotated[int, typer.Option(help="How many, the broken ones included.")] = 10_000,
+    broken: Annotated[int, typer.Option(help="How many of them cannot be read.")] = 20,
+    base: Literal["tiny", "shipped"] = "tiny",
+    actors: Annotated[int, typer.Option(help="Of Ray, with one thread each.")] = 2,
+    threads: Annotated[int, typer.Option(help="Of the command without Ray.")] = os.cpu_count() or 1,
+) -> None:
+    """Cast many short documents, some of them broken, without Ray and with it."""
     from bulk import make_documents
     from tiny import save_models
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        documents = make_documents(folder / "documents", given.documents - given.broken, given.broken)
+        made = make_documents(folder / "documents", documents - broken, broken)
         models: list[str] = []
-        if given.base == "tiny":
+        if base == "tiny":
             save_models(folder)
             models = ["--base", str(folder / "base"), "--hypernetwork", str(folder / "hypernetwork")]
         ways = {
-            f"one process, {given.threads} threads": ([], given.threads),
-            f"Ray, {given.actors} actors": (["--ray", "local", "--actors", str(given.actors)], 1),
+            f"one process, {threads} threads": ([], threads),
+            f"Ray, {actors} actors": (["--ray", "local", "--actors", str(actors)], 1),
         }
         rates = []
-        for way, (options, threads) in ways.items():
+        for way, (options, n_threads) in ways.items():
             out = folder / way.partition(",")[0].replace(" ", "-")
             for run in ("first", "second"):
-                report = learn(documents, out, [*models, *options], threads)
+                report = learn(made, out, [*models, *options], n_threads)
                 rate = report["learned"] / report["total_s"]
                 print(
                     f"{way}, {run} run: {report['adapters']:,} adapters, {report['learned']:,} cast, "
@@ -74,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

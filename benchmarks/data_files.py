@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from loracast.lab.data.rows import each_row
+from loracast.lab.data.rows import read_rows
 
 SOURCE = "squad_v1_train_part"
 DEV_ARTICLES = {
@@ -26,8 +26,7 @@ DEV_ARTICLES = {
 
 def split(data: Path, out: Path) -> None:
     """Write both files and print their numbers of rows: those for choosing, and those for training."""
-    rows: list[dict[str, Any]] = []
-    each_row(data / "docqa_train.jsonl.gz", rows.append, "training documents")
+    rows = read_rows(data / "docqa_train.jsonl.gz", what="training documents")
     dev = [row for row in rows if row["source"] == SOURCE and row.get("title") in DEV_ARTICLES]
     train = [row for row in rows if row["source"] != SOURCE or row.get("title") not in DEV_ARTICLES]
     out.mkdir(parents=True, exist_ok=True)

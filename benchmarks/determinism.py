@@ -8,12 +8,13 @@ factors are from those of the first setting: the largest |x - y| / |y| of a tens
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import tempfile
 import unittest.mock
 from pathlib import Path
+
+import typer
 
 TASK = "Answer with the opposite word"
 QUESTIONS = (
@@ -64,10 +65,8 @@ def distances(library: Path, other: Path, name: str) -> tuple[float, float]:
     return by_tensor, by_module
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--document", default="examples/manual.pdf")
-    document = parser.parse_args().document
+def main(document: str = "examples/manual.pdf") -> None:
+    """Compare the adapters that several settings make of a document and a task."""
     with tempfile.TemporaryDirectory() as folder:
         made: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
         first = next(iter(SETTINGS))
@@ -90,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

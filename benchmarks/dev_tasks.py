@@ -17,17 +17,10 @@ from typing import Annotated, Any
 import typer
 from data_files import write
 
-from loracast.lab.data.rows import each_row
+from loracast.lab.data.rows import read_rows
 
 N_TASKS = 24
 SEED = "dev tasks 1"
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    rows: list[dict[str, Any]] = []
-    each_row(path, rows.append)
-    return rows
 
 
 def dev_tasks(meta: Iterable[dict[str, Any]]) -> set[str]:
@@ -47,10 +40,10 @@ def dev_tasks(meta: Iterable[dict[str, Any]]) -> set[str]:
 
 def main(tasks: Path, *, out: Annotated[Path, typer.Option(help="Folder to write.")]) -> None:
     """Write the development set of tasks.jsonl.gz, which has its descriptions and metadata beside it."""
-    chosen = dev_tasks(rows_of(tasks.with_name("tasks_meta.jsonl.gz")))
+    chosen = dev_tasks(read_rows(tasks.with_name("tasks_meta.jsonl.gz")))
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tasks", "task_descriptions", "tasks_meta"):
-        rows = [row for row in rows_of(tasks.with_name(f"{name}.jsonl.gz")) if row["task_split"] == "train"]
+        rows = [row for row in read_rows(tasks.with_name(f"{name}.jsonl.gz")) if row["task_split"] == "train"]
         for row in rows:
             row["task_split"] = "heldout" if row["task"] in chosen else "train"
         write(out / f"{name}.jsonl.gz", rows)

@@ -17,7 +17,6 @@ With --shared, two machines change the names of one shared library, so many writ
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -37,12 +36,14 @@ import time
 import unittest.mock
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import fsspec
 import httpx
 import torch
+import typer
 from typer.testing import CliRunner
 
 import loracast.answering.model
@@ -271,15 +272,14 @@ class Rounds:
             shutil.rmtree(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=300, help="it ends after so many seconds at the latest")
-    parser.add_argument("--shared", metavar="URL", help="names of a library shared at a URL, in a folder, or at s3")
-    given = parser.parse_args()
-    limits = given.rounds, given.seed, given.seconds
-    counts = run_shared(given.shared, *limits) if given.shared else run(*limits)
+def main(
+    rounds: int = 200,
+    seed: int = 0,
+    seconds: Annotated[float, typer.Option(help="It ends after so many seconds at the latest.")] = 300,
+    shared: Annotated[str, typer.Option(help="Names of a library shared at a URL, in a folder, or at s3.")] = "",
+) -> None:
+    """Kill and starve the commands that write a library, again and again, and print what broke."""
+    counts = run_shared(shared, rounds, seed, seconds) if shared else run(rounds, seed, seconds)
     print(json.dumps(counts, indent=1))
     sys.exit(bool(counts["broken"]))
 
@@ -321,4 +321,4 @@ def run(rounds: int, seed: int, seconds: float) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -12,14 +12,15 @@ another processor may still decide a tie otherwise.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import loracast
 from loracast.answering.answers import least_confidence
@@ -168,17 +169,15 @@ def changed(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping
     ]
 
 
-def main() -> None:
-    """Compare or write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/fingerprint.json")
-    given, found = parser.parse_args(), now()
+def main(write: Annotated[bool, typer.Option("--write", help="Write docs/fingerprint.json.")] = False) -> None:
+    """Compare docs/fingerprint.json with what the code does now, or write it anew."""
+    found = now()
     differing = changed(kept() if KEPT.exists() else {}, found)
-    if given.write:
+    if write:
         KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(differing) or "as it was")
-    raise SystemExit(bool(differing and not given.write))
+    raise SystemExit(bool(differing and not write))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

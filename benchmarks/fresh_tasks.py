@@ -19,9 +19,9 @@ from typing import Any
 
 import typer
 from data_files import write
-from dev_tasks import rows_of
 
 from loracast.documents.units import sentence_spans
+from loracast.lab.data.rows import read_rows
 
 SEED = "fresh tasks 1"
 N_TRAIN, N_TEST = 200, 100
@@ -284,11 +284,11 @@ def made(rule: Rule, sources: list[dict[str, Any]], n: int, split: str, taken: s
 def write_tasks(data: Path, out: Path) -> None:
     """Write the tasks, their descriptions and their metadata."""
     about = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    documents = {split: rows_of(data / f"docqa_{split}.jsonl.gz") for split in ("train", "test")}
+    documents = {split: read_rows(data / f"docqa_{split}.jsonl.gz") for split in ("train", "test")}
     rows: list[dict[str, str]] = []
     for source, rules in _SOURCES.items():
         if source.startswith("bench_"):
-            questions = rows_of(data / f"{source}.jsonl.gz")
+            questions = read_rows(data / f"{source}.jsonl.gz")
             by_split = {"train": questions[::2], "test": questions[1::2]}
         else:
             by_split = {split: [d for d in some if d["source"] == source] for split, some in documents.items()}

@@ -9,7 +9,6 @@ second look in one release, are refused.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -18,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+import typer
 
 import loracast
 from loracast.base.generate import Sampling
@@ -27,20 +28,13 @@ from loracast.lab.data.answer_metrics import best, has_value, token_f1
 from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, WindowedConfig, strictly
 from loracast.lab.evaluation.qa import BASELINES as QA_BASELINES
 from loracast.lab.evaluation.report import Report, columns, mean, mean_with_interval
-from loracast.lab.evaluation.runner import (
-    Answered,
-    Baseline,
-    ask,
-    choose_baselines,
-    figures,
-    grouped,
-    warm_up,
-)
+from loracast.lab.evaluation.runner import Answered, Baseline, ask, choose_baselines, figures, grouped, warm_up
 from loracast.lab.evaluation.synthetic import says_not_said
 
 FOLDER = Path(__file__).resolve().parent / "frozen"
 LOOKS, README = FOLDER / "looks.md", FOLDER / "README.md"
-SETS = ("everyday", "real", "manuals_dev", "manuals_test", "tables", "near_misses")
+Set = Literal["everyday", "real", "manuals_dev", "manuals_test", "tables", "near_misses"]
+SETS: tuple[Set, ...] = get_args(Set)
 FOR_CHOOSING = {"manuals_dev"}
 _MAX_NEW_TOKENS, _PER_GROUP = 32, 10
 
@@ -135,24 +129,22 @@ def _right(a: Answered[FrozenCase]) -> float:
     return best(has_value, re.sub(r"\s+", " ", a.text), a.case.answers)
 
 
-def main() -> None:
+def main(
+    sets: list[Set],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the tables and answers.")],
+    baselines: Annotated[str, typer.Option(help="Comma-separated; those of README.md by default.")] = "",
+    window_lora: Annotated[str, typer.Option(help="LoRA of `loracast train window`.")] = "",
+) -> None:
     """Ask the sets and write tables and answers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="+", choices=SETS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the tables and answers")
-    parser.add_argument("--baselines", default="", help="comma-separated; those of README.md by default")
-    parser.add_argument("--window-lora", default="", help="LoRA of `loracast train window`")
-    given = parser.parse_args()
-    names = given.baselines.split(",") if given.baselines else DEFAULT
-    if given.window_lora and not given.baselines:
-        names = (*names, "window_lora", "bm25_lora")
-    config = FrozenConfig(sets=tuple(given.sets), baselines=tuple(names), window_lora=given.window_lora)
-    baselines = choose_baselines(BASELINES, config.baselines, config.missing)
+    names = baselines.split(",") if baselines else DEFAULT + ("window_lora", "bm25_lora") * bool(window_lora)
+    config = FrozenConfig(sets=tuple(sets), baselines=tuple(names), window_lora=window_lora)
+    chosen = choose_baselines(BASELINES, config.baselines, config.missing)
     documents = {name: rows_of(name) for name in config.sets}
     model = loracast.load()
     setup = config.setup(model, _MAX_NEW_TOKENS)
     check_looks(config.sets)
-    writer = Report(given.out, "frozen", COLUMNS, config, model.base, model.documents.id)
+    writer = Report(out, "frozen", COLUMNS, config, model.base, model.documents.id)
     warm_up(model.base)
     table: list[dict[str, Any]] = []
     for name, rows in documents.items():
@@ -160,7 +152,7 @@ def main() -> None:
         of_documents = list(cases_of(setup, rows))
         for first in range(0, len(of_documents), _PER_GROUP):
             some = [case for cases in of_documents[first : first + _PER_GROUP] for case in cases]
-            answered += ask(setup, baselines, dict.fromkeys(baselines, some), Sampling(max_new_tokens=_MAX_NEW_TOKENS))
+            answered += ask(setup, chosen, dict.fromkeys(chosen, some), Sampling(max_new_tokens=_MAX_NEW_TOKENS))
             print(f"{name}: {min(len(rows), first + _PER_GROUP)} of {len(rows)} documents", flush=True)
         note_look(name, config.baselines)  # before anything of it is written
         for mine in grouped(answered, lambda a: a.baseline).values():
@@ -175,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -8,7 +8,6 @@ medians in milliseconds, to the first token and in all.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -46,7 +46,8 @@ def through_http(url: str, max_tokens: int) -> Times:
     return first - started, time.perf_counter() - started
 
 
-def main() -> None:
+def main(requests: int = 40, max_tokens: int = 16) -> None:
+    """Print the medians of the times through HTTP and without it."""
     import loracast
     from loracast.base.generate import Sampling
     from loracast.documents import Document
@@ -57,10 +58,6 @@ def main() -> None:
     from loracast.serving.generation import GenerationRequest
     from servers import served
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("--max-tokens", type=int, default=16)
-    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as client:
         model = loracast.load(library=Path(folder) / "library")
         adapter = model.learn(Document.from_text(TEXT, title="Kettle"), "kettle")
@@ -70,7 +67,7 @@ def main() -> None:
             started = time.perf_counter()
             prepared = model.prepare(QUESTION, adapter)
             lora, key = (lambda: model.lora_of(prepared.routed)), routing_key(prepared.routed)
-            request = GenerationRequest(prepared.prompt, lora, key, Sampling(given.max_tokens))
+            request = GenerationRequest(prepared.prompt, lora, key, Sampling(max_tokens))
             tokens = iter(engine.submit(request))
             next(tokens)
             first = time.perf_counter()
@@ -79,13 +76,13 @@ def main() -> None:
 
         with served(create_app(model, engine)) as url:
             pairs = []
-            for _ in range(given.requests + 1):
-                pairs.append((directly(), client.submit(through_http, url, given.max_tokens).result()))
-    print(f"{given.requests} requests of {given.max_tokens} tokens; medians in ms\n")
+            for _ in range(requests + 1):
+                pairs.append((directly(), client.submit(through_http, url, max_tokens).result()))
+    print(f"{requests} requests of {max_tokens} tokens; medians in ms\n")
     engine_ms, http_ms = 1000 * np.median(pairs[1:], axis=0)  # the first ones warm up
     rows = (("engine", engine_ms), ("HTTP", http_ms), ("added by HTTP", http_ms - engine_ms))
     print(markdown([("", "first token", "all"), *((name, *(f"{one:.1f}" for one in ms)) for name, ms in rows)]))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import fingerprint
 import picture
+from pydantic import TypeAdapter
 
 from loracast.lab.evaluation.report import markdown
 
@@ -119,12 +120,9 @@ class Plan:
 def read_plan(path: Path = PLAN) -> Plan:
     """Read what is to be measured."""
     content = tomllib.loads(path.read_text(encoding="utf-8"))
-    sections = tuple(
-        Section(**{**one, "measurements": tuple(Measurement(**each) for each in one.get("measurements", ()))})
-        for one in content.pop("sections")
-    )
-    columns = {name: Column(**{"key": name, **one}) for name, one in content.pop("columns").items()}
-    plan = Plan(sections=sections, columns=columns, **content)
+    columns = {name: {"key": name, **one} for name, one in content["columns"].items()}
+    plans = TypeAdapter(list[Plan], config={"extra": "forbid"})
+    (plan,) = plans.validate_python([{**content, "columns": columns}])
     ids = [one.id for one in plan.measurements]
     assert len(ids) == len(set(ids)), "two measurements have the same id"
     return plan

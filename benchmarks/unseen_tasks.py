@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from dev_tasks import rows_of
 from fresh_tasks import sentences_of, write_suite
+
+from loracast.lab.data.rows import read_rows
 
 SEED = "unseen tasks 1"
 N_TRAIN, N_TEST = 60, 30
@@ -231,7 +232,7 @@ def write_tasks(data: Path, out: Path) -> None:
         rng = random.Random(f"{SEED}/{draw.__name__}")
         rows[draw.__name__] = [draw(rng) for _ in range(3 * (N_TRAIN + N_TEST))]
     for file, rules in FOUND.items():
-        sources = rows_of(data / f"{file}.jsonl.gz")
+        sources = read_rows(data / f"{file}.jsonl.gz")
         for rule in rules:
             rng = random.Random(f"{SEED}/{rule.__name__}")
             rows[rule.__name__] = [row for source in sources for row in rule(source, rng)]

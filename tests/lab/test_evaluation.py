@@ -125,16 +125,14 @@ def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystac
 
     rng = random.Random(n_tokens)
     needle = make_needles(rng, 1, split="test", kind="number4")[0]
-    sample = haystack.sample(rng, n_tokens, [needle], [depth])
-    n = len(encode_text(base.tokenizer, sample.text))
+    text = haystack.sample(rng, n_tokens, [needle], [depth])
+    n = len(encode_text(base.tokenizer, text))
     assert n_tokens - 30 <= n <= n_tokens
-    assert sample.text.count(needle.statement) == 1
-    place = sample.places[0]
-    assert sample.text[place:].startswith(needle.statement)
-    prose_only = len(sample.text) - len(needle.statement)
+    assert text.count(needle.statement) == 1
+    place = text.index(needle.statement)
+    prose_only = len(text) - len(needle.statement)
     assert place / prose_only == pytest.approx(depth, abs=45 / prose_only)  # to the nearest sentence's end
-    document = DocumentSetup(model, RoutedConfig(chunk_tokens=128)).keep(sample.text)
-    needle = sample.needles[0]
+    document = DocumentSetup(model, RoutedConfig(chunk_tokens=128)).keep(text)
     chunk = document.chunks[document.chunk_of(needle.statement, needle.statement.index(needle.answer))]
     assert document.chunk_of("This stands nowhere.", 0) is None
     assert needle.answer in chunk.text
@@ -148,8 +146,8 @@ def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
     setup = DocumentSetup(model, RoutedConfig(chunk_tokens=256))
     for seed in range(20):
         rng = random.Random(seed)
-        sample = haystack.sample(rng, 256, make_needles(rng, 1, split="test", kind="number4"), [rng.random()])
-        assert len(setup.keep(sample.text).chunks) == 1
+        text = haystack.sample(rng, 256, make_needles(rng, 1, split="test", kind="number4"), [rng.random()])
+        assert len(setup.keep(text).chunks) == 1
 
 
 def test_haystack_refuses_what_cannot_be(haystack):
@@ -362,7 +360,8 @@ def test_memory_is_measured_in_a_process_of_its_own(
 
     monkeypatch.setattr(cost, "subprocess", SimpleNamespace(run=run_forked))
     config = cost.MemoryConfig(texts, lengths=(300, 600))
-    cost.evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), {"device": "cpu"}, config, tmp_path)
+    loaded = {"model": str(tiny_folder), "hypernetwork": str(tiny_hypernet_folder), "device": "cpu"}
+    cost.evaluate_memory(model, loaded, config, tmp_path)
     shorter, row = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert len(pids) == 2
     assert shorter["n_tokens"] < 0.7 * row["n_tokens"] and abs(row["n_tokens"] - 600) < 60

@@ -25,7 +25,8 @@ from loracast.lab.data.everyday import (
     load_genres,
     make_document,
 )
-from loracast.lab.data.facts import AFTER, BEGIN, INSIDE, Split, entity_split, expand, load_content, variants
+from loracast.lab.data.facts import AFTER, BEGIN, INSIDE, Split, entity_split, expand, variants
+from loracast.lab.data.rows import read_content
 from loracast.lab.evaluation.synthetic import is_right
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 
@@ -86,7 +87,7 @@ def test_there_is_enough_content() -> None:
 @pytest.mark.parametrize("genre", GENRES.values(), ids=GENRES)
 def test_wordings_have_exactly_their_slots(genre: Genre) -> None:
     names = {"s", *genre.names}
-    kinds = load_content().kinds
+    kinds = read_content("values")
     for split in (split for split in SPLITS if genre.name in load_genres(split)):
         for saying in genre.sayings:
             for text in spelled_out(saying.state, split) if saying.state else ():

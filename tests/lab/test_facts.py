@@ -12,20 +12,22 @@ from functools import cache
 import pytest
 
 from loracast.lab.data.facts import (
-    Attribute,
     FactSheet,
     Split,
-    Wordings,
+    Table,
     entity_split,
     expand,
-    load_content,
     make_entity,
     make_sheet,
+    pattern_of_value,
     variants,
+    wordings_of,
 )
+from loracast.lab.data.rows import read_content
 
-CONTENT = load_content()
-ATTRIBUTES = [(domain.name, attribute) for domain in CONTENT.domains for attribute in domain.attributes]
+KINDS = read_content("values")
+GENERIC, DOMAINS = read_content("facts")["generic"], read_content("facts")["domain"]
+ATTRIBUTES = [(domain["name"], attribute) for domain in DOMAINS for attribute in domain["attribute"]]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 
@@ -33,8 +35,9 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9{}]+", text.lower()))
 
 
-def spelled_out(wordings: Wordings) -> tuple[list[str], list[str]]:
-    return list(itertools.chain(*wordings.state)), list(itertools.chain(*wordings.ask))
+def spelled_out(table: Table, split: Split) -> tuple[list[str], list[str]]:
+    states, asks = (wordings_of(table, prefix, split) for prefix in ("state_", "ask_"))
+    return list(itertools.chain(*map(variants, states))), list(itertools.chain(*map(variants, asks)))
 
 
 def slots(text: str) -> list[str]:
@@ -57,36 +60,34 @@ def known_sheets(split: Split) -> list[FactSheet]:
 
 
 def test_there_is_enough_content() -> None:
-    assert len(CONTENT.domains) >= 14
+    assert len(DOMAINS) >= 14
     assert len(ATTRIBUTES) >= 150
-    assert all(len(domain.attributes) >= 9 for domain in CONTENT.domains)
-    kinds = CONTENT.kinds
+    assert all(len(domain["attribute"]) >= 9 for domain in DOMAINS)
     for kind, fewest in {"first": 150, "last": 150, "city": 150, "country": 80, "noun": 300, "adjective": 200}.items():
-        assert len(kinds[kind]) >= fewest, kind
+        assert len(KINDS[kind]) >= fewest, kind
 
 
 def test_names_are_unique() -> None:
-    names = [domain.name for domain in CONTENT.domains]
+    names = [domain["name"] for domain in DOMAINS]
     assert len(set(names)) == len(names)
-    for domain in CONTENT.domains:
-        for values in ([a.name for a in domain.attributes], [a.noun for a in domain.attributes]):
-            assert len(set(values)) == len(values), domain.name
-    for kind, entries in CONTENT.kinds.items():
+    for domain in DOMAINS:
+        for values in ([a["name"] for a in domain["attribute"]], [a["noun"] for a in domain["attribute"]]):
+            assert len(set(values)) == len(values), domain["name"]
+    for kind, entries in KINDS.items():
         assert len(set(entries)) == len(entries), kind
 
 
 def test_titles_suit_one_subject_and_several() -> None:
-    for domain in CONTENT.domains:
-        assert {title.count("{s}") for title in domain.titles} == {0, 1}, domain.name
-    assert all(slots(expand(random.Random(0), title)) == [] for title in CONTENT.titles)
+    for domain in DOMAINS:
+        assert {title.count("{s}") for title in domain["title"]} == {0, 1}, domain["name"]
+    assert all(slots(expand(random.Random(0), title)) == [] for title in GENERIC["title"])
 
 
-@pytest.mark.parametrize(("domain", "attribute"), ATTRIBUTES, ids=lambda x: x.name if isinstance(x, Attribute) else x)
-def test_wordings_have_exactly_their_placeholders(domain: str, attribute: Attribute) -> None:
+@pytest.mark.parametrize(("domain", "attribute"), ATTRIBUTES, ids=lambda x: x if isinstance(x, str) else x["name"])
+def test_wordings_have_exactly_their_placeholders(domain: str, attribute: Table) -> None:
     for split, fewest in zip(SPLITS, (4, 1, 2), strict=True):
-        wordings = attribute.wordings[split]
-        assert len(wordings.state) >= fewest and len(wordings.ask) >= fewest
-        states, asks = spelled_out(wordings)
+        assert all(len(wordings_of(attribute, prefix, split)) >= fewest for prefix in ("state_", "ask_"))
+        states, asks = spelled_out(attribute, split)
         assert all(slots(state) == ["{s}", "{v}"] for state in states)
         assert all(slots(ask) == ["{s}"] for ask in asks)
         assert all(state.endswith((".", "!")) for state in states)
@@ -96,21 +97,21 @@ def test_wordings_have_exactly_their_placeholders(domain: str, attribute: Attrib
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_generic_wordings_have_exactly_their_placeholders(split: Split) -> None:
-    states, asks = spelled_out(CONTENT.generic[split])
+    states, asks = spelled_out(GENERIC, split)
     assert all(slots(state) == ["{noun}", "{s}", "{v}"] for state in states)
     assert all(slots(ask) == ["{noun}", "{s}"] for ask in asks)
 
 
 @pytest.mark.parametrize("other", ["dev", "train"])
 def test_wordings_of_splits_are_disjoint(other: Split) -> None:
-    for wordings in [CONTENT.generic, *(attribute.wordings for _, attribute in ATTRIBUTES)]:
-        for texts, test in zip(spelled_out(wordings[other]), spelled_out(wordings["test"]), strict=True):
+    for wordings in [GENERIC, *(attribute for _, attribute in ATTRIBUTES)]:
+        for texts, test in zip(spelled_out(wordings, other), spelled_out(wordings, "test"), strict=True):
             assert not {normalise(text) for text in texts} & {normalise(text) for text in test}
     everything = {
         split: {
             normalise(text)
-            for wordings in [CONTENT.generic, *(attribute.wordings for _, attribute in ATTRIBUTES)]
-            for text in itertools.chain(*spelled_out(wordings[split]))
+            for wordings in [GENERIC, *(attribute for _, attribute in ATTRIBUTES)]
+            for text in itertools.chain(*spelled_out(wordings, split))
         }
         for split in SPLITS
     }
@@ -122,50 +123,47 @@ def test_generic_wordings_do_not_give_away_test_wordings() -> None:
         for which in (0, 1):
             generic = {
                 split: {
-                    normalise(text.replace("{noun}", attribute.noun))
-                    for text in spelled_out(CONTENT.generic[split])[which]
+                    normalise(text.replace("{noun}", attribute["noun"])) for text in spelled_out(GENERIC, split)[which]
                 }
                 for split in SPLITS
             }
-            own = {
-                split: {normalise(text) for text in spelled_out(attribute.wordings[split])[which]} for split in SPLITS
-            }
+            own = {split: {normalise(text) for text in spelled_out(attribute, split)[which]} for split in SPLITS}
             shared = (generic["train"] | own["train"]) & (generic["test"] | own["test"])
-            assert not shared, f"{domain}.{attribute.name}"
+            assert not shared, f"{domain}.{attribute['name']}"
 
 
 def test_wordings_are_not_repeated() -> None:
     for domain, attribute in ATTRIBUTES:
         for split in SPLITS:
-            for texts in spelled_out(attribute.wordings[split]):
+            for texts in spelled_out(attribute, split):
                 counted = [normalise(text) for text in texts]
-                assert len(set(counted)) == len(counted), f"{domain}.{attribute.name}"
+                assert len(set(counted)) == len(counted), f"{domain}.{attribute['name']}"
 
 
 def test_no_question_belongs_to_two_attributes_of_a_domain() -> None:
-    for domain in CONTENT.domains:
+    for domain in DOMAINS:
         owners: dict[str, str] = {}
-        for attribute in domain.attributes:
+        for attribute in domain["attribute"]:
             for split in SPLITS:
-                for ask in spelled_out(attribute.wordings[split])[1]:
-                    assert owners.setdefault(normalise(ask), attribute.name) == attribute.name, ask
+                for ask in spelled_out(attribute, split)[1]:
+                    assert owners.setdefault(normalise(ask), attribute["name"]) == attribute["name"], ask
 
 
 def test_a_value_starts_a_sentence_only_where_it_needs_no_capital() -> None:
     rng = random.Random(0)
     for domain, attribute in ATTRIBUTES:
-        states = [state for split in SPLITS for state in spelled_out(attribute.wordings[split])[0]]
+        states = [state for split in SPLITS for state in spelled_out(attribute, split)[0]]
         if any(state.startswith("{v}") for state in states):
-            answers = [expand(rng, attribute.value) for _ in range(50)]
+            answers = [expand(rng, pattern_of_value(attribute)) for _ in range(50)]
             # an email address keeps its small letters at the start of a sentence too
-            assert all(not answer[0].islower() or "@" in answer for answer in answers), f"{domain}.{attribute.name}"
+            assert all(not answer[0].islower() or "@" in answer for answer in answers), f"{domain}.{attribute['name']}"
 
 
 def test_every_slot_of_every_kind_can_be_filled() -> None:
     rng = random.Random(0)
-    patterns = [attribute.value for _, attribute in ATTRIBUTES]
-    patterns += [pattern for domain in CONTENT.domains for pattern in domain.subjects]
-    patterns += list(itertools.chain(*CONTENT.kinds.values()))
+    patterns = [pattern_of_value(attribute) for _, attribute in ATTRIBUTES]
+    patterns += [pattern for domain in DOMAINS for pattern in domain["subjects"]]
+    patterns += list(itertools.chain(*KINDS.values()))
     for pattern in patterns:
         assert "{" not in expand(rng, pattern), pattern
 
@@ -178,7 +176,7 @@ def test_expand() -> None:
     assert {expand(rng, "{3-5}") for _ in range(200)} == {"3", "4", "5"}
     assert {expand(rng, "{00-45/15}") for _ in range(200)} == {"00", "15", "30", "45"}
     assert expand(rng, "no slot") == "no slot"
-    assert {expand(rng, "{weekday}") for _ in range(300)} == set(CONTENT.kinds["weekday"])
+    assert {expand(rng, "{weekday}") for _ in range(300)} == set(KINDS["weekday"])
     assert expand(rng, "{^noun}")[0].isupper() and expand(rng, "{noun}")[0].islower()
 
 
@@ -237,7 +235,9 @@ def test_facts_hold_together(split: Split) -> None:
 
 
 def test_values_of_an_attribute_differ_on_a_sheet() -> None:
-    weekdays = {f"{name}.{attribute.name}" for name, attribute in ATTRIBUTES if attribute.value == "{weekday}"}
+    weekdays = {
+        f"{name}.{attribute['name']}" for name, attribute in ATTRIBUTES if pattern_of_value(attribute) == "{weekday}"
+    }
     for sheet in known_sheets("train"):
         seen = [(fact.attribute, fact.answer) for fact in sheet.facts if fact.attribute not in weekdays]
         assert len(set(seen)) == len(seen)
@@ -278,20 +278,22 @@ def test_most_sheets_stay_in_one_domain_and_some_share_attributes() -> None:
 
 def test_wordings_are_those_of_the_split() -> None:
     """Each statement and question is one of its split's own or generic wordings, filled in."""
-    kinds = {f"{name}.{attribute.name}": attribute for name, attribute in ATTRIBUTES}
+    kinds = {f"{name}.{attribute['name']}": attribute for name, attribute in ATTRIBUTES}
     for split in SPLITS:
         for sheet in known_sheets(split)[:100]:
             for fact in sheet.facts:
                 attribute = kinds[fact.attribute]
                 for said, which in ((fact.statement, 0), (fact.question, 1)):
-                    own = spelled_out(attribute.wordings[split])[which] + spelled_out(CONTENT.generic[split])[which]
+                    own = spelled_out(attribute, split)[which] + spelled_out(GENERIC, split)[which]
                     filled = {
                         re.sub(r"\b(a) \{v\}", r"\1n {v}", text, flags=re.IGNORECASE) if an else text
                         for text in own
                         for an in (False, True)
                     }
                     filled = {
-                        text.replace("{noun}", attribute.noun).replace("{s}", fact.subject).replace("{v}", fact.answer)
+                        text.replace("{noun}", attribute["noun"])
+                        .replace("{s}", fact.subject)
+                        .replace("{v}", fact.answer)
                         for text in filled
                     }
                     assert said.casefold() in {text.casefold() for text in filled}, said

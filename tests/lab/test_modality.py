@@ -30,6 +30,7 @@ from loracast.lab.training.modality import (
     ModalityDataConfig,
     ModalityRecipe,
     ModalitySource,
+    answer_about,
     encoded,
     train_modality,
     wordings,
@@ -173,7 +174,7 @@ def test_a_step_depends_on_its_number_and_asks_what_is_true(base):
     same, _ = source.step(7)
     assert torch.equal(features.states, same.states) and not torch.equal(features.states, source.step(8)[0].states)
     assert len(episodes) == 6 and "lion" not in source.names
-    kinds = {attribute.name: attribute for attribute in table.attributes}
+    kinds = table["attributes"]
     for i, (row, episode) in enumerate(zip(features.states, episodes, strict=True)):
         name = names[int(row[0, 0]) % 3]
         asked = {
@@ -181,8 +182,8 @@ def test_a_step_depends_on_its_number_and_asks_what_is_true(base):
         }
         assert len(asked) == 3, i
         for prompt, answer in asked.items():
-            found = [a for a in kinds.values() if any(wording in prompt for wording in a.train)]
-            wanted = found[0].answers[name] if found else name
+            found = [a for a in kinds.values() if any(wording in prompt for wording in a["train"])]
+            wanted = answer_about(found[0], name) if found else name
             assert wanted in answer
     with pytest.raises(ConfigError, match="attribute_share"):
         ModalityDataConfig(attribute_share=2)
@@ -236,7 +237,7 @@ def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     answered = [SimpleNamespace(**json.loads(line)) for line in lines]
     seen_names = test.names[:3]
-    prompt = base.chat.prompt(wordings("image").test, "")
+    prompt = base.chat.prompt(wordings("image")["test"], "")
     for one in answered[:8]:
         merged = copy.deepcopy(base.model)
         for name, pair in caster.loras_of(caster.encode(test.load(one.place)[None])).row(0).factors.items():

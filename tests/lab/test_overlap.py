@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from loracast.cli import app
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
-from loracast.lab.data.rows import each_row
+from loracast.lab.data.rows import read_rows
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.evaluation.overlap import Index, OverlapConfig, evaluate_overlap, words_of
 from suites import DATA, write_rows, write_suite
@@ -81,9 +81,7 @@ def test_documents_that_hold_a_held_out_paragraph(tmp_path):
         ("whole", 1, 1),
     ]
     assert (whole["n"], whole["n_sharing"], whole["n_held_out"], whole["n_shared"]) == (4, 2, 2, 1)
-    kept: list[dict] = []
-    each_row(keep, kept.append)
-    assert kept == train[2:]
+    assert read_rows(keep) == train[2:]
     (row, _) = evaluate_overlap(OverlapConfig(**files, shared=0.3), tmp_path / "out").rows
     assert row["source"] == "whole"
 

@@ -185,7 +185,8 @@ def memory(config: MemoryConfig, models: Models, results: Results) -> None:
     """Memory and time of learning a document, beside the encoder's own time; a fresh process for each length."""
     from loracast.lab.evaluation.cost import evaluate_memory
 
-    results.of("documents", evaluate_memory, open_model(models), models.base, models.hypernetwork, models.how, config)
+    loaded = {"model": models.base, "hypernetwork": models.hypernetwork, **models.how}
+    results.of("documents", evaluate_memory, open_model(models), loaded, config)
 
 
 @config_from("loracast.lab.evaluation.tasks")
@@ -239,29 +240,19 @@ def _caster(models: Models, modality: Modality, base: Base | None = None, encode
     return load_caster(where, modality, base, encoder=encoder, say=say)
 
 
-def _task_setup(
-    models: Models,
-    *,
-    oracles: Path | None = None,
-    multitask: Path | None = None,
-    multitask_described: Path | None = None,
-    needs_caster: bool = True,
-) -> TaskSetup:
-    """Load the base, the hypernetwork for tasks, and the LoRAs that answers are compared with."""
+def _task_setup(models: Models, needs_caster: bool = True, **compared: Path | None) -> TaskSetup:
+    """Load the base, the hypernetwork for tasks, and by the names of `TaskSetup` what answers are compared with."""
     from loracast.base.embedded import DEFAULT_BASE
     from loracast.cast.task import TaskCaster
     from loracast.lab.evaluation.tasks import TaskSetup
     from loracast.lab.training.loras import read_multitask
 
     base = open_base(models)
-    made_for, has_caster = base.fingerprint, needs_caster or models.hypernetwork or base.name == DEFAULT_BASE
-    return TaskSetup(
-        base,
-        caster=TaskCaster(_caster(models, "task", base)) if has_caster else None,
-        oracles=oracles,
-        multitask=read_multitask(multitask, made_for, False) if multitask else None,
-        multitask_described=read_multitask(multitask_described, made_for, True) if multitask_described else None,
-    )
+    has_caster = needs_caster or models.hypernetwork or base.name == DEFAULT_BASE
+    given: dict[str, Any] = {name: path for name, path in compared.items() if path is not None}
+    for name in given.keys() - {"oracles"}:
+        given[name] = read_multitask(given[name], base.fingerprint, name == "multitask_described")
+    return TaskSetup(base, TaskCaster(_caster(models, "task", base)) if has_caster else None, **given)
 
 
 @config_from("loracast.lab.evaluation.harness")

@@ -16,10 +16,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, TypeAdapter
 
 from loracast.answering.answers import NOT_SAID
-from loracast.lab.data.facts import ALTERNATIVES, Split, expand, fill, make_entity
+from loracast.lab.data.facts import Split, expand, fill, make_entity, pick_alternatives
 from loracast.lab.data.rows import read_content
 
 Kind = Literal["span", "yes/no", "count", "comparison", "not said"]
@@ -121,7 +123,7 @@ class Genre:
     titles: Wordings
     layouts: Wordings
     fillers: Wordings
-    sayings: Sequence[Saying]
+    sayings: Annotated[Sequence[Saying], Field(alias="saying")]
     names: Mapping[str, str] = field(default_factory=dict)  # patterns of what is drawn once for a document
     asides: Wordings = field(default_factory=dict)  # paragraphs without any fact that is asked for
     list: Listing | None = None
@@ -131,19 +133,10 @@ class Genre:
 @cache
 def load_genres(split: Split) -> dict[str, Genre]:
     """Read the genres that documents of a split are drawn from, once."""
-    genres = {}
-    tables = list(read_content("everyday")["genre"])
-    if split == "train":
-        tables += read_content("everyday_train")["genre"]
-    for table in tables:
-        listing = None
-        if listed := table.get("list"):
-            compare = tuple(Comparison(**one) for one in listed.get("compare", ()))
-            listing = Listing(**{**listed, "compare": compare})
-        sayings = tuple(Saying(**one) for one in table["saying"])
-        given = {key: value for key, value in table.items() if key not in ("list", "saying")}
-        genres[table["name"]] = Genre(**given, sayings=sayings, list=listing)
-    return genres
+    names = ("everyday", "everyday_train") if split == "train" else ("everyday",)
+    tables = [table for name in names for table in read_content(name)["genre"]]
+    genres = TypeAdapter(list[Genre], config={"extra": "forbid"}).validate_python(tables)
+    return {genre.name: genre for genre in genres}
 
 
 def make_document(rng: random.Random, *, split: Split, genre: str | None = None) -> EverydayDocument:
@@ -199,7 +192,7 @@ class _Draft:
             if mark[1] == "list" and genre.list:
                 return self.list_items(genre.list)
             if mark[1] == "filler":
-                return self.fill(self.pick_alternatives(fillers.pop()))
+                return self.fill(pick_alternatives(self.rng, fillers.pop()))
             number += 1
             return str(number)
 
@@ -216,15 +209,12 @@ class _Draft:
         asides = self.genre.asides.get(self.split, ())
         if len(paragraphs) > 1:
             for aside in self.rng.sample(asides, self.rng.randint(0, len(asides))):
-                paragraphs.insert(self.rng.randrange(1, len(paragraphs)), self.pick_alternatives(aside))
+                paragraphs.insert(self.rng.randrange(1, len(paragraphs)), pick_alternatives(self.rng, aside))
         return "\n\n".join(paragraphs)
 
     def choose(self, wordings: Wordings) -> str:
         """A wording of the split, with its alternatives picked."""
-        return self.pick_alternatives(self.rng.choice(wordings[self.split]))
-
-    def pick_alternatives(self, wording: str) -> str:
-        return ALTERNATIVES.sub(lambda given: self.rng.choice(given[1].split("|")), wording)
+        return pick_alternatives(self.rng, self.rng.choice(wordings[self.split]))
 
     def fill(self, wording: str, **slots: str) -> str:
         return fill(wording, **self.names, **slots)
@@ -283,7 +273,8 @@ class _Draft:
         *head, row = self.choose(listing.rows).split("\n")
         between = " " if row.startswith("~") else "\n"
         row = row.removeprefix("~")
-        per_row = 2 if "{item2}" in row else 1
+        suffixes = ("", "2") if "{item2}" in row else ("",)
+        per_row = len(suffixes)
         n = rng.randint(*listing.size) // per_row * per_row
         items = self.distinct_items(listing, n + 1)
         columns: dict[str, list[str]] = {name: [] for name in listing.columns}
@@ -298,13 +289,11 @@ class _Draft:
         spans: list[EverydayFact] = []
         for first in range(0, n, per_row):
             slots: dict[str, str] = {}
-            for k in range(per_row):
-                suffix = str(k + 1) if k else ""
+            for k, suffix in enumerate(suffixes):
                 slots[f"item{suffix}"] = items[first + k]
                 slots |= {f"{name}{suffix}": column[first + k] for name, column in columns.items()}
             rows.append(self.fill(row, **slots))
-            for k in range(per_row):
-                suffix = str(k + 1) if k else ""
+            for suffix in suffixes:
                 spans += self.of_row(listing, row, suffix, slots, rows[-1])
         rng.shuffle(spans)
         self.facts += spans[:MAX_LISTED]

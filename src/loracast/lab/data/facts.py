@@ -27,7 +27,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -110,7 +110,8 @@ def tokens_between(offsets: Sequence[tuple[int, int]], start: int, end: int) -> 
 
 
 Split = Literal["train", "dev", "test"]
-Variants = tuple[str, ...]  # one wording with its alternatives spelled out
+Table = Mapping[str, Any]
+"""A table of the content: a domain, or an attribute with its wordings."""
 
 MAX_SUBJECTS = 12
 P_GENERIC = 0.25  # a wording for every attribute, through its noun, instead of one of the attribute's own
@@ -146,81 +147,23 @@ class FactSheet:
     facts: tuple[Fact, ...]
 
 
-@dataclass(frozen=True)
-class Wordings:
-    """The statements and questions of one split."""
-
-    state: tuple[Variants, ...]
-    ask: tuple[Variants, ...]
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """An attribute of the entities of a domain; `value` is a pattern with slots."""
-
-    name: str
-    noun: str
-    value: str
-    wordings: dict[Split, Wordings]
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A kind of entity: the patterns of its names, and its attributes."""
-
-    name: str
-    subjects: tuple[str, ...]
-    titles: tuple[str, ...]  # with {s}: for a sheet about one subject; without: about several
-    attributes: tuple[Attribute, ...]
-
-
-@dataclass(frozen=True)
-class Content:
-    """The contents of facts.toml and values.toml."""
-
-    domains: tuple[Domain, ...]
-    generic: dict[Split, Wordings]
-    titles: tuple[str, ...]  # for sheets of mixed domains
-    kinds: dict[str, tuple[str, ...]]
-
-
-def variants(wording: str) -> Variants:
+@cache
+def variants(wording: str) -> tuple[str, ...]:
     """Spell out the alternatives of a wording: "[a|b] c" is ("a c", "b c")."""
     pieces = [piece.split("|") if i % 2 else [piece] for i, piece in enumerate(ALTERNATIVES.split(wording))]
     return tuple("".join(choice) for choice in itertools.product(*pieces))
 
 
-@cache
-def load_content() -> Content:
-    """Read facts.toml and values.toml, once."""
-    facts, values = read_content("facts"), read_content("values")
-    return Content(
-        domains=tuple(_read_domain(table) for table in facts["domain"]),
-        generic=_read_wordings(facts["generic"]),
-        titles=tuple(facts["generic"]["title"]),
-        kinds={kind: tuple(entries) for kind, entries in values.items()},
-    )
+def wordings_of(table: Table, prefix: str, split: Split, n_dev: int = 1) -> list[str]:
+    """The wordings of a split in a table of the content; dev has the last of the train list, and train the others."""
+    if split == "test":
+        return table[f"{prefix}test"]
+    return table[f"{prefix}train"][-n_dev:] if split == "dev" else table[f"{prefix}train"][:-n_dev]
 
 
-def _read_domain(table: dict[str, Any]) -> Domain:
-    attributes = []
-    for given in table["attribute"]:
-        value = given["value"] if "{" in given["value"] else f"{{{given['value']}}}"
-        attributes.append(Attribute(given["name"], given["noun"], value, _read_wordings(given)))
-    return Domain(table["name"], tuple(table["subjects"]), tuple(table["title"]), tuple(attributes))
-
-
-def _read_wordings(table: dict[str, Any]) -> dict[Split, Wordings]:
-    """Read the wordings of an attribute; the last train wording of each list becomes the dev split."""
-
-    def read(state: Sequence[str], ask: Sequence[str]) -> Wordings:
-        return Wordings(tuple(map(variants, state)), tuple(map(variants, ask)))
-
-    return {
-        "train": read(table["state_train"][:-1], table["ask_train"][:-1]),
-        "dev": read(table["state_train"][-1:], table["ask_train"][-1:]),
-        "test": read(table["state_test"], table["ask_test"]),
-    }
+def pick_alternatives(rng: random.Random, wording: str) -> str:
+    """Draw one of a wording's variants."""
+    return ALTERNATIVES.sub(lambda given: rng.choice(given[1].split("|")), wording)
 
 
 def expand(rng: random.Random, pattern: str) -> str:
@@ -228,7 +171,7 @@ def expand(rng: random.Random, pattern: str) -> str:
 
     def draw(slot: re.Match[str]) -> str:
         if kind := slot["kind"]:
-            text = expand(rng, rng.choice(load_content().kinds[kind]))
+            text = expand(rng, rng.choice(read_content("values")[kind]))
             return text[0].upper() + text[1:] if slot["capital"] else text
         low, high, step = int(slot["low"]), int(slot["high"]), int(slot["step"] or 1)
         return f"{rng.randrange(low, high + 1, step):0{len(slot['low'])}d}"
@@ -262,7 +205,7 @@ def make_sheet(rng: random.Random, n_facts: int, *, split: Split, n_subjects: in
     domains = _choose_domains(rng, n_facts, n_subjects)
     subjects: dict[str, None] = {}  # ordered, all different
     while len(subjects) < len(domains):
-        subjects[make_entity(rng, rng.choice(domains[len(subjects)].subjects), split)] = None
+        subjects[make_entity(rng, rng.choice(domains[len(subjects)]["subjects"]), split)] = None
     names = list(subjects)
     facts: list[Fact] = []
     for i, attribute in _choose_pairs(rng, domains, n_facts):
@@ -270,26 +213,26 @@ def make_sheet(rng: random.Random, n_facts: int, *, split: Split, n_subjects: in
     return FactSheet(_title(rng, domains, names), _compose(rng, facts), tuple(facts))
 
 
-def _choose_domains(rng: random.Random, n_facts: int, n_subjects: int | None) -> list[Domain]:
+def _choose_domains(rng: random.Random, n_facts: int, n_subjects: int | None) -> list[Table]:
     """One domain for each subject, each with attributes enough for its share of the facts."""
-    domains = load_content().domains
-    fewest = ceil(n_facts / max(len(domain.attributes) for domain in domains))
+    domains = read_content("facts")["domain"]
+    fewest = ceil(n_facts / max(len(domain["attribute"]) for domain in domains))
     most = min(n_facts, MAX_SUBJECTS)
     if n_facts < 1 or not fewest <= (fewest if n_subjects is None else n_subjects) <= most:
         raise ValueError(f"{n_facts} facts need {fewest} to {most} subjects, not {n_subjects}")
     if n_subjects is None:
         n_subjects = rng.randint(fewest, most)
     share = ceil(n_facts / n_subjects)
-    roomy = [domain for domain in domains if len(domain.attributes) >= share]
+    roomy = [domain for domain in domains if len(domain["attribute"]) >= share]
     if rng.random() < P_MIXED:
         return rng.choices(roomy, k=n_subjects)
     return [rng.choice(roomy)] * n_subjects
 
 
-def _choose_pairs(rng: random.Random, domains: Sequence[Domain], n_facts: int) -> list[tuple[int, Attribute]]:
+def _choose_pairs(rng: random.Random, domains: Sequence[Table], n_facts: int) -> list[tuple[int, Table]]:
     """Distinct (index of the subject, attribute), at least one for each subject, in the order of the document."""
-    pools = [rng.sample(domain.attributes, len(domain.attributes)) for domain in domains]
-    if len({domain.name for domain in domains}) == 1 and rng.random() < P_TABLE:
+    pools = [rng.sample(domain["attribute"], len(domain["attribute"])) for domain in domains]
+    if len({domain["name"] for domain in domains}) == 1 and rng.random() < P_TABLE:
         pools = [pools[0][: ceil(n_facts / len(domains))]] * len(domains)
     firsts = [(i, rng.randrange(len(pool))) for i, pool in enumerate(pools)]
     others = [(i, j) for i, pool in enumerate(pools) for j in range(len(pool)) if j != firsts[i][1]]
@@ -306,28 +249,35 @@ def _choose_pairs(rng: random.Random, domains: Sequence[Domain], n_facts: int) -
 
 
 def _make_fact(
-    rng: random.Random, subject: str, domain: Domain, attribute: Attribute, split: Split, before: Sequence[Fact]
+    rng: random.Random, subject: str, domain: Table, attribute: Table, split: Split, before: Sequence[Fact]
 ) -> Fact:
     """Draw wordings and a value that the question does not contain and no earlier fact has."""
-    key = f"{domain.name}.{attribute.name}"
+    key, noun = f"{domain['name']}.{attribute['name']}", attribute["noun"]
     questions = {fact.question for fact in before}
     values = {fact.answer for fact in before if fact.attribute == key}
     n_tries = 0
     while True:
         n_tries += 1
         state, ask = _choose_wordings(rng, attribute, split)
-        question, answer = fill(ask, noun=attribute.noun, s=subject), expand(rng, attribute.value)
+        question, answer = fill(ask, noun=noun, s=subject), expand(rng, pattern_of_value(attribute))
         is_fresh = answer not in values or n_tries > N_TRIES
         if is_fresh and question not in questions and answer.lower() not in question.lower():
-            return Fact(subject, key, fill(state, noun=attribute.noun, s=subject, v=answer), question, answer)
+            return Fact(subject, key, fill(state, noun=noun, s=subject, v=answer), question, answer)
 
 
-def _choose_wordings(rng: random.Random, attribute: Attribute, split: Split) -> tuple[str, str]:
+def pattern_of_value(attribute: Table) -> str:
+    """The pattern of an attribute's values, which the content may give as the bare name of a kind."""
+    value = attribute["value"]
+    return value if "{" in value else f"{{{value}}}"
+
+
+def _choose_wordings(rng: random.Random, attribute: Table, split: Split) -> tuple[str, str]:
     """A wording of the statement and one of the question."""
-    own, generic = attribute.wordings[split], load_content().generic[split]
-    state = generic.state if rng.random() < P_GENERIC else own.state
-    ask = generic.ask if rng.random() < P_GENERIC else own.ask
-    return rng.choice(rng.choice(state)), rng.choice(rng.choice(ask))
+    generic = read_content("facts")["generic"]
+    state, ask = (generic if rng.random() < P_GENERIC else attribute for _ in range(2))
+    drawn = ((state, "state_"), (ask, "ask_"))
+    statement, question = (rng.choice(variants(rng.choice(wordings_of(*one, split)))) for one in drawn)
+    return statement, question
 
 
 def fill(wording: str, **slots: str) -> str:
@@ -340,10 +290,10 @@ def fill(wording: str, **slots: str) -> str:
     return wording if is_value_first else wording[:1].upper() + wording[1:]
 
 
-def _title(rng: random.Random, domains: Sequence[Domain], subjects: Sequence[str]) -> str:
-    if len({domain.name for domain in domains}) > 1:
-        return expand(rng, rng.choice(load_content().titles))
-    titles = [title for title in domains[0].titles if ("{s}" in title) == (len(subjects) == 1)]
+def _title(rng: random.Random, domains: Sequence[Table], subjects: Sequence[str]) -> str:
+    if len({domain["name"] for domain in domains}) > 1:
+        return expand(rng, rng.choice(read_content("facts")["generic"]["title"]))
+    titles = [title for title in domains[0]["title"] if ("{s}" in title) == (len(subjects) == 1)]
     return fill(rng.choice(titles), s=subjects[0])
 
 

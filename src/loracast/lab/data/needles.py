@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import random
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, cycle
+
+import numpy as np
 
 from loracast.documents.chunks import Encode
 from loracast.errors import ConfigError
-from loracast.lab.data.facts import Split, expand, fill
+from loracast.lab.data.facts import Split, expand, fill, wordings_of
 from loracast.lab.data.rows import read_content
 
+_N_DEV = 2  # wordings of each list that are the dev split's
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'“(])")
 
 
@@ -47,21 +50,14 @@ def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str 
     while len(needles) < n_needles:
         name = kind or rng.choice([*sorted(content["kinds"]), "number4", "number4", "number4"])
         table = content["kinds"][name]
-        label, value = rng.choice(_of_split(table, "", split)), expand(rng, rng.choice(table["values"]))
+        label, value = rng.choice(wordings_of(table, "", split, _N_DEV)), expand(rng, rng.choice(table["values"]))
         key = expand(rng, rng.choice(content["keys"]["things"]))
-        state = fill(rng.choice(_of_split(frames, "state_", split)), label=label, key=key, v=value)
-        question = fill(rng.choice(_of_split(frames, "ask_", split)), label=label, key=key, v=value)
+        state = fill(rng.choice(wordings_of(frames, "state_", split, _N_DEV)), label=label, key=key, v=value)
+        question = fill(rng.choice(wordings_of(frames, "ask_", split, _N_DEV)), label=label, key=key, v=value)
         taken = any(key == other.key or value == other.answer for other in needles)
         if not taken and value.lower() not in question.lower():
             needles.append(Needle(state, question, value, key))
     return needles
-
-
-def _of_split(table: dict[str, list[str]], prefix: str, split: Split) -> list[str]:
-    """The wordings of a split; dev has the last two of the train list, and train the others."""
-    if split == "test":
-        return table[f"{prefix}test"]
-    return table[f"{prefix}train"][-2:] if split == "dev" else table[f"{prefix}train"][:-2]
 
 
 def sentences(text: str) -> list[str]:
@@ -81,18 +77,6 @@ def hide(statements: Sequence[str], prose: Sequence[str], depths: Sequence[float
 _MARGIN = 4  # tokens that a document stays below the length asked for, so that a chunk of that length holds it
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A document with needles in it."""
-
-    text: str
-    needles: tuple[Needle, ...]
-    depths: tuple[float, ...]
-    """The depth asked for each needle: 0 the beginning, 1 the end."""
-    places: tuple[int, ...]
-    """The character at which each needle's sentence starts."""
-
-
 class Haystack:
     """Prose by the token: runs of successive sentences from texts in random order."""
 
@@ -102,26 +86,22 @@ class Haystack:
         if not self._texts:
             raise ConfigError("the given texts hold no prose (no text of three sentences); give others with --texts")
         self._encode = encode
-        self._lengths: dict[int, list[int]] = {}  # by text, the tokens of each sentence, counted when first needed
+        self._count = cache(lambda sentence: len(encode(f" {sentence}")[0]))  # as it is in the middle of a text
 
-    def sample(self, rng: random.Random, n_tokens: int, needles: Sequence[Needle], depths: Sequence[float]) -> Sample:
-        """A document of `n_tokens` tokens or a few less, each needle at the sentence's end next to its depth."""
+    def sample(self, rng: random.Random, n_tokens: int, needles: Sequence[Needle], depths: Sequence[float]) -> str:
+        """A document of `n_tokens` tokens or a few less, each needle at the sentence's end next to its depth.
+
+        A depth of 0 is the beginning, 1 the end.
+        """
         room = n_tokens - _MARGIN - sum(self._count(needle.statement) for needle in needles)
         if room < 0:
             raise ConfigError(f"{len(needles)} needle(s) do not fit into {n_tokens} tokens; ask for longer documents")
         prose, lengths = self._span(rng, room)
-        seams = [0, *accumulate(lengths)]  # tokens before each place where a needle may go
-        slots = [_nearest(seams, depth * seams[-1]) for depth in depths]
-        mixed: list[tuple[str, int | None]] = [(piece, None) for piece in prose]
+        seams = np.array([0, *accumulate(lengths)])  # tokens before each place where a needle may go
+        slots = [int(np.abs(seams - depth * seams[-1]).argmin()) for depth in depths]
         for slot, number in sorted(zip(slots, range(len(needles)), strict=True), reverse=True):
-            mixed.insert(slot, (needles[number].statement, number))  # from the back: earlier places stay where they are
-        places = [0] * len(needles)
-        offset = 0
-        for piece, i in mixed:
-            if i is not None:
-                places[i] = offset
-            offset += len(piece) + 1
-        return Sample(" ".join(piece for piece, _ in mixed), tuple(needles), tuple(depths), tuple(places))
+            prose.insert(slot, needles[number].statement)  # from the back: earlier places stay where they are
+        return " ".join(prose)
 
     def _span(self, rng: random.Random, n_tokens: int) -> tuple[list[str], list[int]]:
         """Sentences of `n_tokens` tokens, the last one cut at a word's end, and their token counts."""
@@ -131,8 +111,8 @@ class Haystack:
         order = rng.sample(range(len(self._texts)), len(self._texts))
         start = rng.randrange(len(self._texts[order[0]]))
         for i in cycle(order):
-            counts = self._counts(i)
-            for sentence, length in zip(self._texts[i][start:], counts[start:], strict=True):
+            for sentence in self._texts[i][start:]:
+                length = self._count(sentence)
                 if length > room:
                     if head := self._head(sentence, room):
                         pieces.append(head)
@@ -144,14 +124,6 @@ class Haystack:
             start = 0
         raise AssertionError("a cycle does not end")
 
-    def _counts(self, i: int) -> list[int]:
-        if i not in self._lengths:
-            self._lengths[i] = [self._count(sentence) for sentence in self._texts[i]]
-        return self._lengths[i]
-
-    def _count(self, sentence: str) -> int:
-        return len(self._encode(f" {sentence}")[0])  # as it is in the middle of a text
-
     def _head(self, sentence: str, n_tokens: int) -> str:
         """The beginning of a sentence, at most `n_tokens` tokens, ending with a word."""
         offsets = self._encode(sentence)[1]
@@ -161,10 +133,3 @@ class Haystack:
         is_between_words = end > 0 and (sentence[end].isspace() or sentence[end - 1].isspace())
         head = sentence[:end]
         return (head if is_between_words else head.rpartition(" ")[0]).strip()
-
-
-def _nearest(values: Sequence[int], wanted: float) -> int:
-    """The index of the value closest to `wanted`; `values` ascend."""
-    right = min(bisect_left(values, wanted), len(values) - 1)
-    left = max(0, right - 1)
-    return left if wanted - values[left] <= values[right] - wanted else right

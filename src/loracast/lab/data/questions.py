@@ -20,9 +20,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loracast.base.chat import Message
 from loracast.base.generate import Sampling, answers
@@ -54,19 +54,14 @@ def find_answer(text: str, question: str, answers: Sequence[str]) -> FactSpan | 
     """
     spans = sentence_spans(text)
     asked = _stems(question)
-    best: tuple[float, int, int, int, str] | None = None
+    found: list[tuple[float, FactSpan]] = []
     for rank, answer in enumerate(answers):
         for start, end in _places(text, answer):
-            home = next(((low, high) for low, high in spans if low <= start and end <= high), None)
-            if home is None:
-                continue
-            shared = len(asked & (_stems(text[home[0] : home[1]]) - _stems(answer)))
-            if best is None or shared - rank / len(answers) > best[0]:
-                best = (shared - rank / len(answers), *home, start, text[start:end])
-    if best is None:
-        return None
-    _, low, high, start, value = best
-    return FactSpan(text[low:high], "", value, start - low)
+            for low, high in [span for span in spans if span[0] <= start and end <= span[1]][:1]:
+                shared = len(asked & (_stems(text[low:high]) - _stems(answer)))
+                fact = FactSpan(text[low:high], "", text[start:end], start - low)
+                found.append((shared - rank / len(answers), fact))
+    return max(found, key=lambda one: one[0])[1] if found else None
 
 
 def _places(text: str, answer: str) -> list[tuple[int, int]]:
@@ -111,13 +106,8 @@ _MIN_WORDS = 5
 _MAX_WORDS = 22
 
 
-@dataclass(frozen=True)
-class Cloze:
-    """A question, its answer, and the sentence that gives it."""
-
-    question: str
-    answer: str
-    fact: FactSpan
+Cloze = tuple[str, FactSpan]
+"""A question, and the sentence that gives its answer."""
 
 
 def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
@@ -131,8 +121,8 @@ def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
             break
         sentence = text[start:end]
         cloze = _cloze(rng, sentence)
-        if cloze is not None and (start, cloze.answer) not in asked:
-            asked.add((start, cloze.answer))
+        if cloze is not None and (start, cloze[1].value) not in asked:
+            asked.add((start, cloze[1].value))
             made.append((start, cloze))
     return [cloze for _, cloze in sorted(made, key=lambda pair: pair[0])]
 
@@ -149,7 +139,7 @@ def _cloze(rng: random.Random, sentence: str) -> Cloze | None:
     if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", before + " " + after):
         return None  # the question would contain the answer
     question = _with_gap(rng, before, after) if rng.random() < 0.3 else _with_word(rng, kind, before, after)
-    return Cloze(question, answer, FactSpan(sentence, "", answer, match.start())) if question else None
+    return (question, FactSpan(sentence, "", answer, match.start())) if question else None
 
 
 def _may_ask(kind: str, match: re.Match[str]) -> bool:
@@ -198,19 +188,6 @@ _TRIES = 4
 _FIRST_WAIT_S = 2.0
 
 
-class Writer(Protocol):
-    """Continues conversations."""
-
-    @property
-    def name(self) -> str:
-        """The name that its rows give in `made_by`."""
-        ...
-
-    def write(self, messages: Sequence[Message], max_tokens: int) -> str:
-        """Write the assistant's next turn."""
-        ...
-
-
 @dataclass(frozen=True)
 class BaseWriter:
     """Decodes greedily with a base on this machine."""
@@ -219,9 +196,11 @@ class BaseWriter:
 
     @property
     def name(self) -> str:
+        """The name that its rows give in `made_by`."""
         return self.base.name
 
     def write(self, messages: Sequence[Message], max_tokens: int) -> str:
+        """Write the assistant's next turn."""
         prompt = self.base.chat.conversation(messages)
         return answers(self.base, [prompt], [None], Sampling(max_new_tokens=max_tokens))[0].text
 
@@ -231,17 +210,13 @@ class EndpointWriter:
     """Asks a model behind an OpenAI-compatible endpoint; `url` is the part before /chat/completions."""
 
     url: str
-    model: str
+    name: str
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 120.0
 
-    @property
-    def name(self) -> str:
-        return self.model
-
     def write(self, messages: Sequence[Message], max_tokens: int) -> str:
         """Write the assistant's next turn. Raises LoracastError if the endpoint refuses or fails repeatedly."""
-        order = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
+        order = {"model": self.name, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -252,23 +227,22 @@ class EndpointWriter:
         for attempt in range(_TRIES):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return _content(json.loads(response.read()))
+                    said = response.read()
+                return str(json.loads(said)["choices"][0]["message"]["content"] or "")
             except urllib.error.HTTPError as error:
                 problem = f"{where} answers {error.code}: {error.read(500).decode(errors='replace')}"
                 if error.code < 500 and error.code != 429:  # the request itself is wrong, so another try would fail too
                     raise LoracastError(problem) from error
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 problem = f"{where} cannot be reached: {error}"
+            except (ValueError, LookupError, TypeError) as error:
+                problem = f"{where} gives an answer without choices[0].message.content ({error!r}): {said[:200]!r}"
             if attempt < _TRIES - 1:
                 time.sleep(_FIRST_WAIT_S * 2**attempt)
         raise LoracastError(f"{problem} (after {_TRIES} tries)")
 
 
-def _content(response: Any) -> str:
-    try:
-        return str(response["choices"][0]["message"]["content"] or "")
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"an answer without choices[0].message.content: {str(response)[:200]}") from error
+Writer = BaseWriter | EndpointWriter
 
 
 _LINE = re.compile(
@@ -302,14 +276,8 @@ class MakeConfig:
             raise ConfigError("per_passage must be at least 1, and levels 1 or 2")
 
 
-@dataclass(frozen=True)
-class Made:
-    """A question that is kept."""
-
-    question: str
-    answers: tuple[str, ...]
-    span: bool
-    level: int
+Made = dict[str, Any]
+"""A question that is kept, as it stands in a row: `question`, `answers`, `span` and `level`."""
 
 
 @dataclass
@@ -359,7 +327,7 @@ def make_questions(
             made = _by_rule(passage, config, tally) if writer is None else _written(passage, writer, config, tally)
             row = {
                 "doc_id": passage.doc_id, "source": "self-made", "title": passage.title, "document": passage.text,
-                "made_by": "rule" if writer is None else writer.name, "questions": [asdict(one) for one in made],
+                "made_by": "rule" if writer is None else writer.name, "questions": made,
             }  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -391,7 +359,7 @@ def _by_rule(passage: Passage, config: MakeConfig, tally: Tally) -> list[Made]:
     rng = random.Random(f"{config.seed}/{passage.doc_id}")
     clozes = make_clozes(rng, passage.text, config.per_passage)
     tally.kept += len(clozes)
-    return [Made(cloze.question, (cloze.answer,), True, 0) for cloze in clozes]
+    return [{"question": question, "answers": [fact.value], "span": True, "level": 0} for question, fact in clozes]
 
 
 def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally) -> list[Made]:
@@ -400,7 +368,7 @@ def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally)
         order = _ask_for(passage.text, config.per_passage, kept if level == 2 else ())
         pairs = parse(writer.write(order, config.per_passage * _TOKENS_OF_A_PAIR))
         for question, answer in pairs[: config.per_passage]:
-            if any(_alike(question, other.question) for other in kept):
+            if any(_alike(question, other["question"]) for other in kept):
                 tally.repeated += 1
             elif token_f1(writer.write(_answer_with(passage.text, question), _TOKENS_OF_A_PAIR), answer) < _AGREES:
                 tally.not_answerable += 1
@@ -408,7 +376,7 @@ def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally)
                 tally.known_anyway += 1
             else:
                 is_span = find_answer(passage.text, question, (answer,)) is not None
-                kept.append(Made(question, (answer,), is_span, level))
+                kept.append({"question": question, "answers": [answer], "span": is_span, "level": level})
                 tally.kept += 1
     return kept
 
@@ -418,7 +386,7 @@ def _ask_for(text: str, n: int, known: Sequence[Made]) -> list[Message]:
     first = "Write {} questions that the text answers, each with its short answer."
     order = first.format(n)
     if known:
-        listed = "\n".join(f"- {one.question}" for one in known)
+        listed = "\n".join(f"- {one['question']}" for one in known)
         order = (
             f"Write {n} harder questions about the text, each with its short answer. "
             f"They must ask for something else than these:\n{listed}"

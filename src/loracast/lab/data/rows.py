@@ -2,7 +2,7 @@
 
 Read documents with questions about them, to train and evaluate on: JSONL rows of `document` and `questions`.
 
-A question has `question`, `answers`, and optionally `span` and `choices`. A row may also have `doc_id`, `source`,
+A question has `question`, `answers`, and optionally `span`. A row may also have `doc_id`, `source`,
 `title` and `split`.
 """
 
@@ -57,20 +57,23 @@ def local_file(name: str) -> Path:
         raise ConfigError(f"{name} cannot be read: {said[0]}") from error
 
 
-def each_row(path: Path, take: Callable[[dict[str, Any]], None], what: str = "rows") -> None:
-    """Call `take` with every row of a JSONL file, gzipped or not; `what` it holds is for the message if it is missing.
+def read_rows(path: Path, read: Callable[[dict[str, Any]], Any] = lambda row: row, what: str = "rows") -> list[Any]:
+    """What `read` makes of every row of a JSONL file, gzipped or not.
 
-    Raises ConfigError if the file does not exist or cannot be read, or `take` fails on a row (named by its line).
+    Raises ConfigError if the file does not exist or cannot be read, or `read` fails on a row (named by its line); the
+    message says `what` the file should hold.
     """
     if not path.is_file():
         raise ConfigError(f"no such file of {what}: {path}")
     opener: Callable = gzip.open if path.suffix == ".gz" else open
+    found: list[Any] = []
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 number += 1
-                take(json.loads(line))
+                found.append(read(json.loads(line)))
+        return found
     except KeyError as error:
         raise ConfigError(f"{path}, line {number}: the row needs {error.args[0]!r} (a file of {what})") from error
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -94,7 +97,7 @@ def read_texts(paths: Sequence[str], sources: Sequence[str] = ()) -> list[str]:
         if path.is_file() and ".jsonl" not in path.name:
             texts.append(path.read_text(encoding="utf-8"))
         else:
-            each_row(path, take, "texts (JSONL or plain text)")
+            read_rows(path, take, "texts (JSONL or plain text)")
     if sources and not texts:
         raise ConfigError(
             f"no row of {', '.join(paths)} is of the sources that are asked for ({', '.join(sources)}); an empty list "
@@ -107,22 +110,18 @@ def read_unrelated(paths: Sequence[str]) -> list[tuple[str, str]]:
     """Read questions that are unrelated to any document: training holds their answers to those of the plain base.
 
     A row has a `question` and an `answer`; or `choices`, with the index of the right one in `answer`: then it gives two
-    (question, answer) pairs, one of which lists the choices. Raises ConfigError as `each_row`.
+    (question, answer) pairs, one of which lists the choices. Raises ConfigError as `read_rows`.
     """
-    pairs: list[tuple[str, str]] = []
 
-    def take(row: dict[str, Any]) -> None:
+    def read(row: dict[str, Any]) -> list[tuple[str, str]]:
         question = row["question"]
-        if "choices" in row:
-            answer = row["choices"][row["answer"]]
-            listed = "\n".join(f"- {choice}" for choice in row["choices"])
-            pairs.extend([(question, answer), (f"{question}\n{listed}", answer)])
-        else:
-            pairs.append((question, str(row["answer"])))
+        if "choices" not in row:
+            return [(question, str(row["answer"]))]
+        answer = row["choices"][row["answer"]]
+        listed = "\n".join(f"- {choice}" for choice in row["choices"])
+        return [(question, answer), (f"{question}\n{listed}", answer)]
 
-    for path in paths:
-        each_row(local_file(path), take, "questions")
-    return pairs
+    return [pair for path in paths for pairs in read_rows(local_file(path), read, "questions") for pair in pairs]
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,6 @@ class DocumentQuestion:
     question: str
     answers: tuple[str, ...]
     is_span: bool = False  # whether an answer stands in the document, ignoring case
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def read_questioned(
                 document = _document(row, default_id)
                 documents.extend([document] if document.questions else [])
 
-        each_row(path, take, "documents with questions")
+        read_rows(path, take, "documents with questions")
     if not documents:
         of_which = f" of the sources {', '.join(sources)}" if sources else ""
         raise ConfigError(f"no document with questions{of_which} in {', '.join(map(str, paths)) or 'no file'}")
@@ -182,9 +180,7 @@ def read_questioned(
 
 def _document(row: Mapping[str, Any], default_id: str) -> QuestionedDocument:
     questions = tuple(
-        DocumentQuestion(
-            given["question"], tuple(given["answers"]), bool(given.get("span")), tuple(given.get("choices") or ())
-        )
+        DocumentQuestion(given["question"], tuple(given["answers"]), bool(given.get("span")))
         for given in row["questions"]
         if given["answers"]
     )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loracast.documents.task_spec import Example
-from loracast.lab.data.facts import ALTERNATIVES
+from loracast.lab.data.facts import pick_alternatives
 from loracast.lab.data.rows import read_content
 from loracast.lab.data.tasks import Task
 
@@ -386,5 +386,4 @@ def _joined(description: str, sentence: str, rng: random.Random) -> str:
 
 def _wording(rng: random.Random, table: str, key: str) -> str:
     """Draw a wording of the content, and one of the variants that its alternatives spell out."""
-    parts = ALTERNATIVES.split(rng.choice(read_content("task_augmentation")[table][key]))
-    return "".join(rng.choice(part.split("|")) if i % 2 else part for i, part in enumerate(parts))
+    return pick_alternatives(rng, rng.choice(read_content("task_augmentation")[table][key]))

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 from loracast.documents.task_spec import Example, texts_in
 from loracast.errors import ConfigError
-from loracast.lab.data.rows import each_row, read_content
+from loracast.lab.data.rows import read_content, read_rows
 
 DescriptionKind = Literal["train", "paraphrase", "heldout"]
 """Training uses `train` and `paraphrase` descriptions, never `heldout` ones."""
@@ -142,16 +142,16 @@ def _from_rows(paths: Sequence[Path]) -> list[Task]:
         about[row["task"]] = row
 
     for path in paths:
-        each_row(path, take_example)
+        read_rows(path, take_example)
     if not descriptions:
         if (beside := _beside(paths[0], "task_descriptions")) is None:
             raise ConfigError(
                 f"{paths[0]} needs the descriptions of its tasks beside it, in task_descriptions.jsonl or "
                 "task_descriptions.jsonl.gz"
             )
-        each_row(beside, take_description)
+        read_rows(beside, take_description)
     if (meta := _beside(paths[0], "tasks_meta")) is not None:
-        each_row(meta, take_about)
+        read_rows(meta, take_about)
     if unknown := sorted((descriptions.keys() | about.keys()) - examples.keys()):
         raise ConfigError(f"{paths[0]} has no examples of tasks that are described beside it: {', '.join(unknown)}")
     return [
@@ -237,18 +237,14 @@ def read_benchmark(path: Path, *, lists_choices: bool = True) -> Task:
 
 
 def _examples(path: Path, lists_choices: bool) -> list[Example]:
-    found: list[Example] = []
+    def read(row: dict[str, Any]) -> Example:
+        if "choices" not in row:
+            return Example(row["question"], (f"{row['rationale']}\n{row['answer']}",))
+        choices = tuple(row["choices"])
+        listed = "".join(f"\n- {choice}" for choice in choices) if lists_choices else ""
+        return Example(row["question"] + listed, (choices[row["answer"]],), choices)
 
-    def take(row: dict[str, Any]) -> None:
-        if "choices" in row:
-            choices = tuple(row["choices"])
-            listed = "".join(f"\n- {choice}" for choice in choices) if lists_choices else ""
-            found.append(Example(row["question"] + listed, (choices[row["answer"]],), choices))
-        else:
-            found.append(Example(row["question"], (f"{row['rationale']}\n{row['answer']}",)))
-
-    each_row(path, take)
-    return found
+    return read_rows(path, read)
 
 
 def example_from(row: Mapping[str, Any]) -> Example:

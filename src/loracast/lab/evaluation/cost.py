@@ -28,29 +28,12 @@ from loracast.base.generate import Sampling
 from loracast.cast.document import split_document, token_batches
 from loracast.documents import Document
 from loracast.errors import LoracastError
-from loracast.lab.data.needles import Haystack, Sample, make_needles
+from loracast.lab.data.needles import Haystack, Needle, make_needles
 from loracast.lab.data.rows import read_texts
-from loracast.lab.evaluation.documents import (
-    DocumentBaseline,
-    DocumentCase,
-    DocumentConfig,
-    DocumentSetup,
-    LearnedDocument,
-    RoutedConfig,
-    adapter,
-    no_document,
-    whole,
-)
+from loracast.lab.evaluation import documents
+from loracast.lab.evaluation.documents import DocumentBaseline, DocumentCase, DocumentSetup
 from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
-from loracast.lab.evaluation.runner import (
-    Answered,
-    Baseline,
-    ask_one,
-    check_positive,
-    in_turn,
-    peak_memory,
-    warm_up,
-)
+from loracast.lab.evaluation.runner import Answered, Baseline, Settings, ask_one, in_turn, peak_memory, warm_up
 from loracast.lab.evaluation.synthetic import window_prompt
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import layer_shapes, text_config
@@ -135,9 +118,10 @@ MEMORY_COLUMNS = columns(
 
 
 @dataclass(frozen=True)
-class LatencyConfig:
+class LatencyConfig(Settings):
     """Settings of `loracast eval latency`."""
 
+    POSITIVE = ("repetitions", "route")
     texts: tuple[str, ...]
     """Files with the prose of the document."""
     tokens: int = 8192
@@ -149,12 +133,9 @@ class LatencyConfig:
     seed: int = 0
     """Seed of document and questions."""
 
-    def __post_init__(self) -> None:
-        check_positive(self, "repetitions", "route")
-
 
 @dataclass(frozen=True)
-class MemoryConfig(DocumentConfig):
+class MemoryConfig(documents.DocumentConfig):
     """Settings of `loracast eval memory`."""
 
     texts: tuple[str, ...]
@@ -168,27 +149,24 @@ def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: P
 
     Every question is another one about another place, so that no LoRA is at hand from the question before.
     """
-    setup = DocumentSetup(model, RoutedConfig(route=config.route))
+    setup = DocumentSetup(model, documents.RoutedConfig(route=config.route))
     writer = Report(out, "latency", LATENCY_COLUMNS, config, model.base, model.documents.id)
-    sample = _document(model, config.texts, config.tokens, config.seed, config.repetitions + _N_WARM_UP)
-    document = Document.from_text(sample.text)
-    on_disk = LearnedDocument(document, [], setup.learn(document, "document"))
+    text, needles = _document(model, config, config.tokens, config.repetitions + _N_WARM_UP)
+    document = Document.from_text(text)
+    on_disk = documents.LearnedDocument(document, [], setup.learn(document, "document"))
     baselines: dict[str, DocumentBaseline] = {
-        "base": Baseline("no document", no_document),
-        "adapter": Baseline(f"adapter, routed {config.route}", adapter("document")),
-        "window": Baseline("in the window", whole(window_prompt)),
+        "base": Baseline("no document", documents.no_document),
+        "adapter": Baseline(f"adapter, routed {config.route}", documents.adapter("document")),
+        "window": Baseline("in the window", documents.whole(window_prompt)),
     }
     answered: dict[str, list[Answered[DocumentCase]]] = {name: [] for name in baselines}
     warm_up(model.base)
-    for i, needle in enumerate(sample.needles):
+    for i, needle in enumerate(needles):
         case = DocumentCase(on_disk, needle.question)
         for name in in_turn(list(baselines), i):
             answered[name].append(ask_one(setup, name, baselines[name], case, _FIRST_TOKEN)[0])
-        progress(i + 1, len(sample.needles))
-    times = {
-        name: [a.first_token_s for a in some[_N_WARM_UP:] if a.first_token_s is not None]
-        for name, some in answered.items()
-    }
+        progress(i + 1, len(needles))
+    times = {name: [a.first_token_s or 0.0 for a in some[_N_WARM_UP:]] for name, some in answered.items()}
     base_s = statistics.median(times["base"])
     rows = []
     for name, seconds in times.items():
@@ -200,18 +178,12 @@ def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: P
 
 
 def evaluate_memory(
-    model: Model,
-    base: str | None,
-    hypernetwork: str | None,
-    how: Mapping[str, Any],
-    config: MemoryConfig,
-    out: Path,
-    progress: Progress = no_progress,
+    model: Model, loaded: Mapping[str, Any], config: MemoryConfig, out: Path, progress: Progress = no_progress
 ) -> Report:
     """Learn documents of several lengths, each in a fresh process that loads the same base and hypernetwork.
 
     Args:
-        how: options of `load` for the base.
+        loaded: the arguments of `load` that give the model.
 
     Raises:
         LoracastError: such a process failed; the message ends with its last line.
@@ -221,22 +193,22 @@ def evaluate_memory(
     with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
         for i, length in enumerate(config.lengths):
             path = Path(scratch) / f"{length}.txt"
-            path.write_text(_document(model, config.texts, length, config.seed, 1).text, encoding="utf-8")
+            path.write_text(_document(model, config, length, 1)[0], encoding="utf-8")
             order = {
-                "base": base, "hypernetwork": hypernetwork, "how": dict(how), "text": str(path),
-                "library": str(Path(scratch) / "adapters"), "chunk_tokens": config.chunk_tokens,
+                "load": {**loaded, "library": str(Path(scratch) / "adapters")}, "text": str(path),
+                "chunk_tokens": config.chunk_tokens,
             }  # fmt: skip
             rows.append({"length": length, **_in_fresh_process(order)})
             progress(i + 1, len(config.lengths))
     return writer.write(rows)
 
 
-def _document(model: Model, texts: tuple[str, ...], n_tokens: int, seed: int, n_needles: int) -> Sample:
-    """Prose with that many needles spread over it."""
-    rng = random.Random(f"{seed}/{n_tokens}")
-    needles = make_needles(rng, n_needles, split="test", kind="number4")
-    haystack = Haystack(read_texts(texts), lambda part: encode_with_offsets(model.base.tokenizer, part))
-    return haystack.sample(rng, n_tokens, needles, [(i + 0.5) / n_needles for i in range(n_needles)])
+def _document(model: Model, config: LatencyConfig | MemoryConfig, n_tokens: int, n: int) -> tuple[str, list[Needle]]:
+    """Prose with that many needles spread over it, and the needles."""
+    rng = random.Random(f"{config.seed}/{n_tokens}")
+    needles = make_needles(rng, n, split="test", kind="number4")
+    haystack = Haystack(read_texts(config.texts), lambda part: encode_with_offsets(model.base.tokenizer, part))
+    return haystack.sample(rng, n_tokens, needles, [(i + 0.5) / n for i in range(n)]), needles
 
 
 def _in_fresh_process(order: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +223,7 @@ def _in_fresh_process(order: dict[str, Any]) -> dict[str, Any]:
 
 def learn_once(order: dict[str, Any]) -> dict[str, Any]:
     """Load, warm up, learn one document, then time casting against the encoder alone, batch by batch."""
-    model = load(order["base"], order["hypernetwork"], library=order["library"], **order["how"])
+    model = load(**order["load"])
     caster = model.documents
     # The document's hash tells it from the lengths before, which the library has.
     document = Document.from_text(Path(order["text"]).read_text(encoding="utf-8"))

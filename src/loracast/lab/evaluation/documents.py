@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from itertools import count, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -28,19 +28,9 @@ from loracast.documents import Chunk, Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import QuestionedDocument, read_questioned
+from loracast.lab.evaluation import runner
 from loracast.lab.evaluation.report import Progress, Report
-from loracast.lab.evaluation.runner import (
-    Answered,
-    Baseline,
-    Deadline,
-    EvaluatedModel,
-    LoRASource,
-    Request,
-    ask,
-    fixed,
-    shown,
-    warm_up,
-)
+from loracast.lab.evaluation.runner import Answered, Baseline, LoRASource, Request
 from loracast.lab.training.document_source import reading_prompt
 from loracast.library.adapter import Adapter
 from loracast.library.index import Index
@@ -60,7 +50,7 @@ _JOINTS = 8  # tokens to spare: where text and prompt meet they may be encoded o
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentConfig:
+class DocumentConfig(runner.Settings):
     """Settings of every experiment on documents."""
 
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
@@ -73,6 +63,7 @@ class DocumentConfig:
 class RoutedConfig(DocumentConfig):
     """Settings of an experiment that gives a question some chunks only."""
 
+    POSITIVE: ClassVar[tuple[str, ...]] = ("route",)
     route: int = DEFAULT_ROUTE
     """Chunks of a document that a question is given when routed."""
 
@@ -111,6 +102,7 @@ class QuestionedConfig(DocumentConfig):
     """Split to take of documents with a `split` field."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.documents:
             raise ConfigError("no documents: give a file of documents (--documents FILE)")
 
@@ -152,7 +144,7 @@ class LearnedDocument:
         return [(chunk.prompt, tuple(chunk.units)) for chunk in self.chunks]
 
 
-class DocumentSetup(EvaluatedModel):
+class DocumentSetup(runner.EvaluatedModel):
     """A model with a temporary library, and what all baselines of a run on documents share."""
 
     def __init__(
@@ -185,7 +177,7 @@ class DocumentSetup(EvaluatedModel):
     @cached_property
     def static(self) -> LoRASource:
         """The LoRA that the hypernetwork gives every document alike."""
-        return fixed(static_lora(self))
+        return runner.fixed(static_lora(self))
 
     @cached_property
     def chunk_bytes(self) -> int:
@@ -271,8 +263,6 @@ class DocumentCase:
     depth: float | None = None
     """Where in the document the answer was put, from 0 to 1, if it was."""
     doc_id: str = ""
-    source: str = ""
-    """The data set that the document is from."""
     about: Any = None
     """What the question was made from, if it was generated."""
     other: LearnedDocument | None = None
@@ -329,7 +319,7 @@ def copying_alone(with_static: bool) -> Asks:
 def in_window_lora(setup: DocumentSetup, text: str, question: str) -> Request:
     """A text in the prompt, and the LoRA that was trained to answer so."""
     assert setup.window_lora is not None
-    return shown(with_text(setup, reading_prompt, text, question), fixed(setup.window_lora))
+    return runner.shown(with_text(setup, reading_prompt, text, question), runner.fixed(setup.window_lora))
 
 
 def static_lora(model: Model) -> LoRA:
@@ -363,9 +353,16 @@ def with_text(
 
 def whole(prompt: Prompt, max_tokens: int | None = None) -> Asks:
     """The whole document in the prompt, or its beginning and end where it has more than `max_tokens` tokens."""
-    return lambda setup, case: shown(with_text(setup, prompt, case.document.full_text, case.question, max_tokens))
+    return lambda setup, case: runner.shown(
+        with_text(setup, prompt, case.document.full_text, case.question, max_tokens)
+    )
 
 
+WINDOW_LORA: DocumentBaseline = Baseline(
+    "window LoRA, the text in its window",
+    lambda setup, case: in_window_lora(setup, case.document.full_text, case.question),
+    needs=("window LoRA",),
+)
 _learned = learn("document")
 WITHOUT_PARTS: dict[str, DocumentBaseline] = {
     "place": Baseline("likeliest place of the text, no model", likeliest_place, is_optional=True),
@@ -423,8 +420,8 @@ def evaluate_documents(
         updates: filled with the seconds of learning each document; baselines are then asked one after the other.
     """
     answered: dict[Any, list[Answered[DocumentCase]]] = {}
-    deadline, total, n_before, is_complete = Deadline(budget_s), sum(part.n for part in parts), 0, True
-    warm_up(setup.base)
+    deadline, total, n_before, is_complete = runner.Deadline(budget_s), sum(part.n for part in parts), 0, True
+    runner.warm_up(setup.base)
     for place, part in enumerate(parts):
         n_done = n_asked = 0
         for of_documents in _groups(setup, part, deadline.share(len(parts) - place)):
@@ -438,7 +435,7 @@ def evaluate_documents(
                     updates[names[0]] += [_update_s(setup, baselines[names[0]], first) for first, *_ in of_documents]
                 sampling = Sampling(max_new_tokens=setup.max_new_tokens)
                 of_names = {name: cases[name] for name in names}
-                new += ask(setup, baselines, of_names, sampling, max(0, n_timed - n_asked))
+                new += runner.ask(setup, baselines, of_names, sampling, max(0, n_timed - n_asked))
             n_asked += sum(map(len, of_documents))
             n_done += len(of_documents)
             scored = [replace(a, scores=score(a)) for a in new]
@@ -460,7 +457,7 @@ def _update_s(setup: DocumentSetup, baseline: DocumentBaseline, case: DocumentCa
     return time.perf_counter() - started
 
 
-def _groups(setup: DocumentSetup, part: Part, deadline: Deadline) -> Iterator[list[list[DocumentCase]]]:
+def _groups(setup: DocumentSetup, part: Part, deadline: runner.Deadline) -> Iterator[list[list[DocumentCase]]]:
     """The questions of each document of a part, which has the next one as its other document.
 
     Some documents come at a time to bound the memory: what they have cast is freed when the next ones are asked for. No

@@ -25,19 +25,11 @@ from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.data.tasks import read_benchmark
+from loracast.lab.evaluation import report
 from loracast.lab.evaluation.documents import DocumentSetup, LearnedDocument, QuestionedConfig, RoutedConfig
 from loracast.lab.evaluation.likelihood import likeliest
-from loracast.lab.evaluation.report import (
-    Progress,
-    Report,
-    columns,
-    mean,
-    mean_with_interval,
-    named_interval,
-    no_progress,
-    wilson,
-)
-from loracast.lab.evaluation.runner import check_positive, grouped, made
+from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
+from loracast.lab.evaluation.runner import grouped, made
 from loracast.lab.training.relevance import measure, read_unrelated_files, shipped_fit
 
 GATE_COLUMNS = columns(
@@ -77,9 +69,8 @@ def evaluate_gate(config: GateConfig, out: Path, progress: Progress = no_progres
     for (is_about, group, source), some in of_rows.items():
         n = sum(kind["n"] for kind in some)
         n_passed = round(sum(kind["n"] * kind["passed"] for kind in some))
-        low, high = wilson(n_passed, n)
         row = {"about": "yes" if is_about else "no", "group": group, "source": source or "-", "n": n}
-        rows.append({**row, "passed": n_passed / n, "low": low, "high": high})
+        rows.append({**row, **report.share_row("passed", n_passed, n)})
     progress(1, 1)
     return Report(out, "gate", GATE_COLUMNS, config, None).write(rows)
 
@@ -96,6 +87,7 @@ INTERFERENCE_COLUMNS = columns(
 class InterferenceConfig(QuestionedConfig, RoutedConfig):
     """Settings of `loracast eval interference`."""
 
+    POSITIVE = ("questions", "route")
     benchmarks: tuple[str, ...] = ()
     """Files of questions with choices."""
     counts: tuple[int, ...] = (0, 1, 4, 16)
@@ -105,7 +97,6 @@ class InterferenceConfig(QuestionedConfig, RoutedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "questions", "route")
         if not self.benchmarks:
             raise ConfigError("no questions: give files of questions with choices (--benchmark FILE)")
         if min(self.counts) < 0:
@@ -130,7 +121,7 @@ def evaluate_interference(
         raise ConfigError(f"{counts[-1]} documents are to be learned at once, and there are {len(documents)}")
     writer = Report(out, "interference", INTERFERENCE_COLUMNS, config, model.base, model.documents.id)
     rows: list[dict[str, Any]] = []
-    of_all: dict[int, list[Chosen]] = {count: [] for count in counts}
+    of_tasks: list[dict[int, list[Chosen]]] = []
     for done, task in enumerate(tasks):
         rng = random.Random(f"{config.seed}/{task.name}")
         asked = rng.sample([row for row in task.test if row.choices], min(config.questions, len(task.test)))
@@ -144,12 +135,11 @@ def evaluate_interference(
                 of_task[count] += _choose(setup, some, learned[:count], plainly) if count else plainly
             setup.free(learned)
             progress(done * config.questions + first + len(some), len(tasks) * config.questions)
-        for count in counts:
-            of_all[count] += of_task[count]
+        of_tasks.append(of_task)
         rows += _rows(task.name, of_task)
         writer.write(rows, is_complete=False)
     if len(tasks) > 1:
-        rows += _rows("all", of_all)
+        rows += _rows("all", {count: [one for of_task in of_tasks for one in of_task[count]] for count in counts})
     return writer.write(rows)
 
 
@@ -182,11 +172,10 @@ def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, A
     rows = []
     for count, now in chosen.items():
         row: dict[str, Any] = {"benchmark": name, "n_documents": count, "n": len(now)}
-        row["accuracy"], row["low"], row["high"] = mean_with_interval([[float(is_right)] for _, is_right in now])
+        row["accuracy"], row["low"], row["high"] = report.mean_with_interval([[float(is_right)] for _, is_right in now])
         if count:
             pairs = list(zip(now, before, strict=True))
-            changes = [[float(a) - float(b)] for (_, a), (_, b) in pairs]
-            row |= named_interval("change", mean_with_interval(changes))
-            row["same"] = mean([a == b for (a, _), (b, _) in pairs])
+            row |= report.with_interval("change", [[float(a) - float(b)] for (_, a), (_, b) in pairs])
+            row["same"] = report.mean([a == b for (a, _), (b, _) in pairs])
         rows.append(row)
     return rows

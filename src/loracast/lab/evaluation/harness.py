@@ -14,6 +14,7 @@ from loracast.lab.evaluation.report import Report, columns
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA, inject
 
+_SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 COLUMNS = columns(
     task="task", metric="metric", n=("n", 0), base=("base", 4), base_stderr=("±", 4),
     adapter=("with the adapters", 4), adapter_stderr=("±", 4),
@@ -92,10 +93,7 @@ def _run(model: Model, config: HarnessConfig, manager: Any, lora: LoRA | None) -
             num_fewshot=config.shots,
             limit=config.limit,
             apply_chat_template=config.chat,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed,
-            torch_random_seed=config.seed,
-            fewshot_random_seed=config.seed,
+            **dict.fromkeys(_SEEDS, config.seed),
             bootstrap_iters=1000,
             log_samples=False,
         )

@@ -20,14 +20,7 @@ from torch import Tensor
 from loracast.answering.model import Model
 from loracast.base.load import Base
 from loracast.errors import ConfigError
-from loracast.lab.evaluation.report import (
-    Progress,
-    Report,
-    columns,
-    mean_with_interval,
-    named_interval,
-    no_progress,
-)
+from loracast.lab.evaluation.report import Progress, Report, columns, mean_with_interval, named_interval, no_progress
 from loracast.lab.training.doc import merged
 from loracast.lab.training.document_source import KINDS, DataConfig, EpisodeKind, EpisodeSource
 from loracast.lab.training.losses import sentence_gates

@@ -31,7 +31,8 @@ from loracast.hypernets.protocol import Caster
 from loracast.lab.data.answer_metrics import is_exact
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.evaluation.likelihood import negative_log_likelihood
-from loracast.lab.evaluation.report import Progress, Report, columns, mean, no_progress, wilson
+from loracast.lab.evaluation.report import Progress, Report, columns, no_progress, share_row
+from loracast.lab.evaluation.runner import Settings
 from loracast.lab.training.modality import encoded, wordings
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
@@ -57,17 +58,14 @@ _PROBE_STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # scikit-learn's C
 
 
 @dataclass(frozen=True)
-class ModalityEvalConfig:
+class ModalityEvalConfig(Settings):
     """Settings of `loracast eval image`."""
 
+    POSITIVE = ("per_class",)
     per_class: int | None = None
     """Most examples of each class; by default all."""
     seed: int = 0
     """Seed of the pairing with other examples' LoRAs, and of the examples where not all are taken."""
-
-    def __post_init__(self) -> None:
-        if self.per_class is not None and self.per_class < 1:
-            raise ConfigError("per_class must be at least 1")
 
 
 def evaluate_modality(
@@ -112,14 +110,14 @@ def evaluate_modality(
         for part in parts:
             right[part, baseline] = (likeliest(losses, part) == labels[about[part]]).tolist()
 
-    own = scorer.losses(asked.test, test.names, states, every)
+    own = scorer.losses(asked["test"], test.names, states, every)
     paired = _shuffled([about[part].tolist() for part in parts[:2]], config.seed)
     count("adapter", own, parts)
-    count("gain", own - scorer.losses(asked.test, test.names, reference, range(len(reference))).mean(0), parts)
-    count("unseen wording", scorer.losses(asked.unseen, test.names, states, every))
-    count("shuffled", scorer.losses(asked.test, test.names, states, paired))
-    count("none", np.repeat(scorer.of_base(asked.test, test.names), len(every), axis=0))
-    free = scorer.free_answers(asked.test, states)
+    count("gain", own - scorer.losses(asked["test"], test.names, reference, range(len(reference))).mean(0), parts)
+    count("unseen wording", scorer.losses(asked["unseen_wording"], test.names, states, every))
+    count("shuffled", scorer.losses(asked["test"], test.names, states, paired))
+    count("none", np.repeat(scorer.losses_with(asked["test"], test.names, [None]), len(every), axis=0))
+    free = scorer.free_answers(asked["test"], states)
     names = [test.names[label] for label in labels]
     for part in parts[:2]:
         right[part, "free"] = [is_exact(free[i], names[i]) for i in about[part]]
@@ -145,18 +143,17 @@ class _Scorer:
 
     def losses(self, question: str, answers: Sequence[str], states: Tensor, rows: Sequence[int]) -> np.ndarray:
         """The negative log-likelihood of each answer with the LoRA of each example [rows, answers]."""
-        prompt = self.base.chat.prompt(question, "")
-        found: list[Tensor] = []
+        found: list[np.ndarray] = []
         for loras in self._loras(states, rows):
-            found += negative_log_likelihood(self.base, [prompt] * len(loras), [answers] * len(loras), loras)
+            found.append(self.losses_with(question, answers, loras))
             self._done += len(loras)
             self.progress(min(self._done, self.total), self.total)
-        return torch.stack(found).cpu().numpy()
+        return np.concatenate(found)
 
-    def of_base(self, question: str, answers: Sequence[str]) -> np.ndarray:
-        """The negative log-likelihood of each answer without a LoRA [1, answers]."""
-        prompt = self.base.chat.prompt(question, "")
-        return torch.stack(negative_log_likelihood(self.base, [prompt], [answers], [None])).cpu().numpy()
+    def losses_with(self, question: str, answers: Sequence[str], loras: Sequence[LoRA | None]) -> np.ndarray:
+        """The same with given LoRAs, or with none [loras, answers]."""
+        n, prompt = len(loras), self.base.chat.prompt(question, "")
+        return torch.stack(negative_log_likelihood(self.base, [prompt] * n, [answers] * n, loras)).cpu().numpy()
 
     def free_answers(self, question: str, states: Tensor) -> list[str]:
         """What the base writes with the LoRA of each example."""
@@ -174,8 +171,7 @@ class _Scorer:
 
 def _row(part: str, baseline: str, hits: Sequence[bool], chance: float) -> dict[str, Any]:
     named: dict[str, Any] = {"part": part, "baseline": baseline, "label": LABELS[baseline], "n": len(hits)}
-    low, high = wilson(sum(hits), len(hits))
-    return {**named, "accuracy": mean(hits), "low": low, "high": high, "chance": chance}
+    return {**named, **share_row("accuracy", sum(hits), len(hits)), "chance": chance}
 
 
 def _chosen(test: Labelled, config: ModalityEvalConfig) -> list[int]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import normalise
-from loracast.lab.data.rows import each_row, local_file
+from loracast.lab.data.rows import local_file, read_rows
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.evaluation.report import Progress, Report, columns, mean, no_progress
 
@@ -196,10 +196,7 @@ def evaluate_document_overlap(config: OverlapConfig, out: Path, progress: Progre
 
 
 def _rows(files: Sequence[str]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for file in files:
-        each_row(local_file(file), found.append, "documents")
-    return found
+    return [row for file in files for row in read_rows(local_file(file), what="documents")]
 
 
 def _text(row: dict[str, Any]) -> str:

@@ -27,47 +27,10 @@ from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import best, exact_match, has_value, rouge_l, token_f1
 from loracast.lab.data.questions import make_clozes
 from loracast.lab.data.rows import QuestionedDocument
-from loracast.lab.evaluation.documents import (
-    WITHOUT_PARTS,
-    Answers,
-    Asks,
-    DocumentBaseline,
-    DocumentCase,
-    DocumentSetup,
-    Part,
-    Prompt,
-    QuestionedConfig,
-    Updates,
-    WindowedConfig,
-    adapter,
-    best_passages,
-    evaluate_documents,
-    in_window_lora,
-    learn,
-    no_document,
-    whole,
-    with_text,
-)
-from loracast.lab.evaluation.report import (
-    Progress,
-    Report,
-    cluster_bootstrap,
-    columns,
-    mean,
-    named_interval,
-    no_progress,
-)
-from loracast.lab.evaluation.runner import (
-    Answered,
-    Baseline,
-    Request,
-    check_positive,
-    choose_baselines,
-    figures,
-    fixed,
-    grouped,
-    shown,
-)
+from loracast.lab.evaluation import documents, report, runner
+from loracast.lab.evaluation.documents import Answers, Asks, DocumentBaseline, DocumentCase, DocumentSetup
+from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
+from loracast.lab.evaluation.runner import Answered, Baseline, Request
 from loracast.lab.training.document_source import reading_prompt
 from loracast.lab.training.losses import Distillation, Teacher
 from loracast.lab.training.scoring import Episode, Question, pack, score_answers
@@ -93,7 +56,7 @@ _SHORT = "{document}\n\n" + _ALONE
 _TWICE = "Question: {question}\n\n" + _SHORT
 
 
-def _prompt(template: str, *examples: str) -> Prompt:
+def _prompt(template: str, *examples: str) -> documents.Prompt:
     """A prompt of an empty system turn, the examples' questions as turns with their answers, and the real question.
 
     Args:
@@ -113,7 +76,7 @@ def _prompt(template: str, *examples: str) -> Prompt:
 
 
 _ORDER = "Answer the question with words from the text, as short as possible."
-PROMPTS: dict[str, Prompt] = {
+PROMPTS: dict[str, documents.Prompt] = {
     "naive": _prompt("{document}\n\n{question}"),
     "brief": _prompt("{document}\n\nQuestion: {question}\nAnswer in a few words."),
     "quoting": _prompt(f"Text: {{document}}\n\n{_ORDER}\nQuestion: {{question}}\nAnswer:"),
@@ -168,7 +131,7 @@ def _questions(setup: DocumentSetup, case: DocumentCase) -> list[Question]:
     text = without_middle(base.tokenizer, case.document.full_text, base.window // 2)
     prompt = PROMPTS[BEST] if setup.window_lora is None else reading_prompt
     clozes = make_clozes(random.Random(case.doc_id), case.document.document.text, N_QUESTIONS)
-    asked = [cloze.question for cloze in clozes]
+    asked = [question for question, _ in clozes]
     prompts = [tuple(prompt(base.chat, text, question)) for question in asked]
     sampling = Sampling(max_new_tokens=setup.max_new_tokens)
     said = answers(base, prompts, [setup.window_lora] * len(prompts), sampling)
@@ -188,7 +151,7 @@ def learn_distilled(setup: DocumentSetup, case: DocumentCase) -> None:
 
 def request_distilled(setup: DocumentSetup, case: DocumentCase) -> Request:
     """The question alone, with the LoRA that was trained for the document."""
-    return replace(setup.request(case.question), lora=fixed(case.document.trained[_NAME]))
+    return replace(setup.request(case.question), lora=runner.fixed(case.document.trained[_NAME]))
 
 
 TRUNCATED_TOKENS = 128
@@ -205,38 +168,41 @@ def passages(setup: DocumentSetup, case: DocumentCase, k: int) -> str:
     if len(chunks) > k:
         with closing(sqlite3.connect(":memory:")) as index:
             write_index(index, chunks)
-            chunks = [chunks[i] for i in best_passages(index, case.question, len(chunks), k)]
+            chunks = [chunks[i] for i in documents.best_passages(index, case.question, len(chunks), k)]
     return "\n\n".join(chunk.text for chunk in chunks)
 
 
 def _retrieved(k: int) -> Asks:
     """The k best passages in the prompt."""
-    return lambda setup, case: shown(with_text(setup, PROMPTS[BEST], passages(setup, case, k), case.question))
+    return lambda setup, case: runner.shown(
+        documents.with_text(setup, PROMPTS[BEST], passages(setup, case, k), case.question)
+    )
 
 
 BASELINES: dict[str, DocumentBaseline] = {
-    "adapter": Baseline("adapter", adapter("document"), learn("document")),
-    "none": Baseline("no document", no_document),
-    "other": Baseline("another's adapter", adapter("other"), learn("other")),
+    "adapter": Baseline("adapter", documents.adapter("document"), documents.learn("document")),
+    "none": Baseline("no document", documents.no_document),
+    "other": Baseline("another's adapter", documents.adapter("other"), documents.learn("other")),
     "beside": Baseline(
-        "adapter beside another's", adapter("document", "other"), learn("document", "other"), is_optional=True
+        "adapter beside another's",
+        documents.adapter("document", "other"),
+        documents.learn("document", "other"),
+        is_optional=True,
     ),
-    **WITHOUT_PARTS,
-    "window": Baseline("in the window", whole(PROMPTS[BEST])),
+    **documents.WITHOUT_PARTS,
+    "window": Baseline("in the window", documents.whole(PROMPTS[BEST])),
     **{
-        f"window_{name}": Baseline(f"window, prompt {name!r}", whole(prompt), is_optional=True)
+        f"window_{name}": Baseline(f"window, prompt {name!r}", documents.whole(prompt), is_optional=True)
         for name, prompt in PROMPTS.items()
         if name != BEST
     },
-    "truncated": Baseline(f"window, cut to {TRUNCATED_TOKENS} tokens", whole(PROMPTS[BEST], TRUNCATED_TOKENS)),
-    "window_lora": Baseline(
-        "window LoRA, the text in its window",
-        lambda setup, case: in_window_lora(setup, case.document.full_text, case.question),
-        needs=("window LoRA",),
+    "truncated": Baseline(
+        f"window, cut to {TRUNCATED_TOKENS} tokens", documents.whole(PROMPTS[BEST], TRUNCATED_TOKENS)
     ),
+    "window_lora": documents.WINDOW_LORA,
     "bm25_lora": Baseline(
         "window LoRA, BM25 passage",
-        lambda setup, case: in_window_lora(setup, passages(setup, case, 1), case.question),
+        lambda setup, case: documents.in_window_lora(setup, passages(setup, case, 1), case.question),
         needs=("window LoRA",),
     ),
     "bm25": Baseline("BM25, 1 passage", _retrieved(1)),
@@ -264,9 +230,10 @@ COLUMNS = columns(
 
 
 @dataclass(frozen=True)
-class QaConfig(QuestionedConfig, WindowedConfig):
+class QaConfig(documents.QuestionedConfig, documents.WindowedConfig):
     """Settings of `loracast eval qa`."""
 
+    POSITIVE = ("max_documents", "max_questions", "route")
     max_documents: int = 200
     """Most documents of each source, drawn at random."""
     max_questions: int | None = None
@@ -278,10 +245,6 @@ class QaConfig(QuestionedConfig, WindowedConfig):
     budget_s: float | None = None
     """Begin no further documents after this many seconds; the table shows how many there were."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "max_documents", "max_questions", "route")
-
 
 MEASURES = {"exact": exact_match, "contained": has_value, "f1": token_f1, "rouge_l": rouge_l}
 """What an answer is worth: each is the best over the right answers; `contained` is whether one stands in what was said,
@@ -291,11 +254,11 @@ as whole words."""
 def evaluate_qa(model: Model, config: QaConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; tables and answers are in `out` after every few documents."""
     setup = config.setup(model, MAX_NEW_TOKENS)
-    baselines = choose_baselines(BASELINES, config.baselines, config.missing)
-    parts = [_part(setup, source, some) for source, some in grouped(choose(config), lambda d: d.source).items()]
+    baselines = runner.choose_baselines(BASELINES, config.baselines, config.missing)
+    parts = [_part(setup, source, some) for source, some in runner.grouped(choose(config), lambda d: d.source).items()]
     writer = Report(out, "qa", COLUMNS, config, model.base, model.documents.id)
-    updates: Updates = {name: [] for name in baselines}
-    return evaluate_documents(
+    updates: documents.Updates = {name: [] for name in baselines}
+    return documents.evaluate_documents(
         setup, writer, baselines, parts, _score, lambda answered: _tables(answered, updates), _line, _N_TIMED,
         config.budget_s, progress, updates,
     )  # fmt: skip
@@ -308,7 +271,7 @@ def _score(a: Answered[DocumentCase]) -> dict[str, float]:
 def choose(config: QaConfig) -> list[QuestionedDocument]:
     """Draw the documents and their questions, source by source. Raises ConfigError where none is left."""
     chosen: list[QuestionedDocument] = []
-    for source, of_source in sorted(grouped(config.read(), lambda document: document.source).items()):
+    for source, of_source in sorted(runner.grouped(config.read(), lambda document: document.source).items()):
         rng = random.Random(f"{config.seed}/{source}")
         some = rng.sample(of_source, min(config.max_documents, len(of_source)))
         for document in some:
@@ -322,27 +285,24 @@ def choose(config: QaConfig) -> list[QuestionedDocument]:
     return chosen
 
 
-def _part(setup: DocumentSetup, source: str, documents: Sequence[QuestionedDocument]) -> Part:
+def _part(setup: DocumentSetup, source: str, some: Sequence[QuestionedDocument]) -> documents.Part:
     """The documents of a source, the last one's other document being the first."""
-    return Part(source, len(documents), _DOCUMENTS_PER_GROUP, lambda i: cases_of(setup, documents[i % len(documents)]))
+    return documents.Part(source, len(some), _DOCUMENTS_PER_GROUP, lambda i: cases_of(setup, some[i % len(some)]))
 
 
 def cases_of(setup: DocumentSetup, document: QuestionedDocument) -> list[DocumentCase]:
     """The questions about one document, which is learned."""
     learned = setup.keep(document.text, document.title)
-    return [
-        DocumentCase(learned, q.question, q.answers, doc_id=document.doc_id, source=document.source)
-        for q in document.questions
-    ]
+    return [DocumentCase(learned, q.question, q.answers, doc_id=document.doc_id) for q in document.questions]
 
 
-def _tables(answered: Mapping[str, Answers], updates: Updates) -> list[dict[str, Any]]:
+def _tables(answered: Mapping[str, Answers], updates: documents.Updates) -> list[dict[str, Any]]:
     """The rows of every source by itself, of all of them, and of every length."""
     every = [a for some in answered.values() for a in some]
     parts = {source or "documents": some for source, some in answered.items()}
     if len(parts) > 1:
         parts["all"] = every
-    by_length = grouped(every, lambda a: sum(a.case.document.n_tokens >= limit for limit in LENGTHS))
+    by_length = runner.grouped(every, lambda a: sum(a.case.document.n_tokens >= limit for limit in LENGTHS))
     rows = [row for part, some in parts.items() for row in _rows(part, some, updates, "source")]
     if len(by_length) > 1:
         for i, some in sorted(by_length.items()):
@@ -355,32 +315,34 @@ def _length_name(i: int) -> str:
     return f"{low} to {high - 1} tokens" if high else f"{low} tokens or more"
 
 
-def _rows(part: str, answered: Answers, updates: Updates, kind: str) -> list[dict[str, Any]]:
+def _rows(part: str, answered: Answers, updates: documents.Updates, kind: str) -> list[dict[str, Any]]:
     """One row a baseline, over some documents."""
-    by_baseline = grouped(answered, lambda a: a.baseline)
-    f1 = {name: mean([a.scores["f1"] for a in some]) for name, some in by_baseline.items()}
+    by_baseline = runner.grouped(answered, lambda a: a.baseline)
+    f1 = {name: report.mean([a.scores["f1"] for a in some]) for name, some in by_baseline.items()}
     rows = []
     for name, some in by_baseline.items():
         by_document = _by_document(some)
         row: dict[str, Any] = {"kind": kind, "part": part, "baseline": name, "label": BASELINES[name].label}
-        row |= {"documents": len(by_document), **figures(some)}
-        row |= {key: mean([a.scores[key] for a in some]) for key in MEASURES}
-        row |= named_interval("f1", (f1[name], *cluster_bootstrap(list(by_document.values()))))
+        row |= {"documents": len(by_document), **runner.figures(some)}
+        row |= {key: report.mean([a.scores[key] for a in some]) for key in MEASURES}
+        row |= report.named_interval("f1", (f1[name], *report.cluster_bootstrap(list(by_document.values()))))
         for best_known in ("window", "window_lora"):
             row[f"of_{best_known}"] = f1[name] / f1[best_known] if f1.get(best_known) else None
-        row["document_tokens"] = mean([a.case.document.n_tokens for a in some])
-        row["update_s"] = mean(updates[name])
+        row["document_tokens"] = report.mean([a.case.document.n_tokens for a in some])
+        row["update_s"] = report.mean(updates[name])
         if "adapter" in by_baseline and name != "adapter":
             mine = _by_document(by_baseline["adapter"])
             gains = [[x - y for x, y in zip(mine[key], by_document[key], strict=True)] for key in mine]
-            row |= named_interval("difference", (f1["adapter"] - f1[name], *cluster_bootstrap(gains)))
+            row |= report.named_interval("difference", (f1["adapter"] - f1[name], *report.cluster_bootstrap(gains)))
         rows.append(row)
     return rows
 
 
 def _by_document(answered: Answers) -> dict[str, list[float]]:
     """The F1 of each document's questions."""
-    return {key: [a.scores["f1"] for a in some] for key, some in grouped(answered, lambda a: a.case.doc_id).items()}
+    return {
+        key: [a.scores["f1"] for a in some] for key, some in runner.grouped(answered, lambda a: a.case.doc_id).items()
+    }
 
 
 def _line(source: str, a: Answered[DocumentCase]) -> dict[str, Any]:

@@ -19,31 +19,10 @@ from loracast.documents.task_spec import Example, TaskSpec
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import is_right
 from loracast.lab.data.tasks import Task
-from loracast.lab.evaluation.report import (
-    Progress,
-    Report,
-    columns,
-    mean,
-    named_interval,
-    no_progress,
-    paired_bootstrap,
-)
-from loracast.lab.evaluation.runner import Answered, Baseline, ask, check_positive, fixed, grouped
-from loracast.lab.evaluation.tasks import (
-    ADAPTER,
-    LONGEST,
-    Asked,
-    Drawn,
-    TaskCase,
-    TaskSetup,
-    TasksFrom,
-    draw,
-    evaluate_by_task,
-    exact_shares,
-    request_of,
-    task_figures,
-    test_rows,
-)
+from loracast.lab.evaluation import report, tasks
+from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
+from loracast.lab.evaluation.runner import Answered, Baseline, ask, fixed, grouped
+from loracast.lab.evaluation.tasks import ADAPTER, Drawn, TaskCase, TaskSetup, TasksFrom
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Factors, Rows
 
@@ -95,6 +74,7 @@ STARTS = {
 class RefiningConfig(TasksFrom):
     """Settings of `loracast eval refining`."""
 
+    POSITIVE = ("rows", "seconds", "steps")
     rows: int = 50
     """Most test rows of a task."""
     seeds: tuple[int, ...] = (0, 1)
@@ -108,7 +88,6 @@ class RefiningConfig(TasksFrom):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "rows", "seconds", "steps")
         if not self.seeds:
             raise ConfigError("seeds must be at least one")
 
@@ -150,26 +129,28 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
     Raises:
         ConfigError: a task has too few training examples, or there is no task.
     """
-    tasks = config.read()
-    if few := [task.name for task in tasks if len(task.train) < FEWEST_EXAMPLES]:
+    chosen = config.read()
+    if few := [task.name for task in chosen if len(task.train) < FEWEST_EXAMPLES]:
         raise ConfigError(f"refining takes {FEWEST_EXAMPLES} training examples; fewer have {', '.join(few)}")
     starts = {name: start for name, start in STARTS.items() if name != "multitask" or setup.multitask is not None}
-    n_all, n_done = len(tasks) * len(config.seeds) * len(starts), 0
+    n_all, n_done = len(chosen) * len(config.seeds) * len(starts), 0
 
     def answer(i: int) -> Iterator[tuple[Key, int, list[Answered[TaskCase]]]]:
         nonlocal n_done
         for seed in config.seeds:
-            drawn = draw(tasks, i, seed)
+            drawn = tasks.draw(chosen, i, seed)
             for name, start in starts.items():
                 stages = descend(setup, drawn, start, config.marks, start.config)
-                for at, answered in _answer(setup, drawn, stages, test_rows(tasks[i], config.rows)).items():
+                for at, answered in _answer(setup, drawn, stages, tasks.test_rows(chosen[i], config.rows)).items():
                     yield (name, at), seed, answered
                 n_done += 1
                 progress(n_done, n_all)
 
-    report = setup.report(out, "refining", COLUMNS, config, config.seeds)
+    writer = setup.report(out, "refining", COLUMNS, config, config.seeds)
     rows = partial(_rows, config.marks)
-    return evaluate_by_task(report, tasks, answer, rows, lambda key: {"start": key[0], "at": key[1]}, config.budget_s)
+    return tasks.evaluate_by_task(
+        writer, chosen, answer, rows, lambda key: {"start": key[0], "at": key[1]}, config.budget_s
+    )
 
 
 def descend(
@@ -206,11 +187,11 @@ def _answer(
 
     def baseline(stage: Stage) -> Baseline[TaskSetup, TaskCase]:
         lora = fixed(stage.lora)
-        return Baseline("", lambda setup, case: request_of(setup, case, lora))
+        return Baseline("", lambda setup, case: tasks.request_of(setup, case, lora))
 
     cases, metric = [TaskCase(drawn, row) for row in rows], drawn.task.metric
     baselines = {at: baseline(stage) for at, stage in stages.items()}
-    answered = ask(setup, baselines, dict.fromkeys(stages, cases), Sampling(max_new_tokens=LONGEST[metric]))
+    answered = ask(setup, baselines, dict.fromkeys(stages, cases), Sampling(max_new_tokens=tasks.LONGEST[metric]))
 
     def scored(one: Answered[TaskCase]) -> Answered[TaskCase]:
         is_exact = is_right(one.text, one.case.row.outputs, metric)
@@ -219,16 +200,16 @@ def _answer(
     return grouped(map(scored, answered), lambda one: one.baseline)
 
 
-def _rows(marks: Sequence[Mark], tasks: Sequence[Task], asked: Asked[Key]) -> list[dict[str, Any]]:
+def _rows(marks: Sequence[Mark], done: Sequence[Task], asked: tasks.Asked[Key]) -> list[dict[str, Any]]:
     """A row for each start at each mark over the tasks that are done."""
-    exact = exact_shares(asked)
+    exact = tasks.exact_shares(asked)
     seconds = {mark.name: None if math.isinf(mark.seconds) else mark.seconds for mark in marks}
     rows = []
     for (name, at), of_tasks in asked.items():
         row: dict[str, Any] = {"start": name, "label": STARTS[name].label, "at": at, "seconds": seconds[at]}
         n_steps = [some[0].scores["n_steps"] for by_seed in of_tasks for some in by_seed]
-        row |= {**task_figures(tasks, exact[name, at]), "n_steps": mean(n_steps)}
+        row |= {**tasks.task_figures(done, exact[name, at]), "n_steps": report.mean(n_steps)}
         if name != ADAPTER:
-            row |= named_interval("difference", paired_bootstrap(exact[ADAPTER, at], exact[name, at]))
+            row |= report.named_interval("difference", report.paired_bootstrap(exact[ADAPTER, at], exact[name, at]))
         rows.append(row)
     return rows

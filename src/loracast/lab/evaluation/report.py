@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from datetime import UTC, datetime
 from math import sqrt
 from pathlib import Path
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def wilson(n_hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default: honest for few samples and for shares near 0 and 1."""
+def wilson(n_hits: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a share, 95 %: honest for few samples and for shares near 0 and 1."""
     if n == 0:
         return 0.0, 1.0
-    share = n_hits / n
+    share, z = n_hits / n, 1.959964
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def cluster_bootstrap(
-    clusters: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+_N_RESAMPLES = 2000
+
+
+def cluster_bootstrap(clusters: Sequence[Sequence[float]]) -> tuple[float, float]:
     """95 % percentile interval of a mean over clusters, such as documents whose questions stand or fall together.
 
     Args:
@@ -44,8 +45,8 @@ def cluster_bootstrap(
     """
     hits = np.array([sum(cluster) for cluster in clusters], dtype=float)  # [clusters]
     sizes = np.array([len(cluster) for cluster in clusters], dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(hits), size=(n_resamples, len(hits)))
-    shares = hits[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)  # [n_resamples]
+    drawn = np.random.default_rng(0).integers(len(hits), size=(_N_RESAMPLES, len(hits)))
+    shares = hits[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)  # [_N_RESAMPLES]
     low, high = np.percentile(shares, [2.5, 97.5])
     return float(low), float(high)
 
@@ -55,9 +56,19 @@ def mean_with_interval(clusters: Sequence[Sequence[float]]) -> tuple[float, floa
     return mean([value for cluster in clusters for value in cluster]), *cluster_bootstrap(clusters)
 
 
+def share_row(key: str, n_hits: int, n: int) -> dict[str, float]:
+    """A share and the ends of Wilson's interval as they stand in a row: `key`, `low` and `high`."""
+    return dict(zip((key, "low", "high"), (n_hits / n, *wilson(n_hits, n)), strict=True))
+
+
 def named_interval(key: str, found: Sequence[float | None]) -> dict[str, float | None]:
     """A figure and the ends of its interval as they stand in a row: `key`, `key_low` and `key_high`."""
     return dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
+
+
+def with_interval(key: str, clusters: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """The figure of `mean_with_interval` as it stands in a row, as `named_interval` has it."""
+    return named_interval(key, mean_with_interval(clusters))
 
 
 def mean(values: Sequence[float]) -> float:
@@ -68,9 +79,7 @@ def mean_if_any(values: Sequence[float]) -> float | None:
     return mean(values) if values else None
 
 
-def paired_bootstrap(
-    one: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_bootstrap(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """The mean over tasks of how much more often `one` is right than `other` on the same rows, and its 95 % interval.
 
     The bootstrap draws tasks, and rows within each drawn task, since tasks and rows both might have been others.
@@ -83,12 +92,12 @@ def paired_bootstrap(
     padded = np.zeros((len(gains), sizes.max()))  # [tasks, rows], behind the end of a task's rows 0
     for row, gain in zip(padded, gains, strict=True):
         row[: len(gain)] = gain
-    rng = np.random.default_rng(seed)
-    means = np.zeros(n_resamples)
+    rng = np.random.default_rng(0)
+    means = np.zeros(_N_RESAMPLES)
     for _ in gains:  # one drawn task of each resample at a time, so that little memory is needed
-        task = rng.integers(len(gains), size=n_resamples)
+        task = rng.integers(len(gains), size=_N_RESAMPLES)
         size = sizes[task][:, None]
-        row = rng.integers(size, size=(n_resamples, padded.shape[1]))  # [resamples, rows]
+        row = rng.integers(size, size=(_N_RESAMPLES, padded.shape[1]))  # [resamples, rows]
         is_drawn = np.arange(padded.shape[1]) < size
         means += (padded[task[:, None], row] * is_drawn).sum(axis=1) / size[:, 0] / len(gains)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -147,30 +156,26 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows))
 
 
+@dataclass
 class Report:
     """The results of one evaluation, written into a folder while it runs: its tables, and its answers one by one."""
 
-    def __init__(
-        self,
-        out: Path,
-        title: str,
-        columns: Sequence[Column],
-        config: Any,
-        base: Base | None,
-        hypernetwork: str | None = None,
-    ):
-        """
-        Args:
-            config: the evaluation's dataclass of settings.
-            base, hypernetwork: the base and the hash of the hypernetwork that are measured, if there are any.
-        """
-        self.out, self.title, self.columns = out, title, columns
-        self.settings: dict[str, Any] = asdict(config)
+    out: Path
+    title: str
+    columns: Sequence[Column]
+    config: Any
+    """The evaluation's dataclass of settings."""
+    base: InitVar[Base | None]
+    hypernetwork: InitVar[str | None] = None
+    """The hash of the hypernetwork that is measured, if there is one."""
+    rows: Sequence[Row] = ()
+    is_complete: bool = False
+
+    def __post_init__(self, base: Base | None, hypernetwork: str | None) -> None:
+        self.settings: dict[str, Any] = asdict(self.config)
         self.environment = environment(base, hypernetwork)
-        self.rows: Sequence[Row] = ()
-        self.is_complete = False
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "answers.jsonl").unlink(missing_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "answers.jsonl").unlink(missing_ok=True)
 
     def write(self, rows: Sequence[Row], is_complete: bool = True) -> Report:
         """Write results.json and table.md of these rows, each of them whole or not at all.

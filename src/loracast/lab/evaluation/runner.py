@@ -12,10 +12,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from loracast.answering.answers import Prepared, SourcedAnswer
 from loracast.answering.model import Model
@@ -92,13 +92,18 @@ class Baseline(Generic[AnySetup, Case]):
     """Whether its requests depend on what a seed draws; one that does not is asked with the first seed only."""
 
 
-def check_positive(config: Any, *fields: str) -> None:
-    """Raises ConfigError where one of these settings is below 1 or holds such a number; None is no number."""
-    given = {name: getattr(config, name) for name in fields}
-    if bad := [
-        n for n, v in given.items() if v is not None and min(v if isinstance(v, tuple) else (v,), default=0) < 1
-    ]:
-        raise ConfigError(f"{' and '.join(bad)} must be at least 1")
+@dataclass(frozen=True)
+class Settings:
+    """The settings of an experiment."""
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+    """Those that are refused where they are below 1 or hold such a number; None is no number."""
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in self.POSITIVE}
+        numbers = {name: v if isinstance(v, tuple) else (v,) for name, v in given.items() if v is not None}
+        if bad := [name for name, some in numbers.items() if min(some, default=0) < 1]:
+            raise ConfigError(f"{' and '.join(bad)} must be at least 1")
 
 
 def check_names(names: Sequence[str], known: Mapping[str, Any]) -> tuple[str, ...]:
@@ -150,34 +155,26 @@ def peak_memory() -> Iterator[Peak]:
     On Linux freed memory is handed back first, so that it cannot hide what is allocated in its place, and the kernel's
     high-water mark starts anew. Elsewhere only what exceeds all that the process ever held shows.
     """
-    before = _start()
-    peak = Peak(before / _MIB)
-    yield peak
-    peak.above_mib = max(0, _most() - before) / _MIB
-
-
-def _start() -> int:
-    try:
+    key = "VmHWM"
+    with suppress(OSError):
         if sys.platform == "linux":
             getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)  # glibc has it, musl has nothing to trim
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return _status("VmRSS")
-    except OSError:
-        return _most()
+        key = "VmRSS"
+    before = _resident_bytes(key)
+    peak = Peak(before / _MIB)
+    yield peak
+    peak.above_mib = max(0, _resident_bytes("VmHWM") - before) / _MIB
 
 
-def _most() -> int:
-    """The most bytes that were resident: since the reset, or of the whole process where there is none."""
+def _resident_bytes(key: str) -> int:
+    """The bytes that Linux notes under a key for this process; elsewhere the most that were ever resident."""
     try:
-        return _status("VmHWM")
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 T = TypeVar("T")
@@ -200,6 +197,8 @@ class Answered(Generic[Case]):
     answered_by: str
     found: bool | None = None
     """Whether the chunk with the answer was picked; None where nothing is picked."""
+    prepare_s: float | None = None
+    """From the question until its prompt and its LoRA are there; timed questions only."""
     first_token_s: float | None = None
     """From the question to the first token, routing and building the LoRA included; timed questions only."""
     answer_s: float | None = None
@@ -249,12 +248,13 @@ def ask_one(
     started = time.perf_counter()
     request = baseline.request(setup, case)
     loras = made(setup.base, [request])
-    prepared_s = time.perf_counter() - started
+    prepare_s = time.perf_counter() - started
     (given,) = _generate(setup, [request], loras, sampling)
     # A strict answer is shown at its end.
     first_s = given.total_s if request.prepared.comes_whole else given.first_token_s
     answered = _answered(name, case, request, given)
-    return replace(answered, first_token_s=prepared_s + first_s, answer_s=prepared_s + given.total_s), given
+    first_token_s, answer_s = prepare_s + first_s, prepare_s + given.total_s
+    return replace(answered, prepare_s=prepare_s, first_token_s=first_token_s, answer_s=answer_s), given
 
 
 def _answered(name: str, case: Case, request: Request, given: SourcedAnswer) -> Answered[Case]:

@@ -19,52 +19,12 @@ from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import find_value, has_value, is_exact
 from loracast.lab.data.everyday import KINDS, EverydayFact, load_genres, make_document
 from loracast.lab.data.facts import Fact, make_sheet
-from loracast.lab.data.needles import Haystack, Needle, Sample, make_needles
+from loracast.lab.data.needles import Haystack, Needle, make_needles
 from loracast.lab.data.rows import read_content, read_texts
-from loracast.lab.evaluation.documents import (
-    MAX_NEW_TOKENS,
-    WITHOUT_PARTS,
-    Answers,
-    Asks,
-    DocumentBaseline,
-    DocumentCase,
-    DocumentSetup,
-    LearnedDocument,
-    Part,
-    WindowedConfig,
-    adapter,
-    best_passages,
-    evaluate_documents,
-    in_window_lora,
-    merged,
-    no_document,
-    strictly,
-    whole,
-    with_text,
-)
-from loracast.lab.evaluation.report import (
-    Column,
-    Progress,
-    Report,
-    cluster_bootstrap,
-    columns,
-    mean,
-    mean_if_any,
-    mean_with_interval,
-    named_interval,
-    no_progress,
-    wilson,
-)
-from loracast.lab.evaluation.runner import (
-    Answered,
-    Baseline,
-    Request,
-    check_positive,
-    choose_baselines,
-    figures,
-    grouped,
-    shown,
-)
+from loracast.lab.evaluation import documents, report, runner
+from loracast.lab.evaluation.documents import MAX_NEW_TOKENS, Answers, DocumentBaseline, DocumentCase, DocumentSetup
+from loracast.lab.evaluation.report import Column, Progress, Report, columns, no_progress
+from loracast.lab.evaluation.runner import Answered, Baseline, Request
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 N_TIMED = 5
@@ -103,16 +63,18 @@ def window_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
 def _passages(setup: DocumentSetup, case: DocumentCase, k: int | None) -> tuple[str, bool]:
     """The texts of the k best chunks, in the document's order, and whether the one with the answer is among them."""
     document = case.document
-    found = best_passages(document.adapter.open_index, case.question, len(document.chunks), k or setup.config.route)
+    found = documents.best_passages(
+        document.adapter.open_index, case.question, len(document.chunks), k or setup.config.route
+    )
     return "\n\n".join(document.chunks[i].prompt for i in found), case.chunk in found
 
 
-def passages(k: int | None) -> Asks:
+def passages(k: int | None) -> documents.Asks:
     """The texts of the k best chunks in the prompt; as many as a question is given if None."""
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
         text, found = _passages(setup, case, k)
-        return shown(with_text(setup, window_prompt, text, case.question), found=found)
+        return runner.shown(documents.with_text(setup, window_prompt, text, case.question), found=found)
 
     return request
 
@@ -120,36 +82,31 @@ def passages(k: int | None) -> Asks:
 def _bm25_lora(setup: DocumentSetup, case: DocumentCase) -> Request:
     """The best chunk in the window of the LoRA that was trained to answer so."""
     text, found = _passages(setup, case, 1)
-    return replace(in_window_lora(setup, text, case.question), found=found)
+    return replace(documents.in_window_lora(setup, text, case.question), found=found)
 
 
 BASELINES: dict[str, DocumentBaseline] = {
-    "merged": Baseline("adapter, one LoRA of all chunks (merged)", merged),
-    "routed": Baseline("adapter, routed {route}", adapter("document")),
-    "strict": Baseline("adapter, routed {route}, strict", strictly),
-    "none": Baseline("no document", no_document),
-    "other": Baseline("another document's adapter", adapter("other")),
-    "window": Baseline("in the window", whole(window_prompt)),
+    "merged": Baseline("adapter, one LoRA of all chunks (merged)", documents.merged),
+    "routed": Baseline("adapter, routed {route}", documents.adapter("document")),
+    "strict": Baseline("adapter, routed {route}, strict", documents.strictly),
+    "none": Baseline("no document", documents.no_document),
+    "other": Baseline("another document's adapter", documents.adapter("other")),
+    "window": Baseline("in the window", documents.whole(window_prompt)),
     "bm25": Baseline("BM25 passage in the window", passages(1)),
-    **{name: one for name, one in WITHOUT_PARTS.items() if name != "merged"},
-    "window_lora": Baseline(
-        "window LoRA, the text in its window",
-        lambda setup, case: in_window_lora(setup, case.document.full_text, case.question),
-        needs=("window LoRA",),
-        is_optional=True,
-    ),
-    "bm25_lora": Baseline("window LoRA, the BM25 passage", _bm25_lora, needs=("window LoRA",), is_optional=True),
+    **{name: one for name, one in documents.WITHOUT_PARTS.items() if name != "merged"},
+    "window_lora": documents.WINDOW_LORA,
+    "bm25_lora": Baseline("window LoRA, the BM25 passage", _bm25_lora, needs=("window LoRA",)),
     "bm25k": Baseline("BM25 {route} passages in the window", passages(None)),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticConfig(WindowedConfig):
+class SyntheticConfig(documents.WindowedConfig):
     """Settings that the needle and the facts experiment share."""
 
     storage: Storage = DEFAULT_STORAGE
     """Storage of the factors."""
-    baselines: tuple[str, ...] = tuple(name for name, one in BASELINES.items() if not one.is_optional)
+    baselines: tuple[str, ...] = tuple(name for name, one in BASELINES.items() if not (one.is_optional or one.needs))
     """Baselines to run."""
     split: Literal["dev", "test"] = "test"
     """Split of wordings and entities: `dev` to choose between settings, `test` for figures that are reported."""
@@ -157,8 +114,8 @@ class SyntheticConfig(WindowedConfig):
     """Stop drawing documents after this many seconds, shared among the sizes; `n` shows how far it came."""
 
     def __post_init__(self) -> None:
-        choose_baselines(BASELINES, self.baselines, self.missing)
-        check_positive(self, "route")
+        runner.choose_baselines(BASELINES, self.baselines, self.missing)
+        super().__post_init__()
 
     def started(self, model: Model, out: Path, title: str, columns: Sequence[Column]) -> tuple[DocumentSetup, Report]:
         """What the baselines of a run share, and its report."""
@@ -169,9 +126,9 @@ class SyntheticConfig(WindowedConfig):
 def _evaluate(
     setup: DocumentSetup,
     config: SyntheticConfig,
-    report: Report,
+    writer: Report,
     size_key: str,
-    parts: Sequence[Part],
+    parts: Sequence[documents.Part],
     rows_of: Callable[[Answers], dict[str, Any]],
     progress: Progress,
     score: Callable[[Answered[DocumentCase]], dict[str, Any]] = lambda a: {"exact": answers_exactly(a)},
@@ -182,41 +139,43 @@ def _evaluate(
         size_key: what a size is called in the rows.
         rows_of: the figures of one baseline at one size, besides those of `answer_row`.
     """
-    baselines = choose_baselines(BASELINES, config.baselines, config.missing)
+    baselines = runner.choose_baselines(BASELINES, config.baselines, config.missing)
 
     def tables(answered: Mapping[Any, Answers]) -> list[dict[str, Any]]:
         return [
             {size_key: size, **answer_row(setup, mine), **rows_of(mine)}
             for size, some in answered.items()
-            for mine in grouped(some, lambda a: a.baseline).values()
+            for mine in runner.grouped(some, lambda a: a.baseline).values()
         ]
 
     def line(size: int, a: Answered[DocumentCase]) -> dict[str, Any]:
         about = {"depth": a.case.depth, "question": a.case.question, "value": a.case.answers[0], "picked": a.found}
         return {size_key: size, "baseline": a.baseline, **about}
 
-    return evaluate_documents(setup, report, baselines, parts, score, tables, line, N_TIMED, config.budget_s, progress)
+    return documents.evaluate_documents(
+        setup, writer, baselines, parts, score, tables, line, N_TIMED, config.budget_s, progress
+    )
 
 
 def answer_row(setup: DocumentSetup, answered: Answers) -> dict[str, Any]:
     """The figures of one baseline over its answers, and the mean size of their documents."""
     hits = [a.scores["exact"] for a in answered]
-    documents = {a.case.document: None for a in answered}
+    learned = {a.case.document: None for a in answered}
     return {
         "baseline": answered[0].baseline,
         "label": BASELINES[answered[0].baseline].label.format(route=setup.config.route),
-        **figures(answered),
-        **named_interval("exact", (mean(hits), *wilson(sum(hits), len(hits)))),
-        "has_value": mean([has_value(a.text, a.case.answers[0]) for a in answered]),
-        "recall": mean_if_any([a.found for a in answered if a.found is not None]),
-        "document_tokens": mean([document.n_tokens for document in documents]),
-        "chunks": mean([len(document.chunks) for document in documents]),
+        **runner.figures(answered),
+        **report.named_interval("exact", (report.mean(hits), *report.wilson(sum(hits), len(hits)))),
+        "has_value": report.mean([has_value(a.text, a.case.answers[0]) for a in answered]),
+        "recall": report.mean_if_any([a.found for a in answered if a.found is not None]),
+        "document_tokens": report.mean([document.n_tokens for document in learned]),
+        "chunks": report.mean([len(document.chunks) for document in learned]),
     }
 
 
 def by_document(answered: Answers, score: str) -> list[list[float]]:
     """For each document, which of its questions were answered right: the clusters of an interval over documents."""
-    return [[a.scores[score] for a in some] for some in grouped(answered, lambda a: a.case.document).values()]
+    return [[a.scores[score] for a in some] for some in runner.grouped(answered, lambda a: a.case.document).values()]
 
 
 def answers_exactly(a: Answered[DocumentCase]) -> bool:
@@ -224,7 +183,7 @@ def answers_exactly(a: Answered[DocumentCase]) -> bool:
     return is_exact(a.text, a.case.answers[0])
 
 
-def _case(document: LearnedDocument, fact: Needle | Fact, depth: float | None = None) -> DocumentCase:
+def _case(document: documents.LearnedDocument, fact: Needle | Fact, depth: float | None = None) -> DocumentCase:
     """The question for the value that a statement of the document gives."""
     chunk = document.chunk_of(fact.statement, fact.statement.index(fact.answer))
     return DocumentCase(document, fact.question, (fact.answer,), chunk, depth)
@@ -245,6 +204,7 @@ NEEDLE_COLUMNS = (*columns(length=("tokens", 0), chunks=("chunks", 1)), *ANSWER_
 class NeedleConfig(SyntheticConfig):
     """Settings of `loracast eval needle`."""
 
+    POSITIVE = ("samples", "samples_long", "samples_window", "lengths", "route")
     texts: tuple[str, ...]
     """Files with the prose of the haystacks, which no training may have seen."""
     lengths: tuple[int, ...] = (256, 1024, 4096, 8192, 32768)
@@ -262,7 +222,6 @@ class NeedleConfig(SyntheticConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "samples", "samples_long", "samples_window", "lengths")
         kinds = sorted(read_content("needles")["kinds"])
         problems = [f"a length of {n} tokens is too short for a needle" for n in self.lengths if n < 64]
         problems += [f"a depth of {d} is outside 0..1" for d in self.depths if not 0 <= d <= 1]
@@ -282,37 +241,32 @@ class NeedleConfig(SyntheticConfig):
 def evaluate_needle(model: Model, config: NeedleConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; tables and answers are in `out` after every few documents."""
     haystack = Haystack(read_texts(config.texts), lambda text: encode_with_offsets(model.base.tokenizer, text))
-    setup, report = config.started(model, out, "needle", NEEDLE_COLUMNS)
+    setup, writer = config.started(model, out, "needle", NEEDLE_COLUMNS)
     parts = [_needles(setup, config, haystack, length) for length in config.lengths]
-    return _evaluate(setup, config, report, "length", parts, _by_depth, progress)
+    return _evaluate(setup, config, writer, "length", parts, _by_depth, progress)
 
 
-def make_sample(config: NeedleConfig, haystack: Haystack, length: int, i: int) -> Sample:
-    """The i-th document of a length, by seed, length and i alone: a longer run begins with those of a shorter one."""
-    rng = random.Random(f"{config.seed}/{length}/{i}")
-    kind = None if config.kind == "any" else config.kind
-    return haystack.sample(rng, length, make_needles(rng, 1, split=config.split, kind=kind), [config.depth(i)])
-
-
-def _needles(setup: DocumentSetup, config: NeedleConfig, haystack: Haystack, length: int) -> Part:
+def _needles(setup: DocumentSetup, config: NeedleConfig, haystack: Haystack, length: int) -> documents.Part:
     """The documents of one length, each with a question about its needle."""
 
     def draw(i: int) -> list[DocumentCase]:
-        sample = make_sample(config, haystack, length, i)
-        return [_case(setup.keep(sample.text), sample.needles[0], sample.depths[0])]
+        """By seed, length and i alone: a longer run begins with the documents of a shorter one."""
+        rng, depth = random.Random(f"{config.seed}/{length}/{i}"), config.depth(i)
+        (needle,) = make_needles(rng, 1, split=config.split, kind=None if config.kind == "any" else config.kind)
+        return [_case(setup.keep(haystack.sample(rng, length, [needle], [depth])), needle, depth)]
 
     n_window = config.samples_window if length >= SLOW_WINDOW else None
     size = max(1, min(32, _TOKENS_PER_GROUP // length))
-    return Part(length, config.n_samples(length), size, draw, n_window)
+    return documents.Part(length, config.n_samples(length), size, draw, n_window)
 
 
 def _by_depth(answered: Answers) -> dict[str, Any]:
     """Exact match in each fifth of the documents."""
-    by_bin = grouped(answered, lambda a: min(N_DEPTH_BINS - 1, int((a.case.depth or 0.0) * N_DEPTH_BINS)))
+    by_bin = runner.grouped(answered, lambda a: min(N_DEPTH_BINS - 1, int((a.case.depth or 0.0) * N_DEPTH_BINS)))
     depths = []
     for i in range(N_DEPTH_BINS):
         hits = [a.scores["exact"] for a in by_bin.get(i, [])]
-        share = mean_if_any(hits)
+        share = report.mean_if_any(hits)
         depths.append({"low": i / N_DEPTH_BINS, "high": (i + 1) / N_DEPTH_BINS, "n": len(hits), "exact": share})
     return {"depths": depths}
 
@@ -331,24 +285,21 @@ FACTS_COLUMNS = (
 class FactsConfig(SyntheticConfig):
     """Settings of `loracast eval facts`."""
 
+    POSITIVE = ("facts", "sheets", "route")
     facts: tuple[int, ...] = (5, 20)
     """Facts on a sheet, a size each."""
     sheets: int = 50
     """Sheets of each size."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "facts", "sheets")
-
 
 def evaluate_facts(model: Model, config: FactsConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; tables and answers are in `out` after every few sheets."""
-    setup, report = config.started(model, out, "facts", FACTS_COLUMNS)
+    setup, writer = config.started(model, out, "facts", FACTS_COLUMNS)
     parts = [_sheets(setup, config, n_facts) for n_facts in config.facts]
-    return _evaluate(setup, config, report, "facts", parts, _by_sheet, progress)
+    return _evaluate(setup, config, writer, "facts", parts, _by_sheet, progress)
 
 
-def _sheets(setup: DocumentSetup, config: FactsConfig, n_facts: int) -> Part:
+def _sheets(setup: DocumentSetup, config: FactsConfig, n_facts: int) -> documents.Part:
     """The sheets of one size, each with a question about every fact."""
 
     def draw(i: int) -> list[DocumentCase]:
@@ -356,13 +307,13 @@ def _sheets(setup: DocumentSetup, config: FactsConfig, n_facts: int) -> Part:
         document = setup.keep(sheet.text, sheet.title)
         return [_case(document, fact) for fact in sheet.facts]
 
-    return Part(n_facts, config.sheets, _DOCUMENTS_PER_GROUP, draw)
+    return documents.Part(n_facts, config.sheets, _DOCUMENTS_PER_GROUP, draw)
 
 
 def _by_sheet(answered: Answers) -> dict[str, Any]:
     """The interval of exact match over sheets, whose questions stand or fall together."""
     sheets = by_document(answered, "exact")
-    low, high = cluster_bootstrap(sheets)
+    low, high = report.cluster_bootstrap(sheets)
     return {"sheets": len(sheets), "cluster_low": low, "cluster_high": high}
 
 
@@ -383,14 +334,11 @@ EVERYDAY_COLUMNS = (
 class EverydayConfig(SyntheticConfig):
     """Settings of `loracast eval everyday`."""
 
+    POSITIVE = ("documents", "questions", "route")
     documents: int = 60
     """Documents, of all genres alike."""
     questions: int = 8
     """Most questions about one document, drawn from all that its genre has."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "documents", "questions")
 
 
 def evaluate_everyday(model: Model, config: EverydayConfig, out: Path, progress: Progress = no_progress) -> Report:
@@ -399,12 +347,12 @@ def evaluate_everyday(model: Model, config: EverydayConfig, out: Path, progress:
     def score(a: Answered[DocumentCase]) -> dict[str, Any]:
         return {"exact": answers_exactly(a), "kind": a.case.about.kind, "right": is_right(a.text, a.case.about)}
 
-    setup, report = config.started(model, out, "everyday", EVERYDAY_COLUMNS)
+    setup, writer = config.started(model, out, "everyday", EVERYDAY_COLUMNS)
     parts = [_everyday_documents(setup, config)]
-    return _evaluate(setup, config, report, "documents", parts, _by_kind, progress, score)
+    return _evaluate(setup, config, writer, "documents", parts, _by_kind, progress, score)
 
 
-def _everyday_documents(setup: DocumentSetup, config: EverydayConfig) -> Part:
+def _everyday_documents(setup: DocumentSetup, config: EverydayConfig) -> documents.Part:
     """The documents of all genres in turn, each with some of its questions."""
     genres = list(load_genres(config.split))
 
@@ -419,7 +367,7 @@ def _everyday_documents(setup: DocumentSetup, config: EverydayConfig) -> Part:
             for fact, chunk in zip(facts, chunks, strict=True)
         ]
 
-    return Part(config.documents, config.documents, _DOCUMENTS_PER_GROUP, draw)
+    return documents.Part(config.documents, config.documents, _DOCUMENTS_PER_GROUP, draw)
 
 
 def says_not_said(answer: str) -> bool:
@@ -447,10 +395,10 @@ def is_right(answer: str, fact: EverydayFact) -> bool:
 
 def _by_kind(answered: Answers) -> dict[str, Any]:
     """The share of right answers with its interval over documents, and by kind of question."""
-    documents = by_document(answered, "right")
-    right, low, high = mean_with_interval(documents)
-    found: dict[str, Any] = {"documents": len(documents), "right": right, "cluster_low": low, "cluster_high": high}
+    clusters = by_document(answered, "right")
+    right, low, high = report.mean_with_interval(clusters)
+    found: dict[str, Any] = {"documents": len(clusters), "right": right, "cluster_low": low, "cluster_high": high}
     for kind in KINDS:
         some = [a.scores["right"] for a in answered if a.scores["kind"] == kind]
-        found |= {kind: mean_if_any(some), f"n {kind}": len(some)}
+        found |= {kind: report.mean_if_any(some), f"n {kind}": len(some)}
     return found

@@ -27,33 +27,11 @@ from loracast.errors import ConfigError
 from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.lab.data.answer_metrics import is_right
 from loracast.lab.data.tasks import DescriptionKind, Metric, Task, check_one_source, tasks_or_benchmarks
+from loracast.lab.evaluation import report, runner
 from loracast.lab.evaluation.cost import QueryFlops
 from loracast.lab.evaluation.likelihood import likeliest
-from loracast.lab.evaluation.report import (
-    Column,
-    Progress,
-    Report,
-    columns,
-    mean,
-    mean_if_any,
-    named_interval,
-    no_progress,
-    paired_bootstrap,
-)
-from loracast.lab.evaluation.runner import (
-    Answered,
-    Baseline,
-    Deadline,
-    EvaluatedModel,
-    LoRASource,
-    Request,
-    ask,
-    check_names,
-    check_positive,
-    choose_baselines,
-    fixed,
-    made,
-)
+from loracast.lab.evaluation.report import Column, Progress, Report, columns, no_progress
+from loracast.lab.evaluation.runner import Answered, Baseline, LoRASource, Request
 from loracast.lab.training.loras import ABOUT, read_oracle
 from loracast.lab.training.text import gibberish
 from loracast.library.library import Library
@@ -88,7 +66,7 @@ class NearestExamples:
         return tuple(examples[i] for i in order[-n:])
 
 
-class TaskSetup(EvaluatedModel):
+class TaskSetup(runner.EvaluatedModel):
     """A model, and where the LoRAs of a run's baselines come from; None for what the run does without."""
 
     def __init__(
@@ -115,19 +93,19 @@ class TaskSetup(EvaluatedModel):
     def made_once(self, key: Hashable, make: Callable[[], LoRA]) -> LoRASource:
         """A source whose LoRA is kept until another one is made: a task's rows follow each other, and need it often."""
 
-        def made() -> LoRA:
+        def kept() -> LoRA:
             if key not in self._last:
                 self._last.clear()
                 self._last[key] = make()
             return self._last[key]
 
-        return LoRASource(key, made)
+        return LoRASource(key, kept)
 
     def report(self, out: Path, title: str, columns: Sequence[Column], config: Any, seeds: Sequence[int]) -> Report:
         """The report of an experiment with several seeds."""
-        report = Report(out, title, columns, config, self.base, self.caster.caster.id if self.caster else None)
-        report.settings["seed"] = seeds[0]
-        return report
+        writer = Report(out, title, columns, config, self.base, self.caster.caster.id if self.caster else None)
+        writer.settings["seed"] = seeds[0]
+        return writer
 
     def missing(self) -> dict[str, str]:
         """The parts that this run does not have, each with how a user gives it."""
@@ -215,7 +193,7 @@ def _reader_shots(n: int) -> TaskBaseline:
     def request(setup: TaskSetup, case: TaskCase) -> Request:
         text = TaskSpec(case.drawn.description, case.drawn.shots[:n]).text()
         assert setup.multitask_described is not None
-        return Request(setup.prepare(with_description(text, case.row.input)), fixed(setup.multitask_described))
+        return Request(setup.prepare(with_description(text, case.row.input)), runner.fixed(setup.multitask_described))
 
     needs = ("multitask_described", f"{n} examples")
     return Baseline(f"multi-task LoRA, description and {n} examples", request, needs=needs, is_optional=True)
@@ -223,7 +201,7 @@ def _reader_shots(n: int) -> TaskBaseline:
 
 def _given(name: str) -> Source:
     """A LoRA that the setup holds."""
-    return lambda setup, drawn: fixed(getattr(setup, name))
+    return lambda setup, drawn: runner.fixed(getattr(setup, name))
 
 
 def _cast(label: str, spec: Callable[[Drawn], str | TaskSpec], *needs: str, is_optional: bool = False) -> TaskBaseline:
@@ -296,7 +274,7 @@ COLUMNS = columns(
 
 
 @dataclass(frozen=True)
-class TasksFrom:
+class TasksFrom(runner.Settings):
     """Settings that choose the tasks of an experiment."""
 
     tasks: str | None = None
@@ -307,6 +285,7 @@ class TasksFrom:
     """Take the tasks that no training has seen; or else those of the training."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_one_source(self.tasks, self.benchmarks)
         if self.benchmarks and not self.heldout:
             raise ConfigError("benchmarks are held out: leave --trained out")
@@ -328,6 +307,7 @@ class TasksFrom:
 class TasksConfig(TasksFrom):
     """Settings of `loracast eval tasks`."""
 
+    POSITIVE = ("rows", "max_new_tokens")
     descriptions: DescriptionKind = "heldout"
     """Kind of the descriptions."""
     rows: int = 50
@@ -345,8 +325,7 @@ class TasksConfig(TasksFrom):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names(self.baselines or (), BASELINES)
-        check_positive(self, "rows", "max_new_tokens")
+        runner.check_names(self.baselines or (), BASELINES)
         if self.benchmarks and self.descriptions != "heldout":
             raise ConfigError("benchmarks have held-out descriptions only: leave --descriptions out")
         if self.baselines == () or not self.seeds:
@@ -374,8 +353,8 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
                 n_done += len(answered) * len(config.seeds) // len(seeds)
                 progress(n_done, n_rows)
 
-    report = setup.report(out, "tasks", COLUMNS, config, config.seeds)
-    return evaluate_by_task(report, tasks, answer, _rows, lambda name: {"baseline": name}, config.budget_s)
+    writer = setup.report(out, "tasks", COLUMNS, config, config.seeds)
+    return evaluate_by_task(writer, tasks, answer, _rows, lambda name: {"baseline": name}, config.budget_s)
 
 
 Asked = Mapping[K, Sequence[Sequence[Sequence[Answered[TaskCase]]]]]
@@ -383,7 +362,7 @@ Asked = Mapping[K, Sequence[Sequence[Sequence[Answered[TaskCase]]]]]
 
 
 def evaluate_by_task(
-    report: Report,
+    writer: Report,
     tasks: Sequence[Task],
     answer: Callable[[int], Iterable[tuple[K, int, list[Answered[TaskCase]]]]],
     rows_of: Callable[[Sequence[Task], Asked[K]], list[dict[str, Any]]],
@@ -397,18 +376,18 @@ def evaluate_by_task(
         line_of: what a line of answers.jsonl says of what answered.
         budget_s: begin no further task after this many seconds.
     """
-    deadline, asked = Deadline(budget_s), defaultdict[K, list[list[list[Answered[TaskCase]]]]](list)
+    deadline, asked = runner.Deadline(budget_s), defaultdict[K, list[list[list[Answered[TaskCase]]]]](list)
     for i in range(len(tasks)):
         if i and deadline.is_over:
             break
         by_seed = defaultdict[K, list[list[Answered[TaskCase]]]](list)
         for name, seed, answered in answer(i):
             by_seed[name].append(answered)
-            report.add_answers({**line_of(name), "seed": seed, **_line(one)} for one in answered)
+            writer.add_answers({**line_of(name), "seed": seed, **_line(one)} for one in answered)
         for name, some in by_seed.items():
             asked[name].append(some)
-        report.write(rows_of(tasks[: i + 1], asked), is_complete=i + 1 == len(tasks))
-    return report
+        writer.write(rows_of(tasks[: i + 1], asked), is_complete=i + 1 == len(tasks))
+    return writer
 
 
 def exact_shares(asked: Asked[K]) -> dict[K, list[list[float]]]:
@@ -421,14 +400,14 @@ def exact_shares(asked: Asked[K]) -> dict[K, list[list[float]]]:
 
 def seed_shares(by_seed: Sequence[Sequence[float]]) -> list[float]:
     """For each row of a task, the share of the seeds with which it was right."""
-    return [mean(row) for row in zip(*by_seed, strict=True)]
+    return [report.mean(row) for row in zip(*by_seed, strict=True)]
 
 
 def task_figures(tasks: Sequence[Task], exact: Sequence[Sequence[float]]) -> dict[str, Any]:
     """The figures of a row of the table, from the share of each row of each task; all tasks count the same."""
-    by_task = {task.name: mean(shares) for task, shares in zip(tasks, exact, strict=True)}
+    by_task = {task.name: report.mean(shares) for task, shares in zip(tasks, exact, strict=True)}
     n_rows = sum(map(len, exact))
-    return {"n_tasks": len(tasks), "n": n_rows, "exact": mean(list(by_task.values())), "by_task": by_task}
+    return {"n_tasks": len(tasks), "n": n_rows, "exact": report.mean(list(by_task.values())), "by_task": by_task}
 
 
 def _choose_baselines(config: TasksConfig, setup: TaskSetup, tasks: Sequence[Task]) -> dict[str, TaskBaseline]:
@@ -439,7 +418,7 @@ def _choose_baselines(config: TasksConfig, setup: TaskSetup, tasks: Sequence[Tas
         missing["tasks"] = "for every task another one that is not related (of another `group`)"
     fewest = min(len(d.shots) for d in drawn)
     missing |= {f"{n} examples": f"{n} training examples of every task" for n in SHOTS if n > fewest}
-    return choose_baselines(BASELINES, config.baselines or (), missing)
+    return runner.choose_baselines(BASELINES, config.baselines or (), missing)
 
 
 def _with_oracles(tasks: list[Task], config: TasksConfig, setup: TaskSetup) -> list[Task]:
@@ -487,10 +466,10 @@ def _answer(
     task = drawn.task
     cases = [TaskCase(drawn, row) for row in test_rows(task, config.rows)]
     sampling = Sampling(max_new_tokens=config.max_new_tokens or LONGEST[task.metric])
-    answered = ask(setup, {name: baseline}, {name: cases}, sampling)
+    answered = runner.ask(setup, {name: baseline}, {name: cases}, sampling)
     choices = _choose(setup, baseline, cases)
     formula = QueryFlops.of(setup.base.model.config)
-    (lora,) = made(setup.base, [baseline.request(setup, cases[0])])
+    (lora,) = runner.made(setup.base, [baseline.request(setup, cases[0])])
     scored = []
     for i, one in enumerate(answered):
         n_new = len(setup.base.chat.reply(one.case.row.outputs[0]))
@@ -507,7 +486,7 @@ def _choose(setup: TaskSetup, baseline: TaskBaseline, cases: Sequence[TaskCase])
     """
     choices = {i: texts for i, c in enumerate(cases) if (texts := c.row.choices or c.drawn.task.labels)}
     requests = [baseline.request(setup, cases[i]) for i in choices]
-    loras = made(setup.base, requests)
+    loras = runner.made(setup.base, requests)
     chosen = likeliest(setup.base, [r.prepared.prompt for r in requests], list(choices.values()), loras)
     return {
         i: {
@@ -532,15 +511,17 @@ def _rows(tasks: Sequence[Task], asked: Asked[str]) -> list[dict[str, Any]]:
         row = {"baseline": name, "label": BASELINES[name].label, **task_figures(tasks, exact[name])}
         for key in ("choice", "choice_by_byte"):
             given = [[[one.scores[key] for one in some if key in one.scores] for some in t] for t in of_tasks]
-            row[key] = mean_if_any([mean(shares) for by_seed in given if (shares := seed_shares(by_seed))])
-        row["prompt_tokens"] = mean_if_any([one.n_prompt_tokens for one in every])
-        row["gflops"] = mean_if_any([one.scores["gflops"] for one in every])
+            row[key] = report.mean_if_any(
+                [report.mean(shares) for by_seed in given if (shares := seed_shares(by_seed))]
+            )
+        row["prompt_tokens"] = report.mean_if_any([one.n_prompt_tokens for one in every])
+        row["gflops"] = report.mean_if_any([one.scores["gflops"] for one in every])
         for key, part in parts.items():
-            row[key] = mean_if_any([mean(exact[name][i]) for i in part])
+            row[key] = report.mean_if_any([report.mean(exact[name][i]) for i in part])
             if ADAPTER in asked and name != ADAPTER:
                 pair = ([exact[one][i] for i in part] for one in (ADAPTER, name))
-                found = paired_bootstrap(*pair) if part else (None, None, None)
-                row |= named_interval(f"difference_{key}".removesuffix("_exact"), found)
+                found = report.paired_bootstrap(*pair) if part else (None, None, None)
+                row |= report.named_interval(f"difference_{key}".removesuffix("_exact"), found)
         rows.append(row)
     return rows
 

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,8 @@ from loracast.lab.data.answer_metrics import best, has_value, token_f1
 from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument
 from loracast.lab.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig
 from loracast.lab.evaluation.qa import MAX_NEW_TOKENS
-from loracast.lab.evaluation.report import (
-    Progress,
-    Report,
-    columns,
-    mean,
-    mean_with_interval,
-    named_interval,
-    no_progress,
-)
-from loracast.lab.evaluation.runner import Answered, Baseline, ask, check_positive, grouped, in_turn, warm_up
+from loracast.lab.evaluation.report import Progress, Report, columns, mean, no_progress, with_interval
+from loracast.lab.evaluation.runner import Answered, Baseline, ask, ask_one, grouped, in_turn, warm_up
 from loracast.reading.search import phrases
 
 MAX_HOLDER_SHARE = 0.01
@@ -64,16 +55,13 @@ COLUMNS = columns(
 class LibraryConfig(QuestionedConfig, RoutedConfig):
     """Settings of `loracast eval library`."""
 
+    POSITIVE = ("library_size", "route")
     library_size: int = 1000
     """Documents in the library, drawn at random; all of their questions are looked up."""
     answered: int = 60
     """Most questions that are answered, drawn at random; 0 for none."""
     timed: int = 12
     """Most of those whose first token is timed, with adapters on disk, after one that is not counted."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "library_size", "route")
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,8 @@ def evaluate_library(model: Model, config: LibraryConfig, out: Path, progress: P
     answered: list[Answered[Asked]] = []
     for first in range(0, len(some), _QUESTIONS_AT_ONCE):
         cases = dict.fromkeys(BASELINES, some[first : first + _QUESTIONS_AT_ONCE])
-        answered += ask(setup, BASELINES, cases, Sampling(max_new_tokens=setup.max_new_tokens))
+        given = ask(setup, BASELINES, cases, Sampling(max_new_tokens=setup.max_new_tokens))
+        answered += map(_scored, given)
         setup.free(setup.learned.values())
         progress(first + _QUESTIONS_AT_ONCE, len(some))
     writer.add_answers(map(_line, answered))
@@ -153,22 +142,16 @@ def _time(
     warm_up(setup.base)
     on_disk: set[str] = set()
     for i, one in enumerate(some):
-        question, route = one.asked.question, setup.config.route
-        while missing := {one.name, *_picked(setup, question)} - on_disk:
+        while missing := {one.name, *_picked(setup, one.asked.question)} - on_disk:
             on_disk |= missing
             for name in sorted(missing):  # each is now the youngest: of equal chunks others may come first
                 about = drawn[int(name.removeprefix("d"))]
                 document = Document.from_text(about.text, about.title)
                 setup.learn(document, name, max_chunk_tokens=setup.config.chunk_tokens, replace=True)
-        chosen: dict[str, str | tuple[str, ...]] = {"library": "*", "named": one.name, "none": ()}
         for name in in_turn(list(BASELINES), i):
-            started = time.perf_counter()
-            prepared = setup.prepare(question, chosen[name], route=route, outlines=False)
-            lora = setup.lora_of(prepared.routed)
-            prepare_s = time.perf_counter() - started
-            (said,) = setup.generate([(prepared, lora)], Sampling(max_new_tokens=1))
+            timed, _ = ask_one(setup, name, BASELINES[name], one, Sampling(max_new_tokens=1))
             if i >= _N_WARM_UP:
-                times[name].append((prepare_s, prepare_s + said.first_token_s))
+                times[name].append((timed.prepare_s or 0.0, timed.first_token_s or 0.0))
     return times
 
 
@@ -182,8 +165,10 @@ def _parts(asked: Sequence[Any], about: Callable[[Any], Asked]) -> dict[str, lis
     return {ALL: list(asked), NAMING: [one for one in asked if about(one).names_something]}
 
 
-def _by_document(values: Sequence[tuple[Asked, float]]) -> list[list[float]]:
-    return [[value for _, value in some] for some in grouped(values, lambda pair: pair[0].name).values()]
+def _by_document(asked: Sequence[Asked], values: Sequence[float]) -> list[list[float]]:
+    """The values of questions, those about one document together."""
+    pairs = grouped(zip(asked, values, strict=True), lambda pair: pair[0].name)
+    return [[value for _, value in some] for some in pairs.values()]
 
 
 def _ranks(asked: Sequence[Asked]) -> list[dict[str, Any]]:
@@ -191,18 +176,17 @@ def _ranks(asked: Sequence[Asked]) -> list[dict[str, Any]]:
     rows = []
     for part, some in _parts(asked, lambda one: one).items():
         if some:
-            hits = [(one, float(one.rank is not None and one.rank <= _N_FIRST)) for one in some]
-            three = mean_with_interval(_by_document(hits))
+            hits = [float(one.rank is not None and one.rank <= _N_FIRST) for one in some]
             row = {"questions": part, "label": "search alone", "n": len(some)}
-            row |= {"first": mean([one.rank == 1 for one in some]), **named_interval("three", three)}
+            row |= {"first": mean([one.rank == 1 for one in some]), **with_interval("three", _by_document(some, hits))}
             rows.append(row)
     return rows
 
 
-def _scores(one: Answered[Asked]) -> tuple[float, float]:
-    """Whether the answer contains a right one, and its F1."""
-    answers = one.case.asked.answers
-    return float(any(has_value(one.text, right) for right in answers)), best(token_f1, one.text, answers)
+def _scored(one: Answered[Asked]) -> Answered[Asked]:
+    """The answer with whether it contains a right one, and its F1."""
+    measures = {"contained": has_value, "f1": token_f1}
+    return replace(one, scores={key: float(best(f, one.text, one.case.asked.answers)) for key, f in measures.items()})
 
 
 def _answers(answered: Sequence[Answered[Asked]]) -> list[dict[str, Any]]:
@@ -210,20 +194,18 @@ def _answers(answered: Sequence[Answered[Asked]]) -> list[dict[str, Any]]:
     rows = []
     for part, some in _parts(answered, lambda one: one.case).items():
         by_baseline = grouped(some, lambda one: one.baseline)
-        named = [_scores(one) for one in by_baseline.get("named", [])]
         for name, given in by_baseline.items():
-            scores = [_scores(one) for one in given]
-            places = [one.case for one in given]
             row: dict[str, Any] = {"questions": part, "baseline": name, "label": BASELINES[name].label, "n": len(given)}
-            row["contained"] = statistics.mean(contained for contained, _ in scores)
-            f1 = [(about, f1) for about, (_, f1) in zip(places, scores, strict=True)]
-            row |= named_interval("f1", mean_with_interval(_by_document(f1)))
+            asked, f1 = [one.case for one in given], [one.scores["f1"] for one in given]
+            row["contained"] = statistics.mean(one.scores["contained"] for one in given)
+            row |= with_interval("f1", _by_document(asked, f1))
             if name != "named":
-                of_contained, of_f1 = map(statistics.mean, zip(*named, strict=True))
+                named = by_baseline["named"]
+                of_contained, of_f1 = (statistics.mean(one.scores[key] for one in named) for key in ("contained", "f1"))
                 row["of_named"] = row["f1"] / of_f1 if of_f1 else None
                 row["contained_of_named"] = row["contained"] / of_contained if of_contained else None
-                gains = [(about, x - y) for about, (_, x), (_, y) in zip(places, scores, named, strict=True)]
-                row |= named_interval("difference", mean_with_interval(_by_document(gains)))
+                gains = [own - of.scores["f1"] for own, of in zip(f1, named, strict=True)]
+                row |= with_interval("difference", _by_document(asked, gains))
             rows.append(row)
     return rows
 
@@ -240,9 +222,9 @@ def _times(times: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
 
 def _line(one: Answered[Asked]) -> dict[str, Any]:
     """One line of answers.jsonl."""
-    about, (contained, f1) = one.case, _scores(one)
+    about = one.case
     return {
         "baseline": one.baseline, "doc_id": about.doc_id, "question": about.asked.question,
-        "answers": about.asked.answers, **one.said, "contained": contained, "f1": round(f1, 4),
+        "answers": about.asked.answers, **one.said, **one.scores, "f1": round(one.scores["f1"], 4),
         "names_something": about.names_something, "rank": about.rank,
     }  # fmt: skip

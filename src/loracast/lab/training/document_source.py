@@ -21,7 +21,7 @@ from loracast.lab.data.everyday import EverydayFact, make_document
 from loracast.lab.data.facts import INSIDE, FactSpan, Split, TokenLabel, label_tokens, make_sheet
 from loracast.lab.data.needles import hide, make_needles, sentences
 from loracast.lab.data.questions import find_answer, make_clozes
-from loracast.lab.data.rows import QuestionedDocument, read_questioned, read_texts, read_unrelated
+from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument, read_questioned, read_texts, read_unrelated
 from loracast.lab.training.losses import weights_of
 from loracast.lab.training.scoring import Episode, Question
 
@@ -37,8 +37,8 @@ EpisodeKind = Literal["needle", "questions", "cloze", "reading", "everyday", "fa
 KINDS: tuple[EpisodeKind, ...] = get_args(EpisodeKind)
 """Kinds of episodes, in the order in which a step draws one; fact sheets get the share that the others leave."""
 
-Answered = Sequence[tuple[str, str, FactSpan]]
-"""Questions with their answers and the statements that give them."""
+Answered = Sequence[tuple[str, FactSpan]]
+"""Questions with the statements that give their answers."""
 
 
 def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
@@ -71,16 +71,20 @@ _MAX_UNASKED = 32  # answers of one document that are labelled without being ask
 def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
     """At most `n` of a document's questions whose answers stand in it, with the answers in the document's words."""
     rng.shuffle(spans := document.spans)
-    found = ((span.question, find_answer(document.text, span.question, span.answers)) for span in spans[:n])
-    return [(question, fact.value, fact) for question, fact in found if fact is not None]
+    return _with_answers(document, spans[:n])
 
 
 def unasked_values(document: QuestionedDocument, answered: Answered) -> list[FactSpan]:
     """The answers to a document's other questions, where they stand in it."""
-    asked = {question for question, *_ in answered}
-    others = [span for span in document.spans if span.question not in asked][:_MAX_UNASKED]
-    found = (find_answer(document.text, span.question, span.answers) for span in others)
-    return [fact for fact in found if fact is not None]
+    asked = {question for question, _ in answered}
+    others = [span for span in document.spans if span.question not in asked]
+    return [fact for _, fact in _with_answers(document, others[:_MAX_UNASKED])]
+
+
+def _with_answers(document: QuestionedDocument, asked: Sequence[DocumentQuestion]) -> Answered:
+    """The questions whose answers are found in the document."""
+    found = ((one.question, find_answer(document.text, one.question, one.answers)) for one in asked)
+    return [(question, fact) for question, fact in found if fact is not None]
 
 
 _Group = tuple[int, list[QuestionedDocument], list[int]]
@@ -290,7 +294,7 @@ class EpisodeSource:
         if kind == "questions":
             asked = answered_questions(rng, document, c.max_questions)
         else:
-            asked = [(one.question, one.answer, one.fact) for one in make_clozes(rng, document.text, c.max_questions)]
+            asked = make_clozes(rng, document.text, c.max_questions)
         if not asked:
             return []
         texts = self.chunk_texts(document.text, c.max_chunk_tokens, document.title if rng.random() < 0.5 else "")
@@ -343,7 +347,7 @@ class EpisodeSource:
         asked.update(fact.question for fact in facts)
         unasked = [_fact_span(fact) for fact in (*document.facts, *document.unasked) if fact not in facts]
         texts = self.chunk_texts(document.text, self.config.max_chunk_tokens, document.title)
-        answered = [(f.question, f.answer, _fact_span(f)) for f in facts]
+        answered = [(fact.question, _fact_span(fact)) for fact in facts]
         return self.episode(rng, texts, answered, "everyday", asks_unrelated, unasked=unasked)
 
     def sample_text(self, rng: random.Random, n_tokens: int) -> str:
@@ -367,8 +371,7 @@ class EpisodeSource:
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
             texts.append(" ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here])))
         owners = [needle.key if needle.key in needle.statement else "" for needle in needles]
-        facts = [FactSpan(n.statement, owner, n.answer) for n, owner in zip(needles, owners, strict=True)]
-        answered = [(n.question, n.answer, fact) for n, fact in zip(needles, facts, strict=True)]
+        answered = [(n.question, FactSpan(n.statement, own, n.answer)) for n, own in zip(needles, owners, strict=True)]
         return self.episode(rng, texts, answered, "needle", asks_unrelated)
 
     def fact_episode(
@@ -381,7 +384,7 @@ class EpisodeSource:
             prose = self.prose.span(rng, rng.randint(1, 2) * max_chunk_tokens // 2)
             text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
         texts = self.chunk_texts(text, max_chunk_tokens, sheet.title)
-        answered = [(f.question, f.answer, FactSpan(f.statement, f.subject, f.answer)) for f in sheet.facts]
+        answered = [(fact.question, FactSpan(fact.statement, fact.subject, fact.answer)) for fact in sheet.facts]
         return self.episode(rng, texts, answered, "facts", asks_unrelated)
 
     def chunk_texts(self, text: str, max_tokens: int, title: str = "") -> list[str]:
@@ -411,10 +414,10 @@ class EpisodeSource:
         """
         system = rng.choice(SYSTEM_TURNS)
         asked = []
-        for text, answer, _ in answered:
+        for text, fact in answered:
             shown = reading_prompt(self.chat, document, text) if document and self.is_taught else ()
             prompt = tuple(self.chat.prompt(text, system))
-            asked.append((text, Question(prompt, tuple(self.chat.answer(answer)), window_prompt=tuple(shown))))
+            asked.append((text, Question(prompt, tuple(self.chat.answer(fact.value)), window_prompt=tuple(shown))))
         if asks_unrelated:
             text, answer = rng.choice(self.unrelated)
             prompt = tuple(self.chat.prompt(text, system))
@@ -422,7 +425,7 @@ class EpisodeSource:
         chunks = [(text, *encode_with_offsets(self.tokenizer, text)) for text in texts]
         labels: list[TokenLabel] = []
         for i, (text, _, offsets) in enumerate(chunks):
-            labels += label_tokens(i, text, offsets, [fact for *_, fact in answered])
+            labels += label_tokens(i, text, offsets, [fact for _, fact in answered])
             taken = {label.token for label in labels if label.chunk == i}
             for fact in unasked:  # a value that shares a token with another one is left out
                 found = label_tokens(i, text, offsets, [fact])

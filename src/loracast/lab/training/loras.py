@@ -348,7 +348,7 @@ class WindowSource:
         """A real document as it is shown, with people's questions and their answers in its words."""
         (document,) = rng.choices(self.documents, self._weights)
         answered = answered_questions(rng, document, self.config.max_questions)
-        return document.full_text, [(question, answer) for question, answer, _ in answered]
+        return document.full_text, [(question, fact.value) for question, fact in answered]
 
     def _everyday(self, rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
         return _asked(rng, make_document(rng, split="train"))

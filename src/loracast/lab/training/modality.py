@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,40 +38,14 @@ from loracast.lab.training.scoring import Episode, Question, pack, score_answers
 _BATCH = 16  # examples that are encoded at once
 
 
-@dataclass(frozen=True)
-class Attribute:
-    """A property that can be asked for besides the class."""
-
-    name: str
-    train: tuple[str, ...]  # wordings of the question
-    test: str
-    answers: Mapping[str, str]  # by class
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """All different answers."""
-        return tuple(dict.fromkeys(self.answers.values()))
+def wordings(modality: str) -> dict[str, Any]:
+    """The questions about examples of a modality, and about their attributes: a table of content/modalities.toml."""
+    return read_content("modalities")[modality]
 
 
-@dataclass(frozen=True)
-class Wordings:
-    """The questions about examples of a modality."""
-
-    train: tuple[str, ...]
-    test: str
-    unseen: str  # a wording that training never has
-    attributes: tuple[Attribute, ...]
-
-
-@cache
-def wordings(modality: str) -> Wordings:
-    """Read the questions about a modality from content/modalities.toml."""
-    table = read_content("modalities")[modality]
-    attributes = []
-    for name, given in table.get("attributes", {}).items():
-        answers = {cls: answer for answer, classes in given["answers"].items() for cls in classes}
-        attributes.append(Attribute(name, tuple(given["train"]), given["test"], answers))
-    return Wordings(tuple(table["train"]), table["test"], table["unseen_wording"], tuple(attributes))
+def answer_about(attribute: Mapping[str, Any], name: str) -> str | None:
+    """What is true of an attribute for the examples of a class; None where it is not known."""
+    return next((answer for answer, names in attribute["answers"].items() if name in names), None)
 
 
 @dataclass(frozen=True)
@@ -112,7 +85,8 @@ def encoded(
         rows = []
         for first in range(0, len(indices), _BATCH):
             examples = [labelled.load(i) for i in indices[first : first + _BATCH]]
-            rows.append(encode(encoder, examples).states.bfloat16().cpu())
+            inputs = torch.stack(examples) if isinstance(examples[0], Tensor) else examples
+            rows.append(encoder(inputs).states.bfloat16().cpu())
             progress(min(first + _BATCH, len(indices)), len(indices))
         if len({row.shape[1:] for row in rows}) != 1:
             raise TrainingError(
@@ -121,11 +95,6 @@ def encoded(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_with(path, lambda temporary: save_file({"states": torch.cat(rows)}, temporary))
     return load_file(path)["states"]
-
-
-def encode(encoder: Encoder, examples: Sequence[Any]) -> Features:
-    """Encode a batch of examples; tensors are stacked first."""
-    return encoder(torch.stack(list(examples)) if isinstance(examples[0], Tensor) else examples)
 
 
 class ModalitySource:
@@ -153,14 +122,14 @@ class ModalitySource:
         return Features(self.states[drawn].float()), episodes
 
     def _episode(self, rng: random.Random, name: str, has_unrelated: bool) -> Episode:
-        attributes = [attribute for attribute in self.wordings.attributes if name in attribute.answers]
+        attributes = [one for one in self.wordings.get("attributes", {}).values() if answer_about(one, name)]
         questions: dict[str, Question] = {}
-        while len(questions) < min(self.config.questions_per_example, len(self.wordings.train)):
+        while len(questions) < min(self.config.questions_per_example, len(self.wordings["train"])):
             if attributes and questions and rng.random() < self.config.attribute_share:
                 attribute = rng.choice(attributes)
-                question, answer = rng.choice(attribute.train), attribute.answers[name]
+                question, answer = rng.choice(attribute["train"]), answer_about(attribute, name) or ""
             else:
-                question, answer = rng.choice(self.wordings.train), name
+                question, answer = rng.choice(self.wordings["train"]), name
             questions[question] = Question(tuple(self.chat.prompt(question, "")), tuple(self.chat.answer(answer)))
         if has_unrelated:
             question, answer = rng.choice(self._unrelated)

@@ -34,15 +34,8 @@ from loracast.lab.data.facts import FactSheet, Split, make_sheet
 from loracast.lab.data.needles import hide, make_needles, sentences
 from loracast.lab.data.rows import QuestionedDocument, read_content, read_unrelated
 from loracast.library.index import write_index
-from loracast.reading.relevance import (
-    FEATURES,
-    N_FUNCTION,
-    THRESHOLD,
-    WordTable,
-    features,
-    shipped_regression,
-    shipped_words,
-)
+from loracast.reading import relevance
+from loracast.reading.relevance import FEATURES, N_FUNCTION, THRESHOLD, WordTable, features
 
 SHARES = {
     "sheet": 0.1,
@@ -358,8 +351,8 @@ def fit_logistic(x: Floats, y: NDArray[np.bool_], weights: Floats) -> tuple[floa
 
 def shipped_fit() -> Fit:
     """The parameters of reading/relevance.toml, with which `loracast ask` decides."""
-    fitted = shipped_regression()
-    return Fit(shipped_words(), fitted["bias"], tuple(fitted["coefficients"][name] for name in FEATURES))
+    fitted = relevance.shipped_regression()
+    return Fit(relevance.shipped_words(), fitted["bias"], tuple(fitted["coefficients"][name] for name in FEATURES))
 
 
 def measure(
