@@ -18,7 +18,7 @@ from loracast.documents import Document
 from loracast.library.save import save_lora
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.guard import ServerSettings
+from loracast.serving.settings import ServerSettings
 
 T = TypeVar("T")
 

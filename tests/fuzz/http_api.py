@@ -18,7 +18,7 @@ from loracast.errors import LoracastError
 from loracast.library.library import Library
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.guard import ServerSettings
+from loracast.serving.settings import ServerSettings
 from servers import fill
 from tiny import make_hypernet
 

@@ -11,7 +11,7 @@ from loracast.documents import Document
 from loracast.reading.routing import routing_key
 from loracast.serving.app import make_engine
 from loracast.serving.generation import EngineFailed, GenerationRequest
-from loracast.serving.guard import ServerSettings
+from loracast.serving.settings import ServerSettings
 from tiny import answer
 
 PYTHON = os.environ.get("LORACAST_VLLM_PYTHON", "")

@@ -15,7 +15,7 @@ from loracast.base.generate import Sampling
 from loracast.errors import ConfigError
 from loracast.serving.app import create_app, make_engine
 from loracast.serving.generation import EngineFailed, GenerationRequest
-from loracast.serving.guard import ServerSettings
+from loracast.serving.settings import ServerSettings
 from loracast.serving.vllm import in_order
 from servers import served
 

@@ -13,7 +13,7 @@ from loracast.documents import Document
 from loracast.reading.routing import route_adapter
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.guard import ServerSettings, keys_in
+from loracast.serving.settings import ServerSettings, keys_in
 from servers import served
 
 pytestmark = pytest.mark.browser

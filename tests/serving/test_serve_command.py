@@ -29,8 +29,8 @@ from loracast.serving import client as discovery
 from loracast.serving.app import create_app
 from loracast.serving.client import Client, Loaded, NoServer, Refused, Running, source_key
 from loracast.serving.engine import LocalEngine
-from loracast.serving.guard import ServerSettings
 from loracast.serving.resolve import served_name
+from loracast.serving.settings import ServerSettings
 from other_processes import Forked, loracast_command
 from servers import eventually, served
 

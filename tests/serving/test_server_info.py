@@ -10,8 +10,8 @@ from loracast.documents import Document
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine, token_bytes
 from loracast.serving.errors import ApiError
-from loracast.serving.guard import ServerSettings
 from loracast.serving.resolve import Names
+from loracast.serving.settings import ServerSettings
 from servers import eventually
 
 

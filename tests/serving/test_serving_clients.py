@@ -16,7 +16,7 @@ import loracast
 from loracast.base.generate import Sampling
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.guard import ServerSettings, keys_in
+from loracast.serving.settings import ServerSettings, keys_in
 from servers import fill, served
 
 pytestmark = pytest.mark.usefixtures("no_copying")

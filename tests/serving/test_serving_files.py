@@ -26,8 +26,8 @@ from loracast.serving import state, vector_stores
 from loracast.serving import state as uploads
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.guard import ServerSettings, keys_in
 from loracast.serving.jobs import Jobs
+from loracast.serving.settings import ServerSettings, keys_in
 from servers import eventually, manual, served
 
 READ, WRITE, ADMIN = (f"sk-{scope}-0123456789" for scope in ("read", "write", "admin"))

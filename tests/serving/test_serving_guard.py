@@ -7,7 +7,7 @@ from fastapi.testclient import TestClient
 
 from loracast.errors import ConfigError
 from loracast.serving.app import create_app
-from loracast.serving.guard import ServerSettings, granted, keys_in, keys_in_file
+from loracast.serving.settings import ServerSettings, granted, keys_in, keys_in_file
 
 READ, WRITE, ADMIN = (f"sk-{scope}-0123456789" for scope in ("read", "write", "admin"))
 KEYS = keys_in(f"read:{READ},write:{WRITE},admin:{ADMIN}")

@@ -15,9 +15,9 @@ from loracast.errors import DocumentError, NameTakenError
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.serving.errors import ApiError
-from loracast.serving.guard import ServerSettings
 from loracast.serving.jobs import Jobs
 from loracast.serving.learning import Learning
+from loracast.serving.settings import ServerSettings
 from loracast.serving.state import INTERNAL, Paging, State, Uploads
 from other_processes import Forked
 from servers import eventually, manual

@@ -14,7 +14,7 @@ from loracast.cli.client import ServedMemory
 from loracast.serving.app import create_app
 from loracast.serving.client import Client
 from loracast.serving.engine import LocalEngine
-from loracast.serving.guard import ServerSettings, keys_in
+from loracast.serving.settings import ServerSettings, keys_in
 from servers import eventually, in_process, served
 
 

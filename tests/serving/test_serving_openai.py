@@ -12,8 +12,8 @@ from loracast.documents import Document
 from loracast.library.adapter import MANIFEST
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.guard import ServerSettings
 from loracast.serving.resolve import in_window
+from loracast.serving.settings import ServerSettings
 from servers import in_process, served
 from tiny import answer
 

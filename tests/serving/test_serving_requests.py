@@ -26,7 +26,7 @@ from loracast.library.store import SharedStore
 from loracast.serving.app import create_app
 from loracast.serving.engine import EngineStats, LocalEngine
 from loracast.serving.generation import EngineBusy, EngineStopped, Ticket, Token
-from loracast.serving.guard import ServerSettings
+from loracast.serving.settings import ServerSettings
 from other_processes import Forked
 from servers import TEXTS, eventually, fill, in_process, served
 

@@ -23,7 +23,7 @@ from loracast.serving import vllm_server
 from loracast.serving.app import create_app, make_engine
 from loracast.serving.engine import LocalEngine
 from loracast.serving.generation import EngineBusy, EngineConfig, EngineFailed, EngineStopped, GenerationRequest
-from loracast.serving.guard import ServerSettings
+from loracast.serving.settings import ServerSettings
 from loracast.serving.vllm import LoadedLoRAs, VllmClient
 from loracast.serving.vllm_server import vllm_engine
 from other_processes import ForkedProgram, run_module

@@ -25,13 +25,13 @@ from loracast.files import servers_dir
 
 if TYPE_CHECKING:
     from loracast.answering.model import Model
-    from loracast.serving.guard import ServerSettings
+    from loracast.serving.settings import ServerSettings
 
 _STOP_TIMEOUT_S = 5.0
 """Seconds that a server may take to end, beyond the time for pending answers."""
 
 
-@config_from("loracast.serving.guard", without=("keys", "instance", "max_body_bytes", "body_timeout_s"))
+@config_from("loracast.serving.settings", without=("keys", "instance", "max_body_bytes", "body_timeout_s"))
 def serve(
     config: partial[ServerSettings],
     *,
@@ -64,8 +64,8 @@ def serve(
 
     from loracast.serving.app import bound, create_app, make_engine, run, share_heaps
     from loracast.serving.client import Running
-    from loracast.serving.guard import VARIABLE, ApiKey, keys_in, keys_in_file
     from loracast.serving.resolve import served_name
+    from loracast.serving.settings import VARIABLE, ApiKey, keys_in, keys_in_file
 
     share_heaps()
     allowed = (*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ()))

@@ -24,11 +24,12 @@ from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.serving.errors import add_handlers
 from loracast.serving.generation import Engine, EngineConfig
-from loracast.serving.guard import Guard, ServerSettings
+from loracast.serving.guard import Guard
 from loracast.serving.learning import Learning, Watcher
 from loracast.serving.resolve import Names
 from loracast.serving.routes import adapters, completions, files, server
 from loracast.serving.service import Metrics, Service
+from loracast.serving.settings import ServerSettings
 
 _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1

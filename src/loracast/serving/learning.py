@@ -25,8 +25,8 @@ from loracast.library.save import Progress
 from loracast.library.sync import BulkReport, learn_folder
 from loracast.lora.quantize import DEFAULT_STORAGE
 from loracast.serving.errors import log_failure
-from loracast.serving.guard import ServerSettings
 from loracast.serving.jobs import Job, Jobs
+from loracast.serving.settings import ServerSettings
 from loracast.serving.state import INTERNAL, State, Uploads
 from loracast.serving.vector_stores import VectorStores
 

@@ -15,9 +15,9 @@ from prometheus_client.registry import Collector
 
 from loracast.answering.model import Model
 from loracast.serving.generation import Engine, Ticket
-from loracast.serving.guard import ServerSettings
 from loracast.serving.learning import Learning, Watcher
 from loracast.serving.resolve import Names
+from loracast.serving.settings import ServerSettings
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (1, 2, 5, 10, 20, 30, 50, 75, 100, 200, 500, 1000)
