@@ -86,11 +86,11 @@ def at_once(complete: Callable[[Row], int], rows: Sequence[Row], repeats: int) -
 
 def serve(library: Path, engine: str, port: int) -> None:
     """What `loracast serve --engine ENGINE` runs, but that no answer ends before it has its `max_tokens`."""
-    from loracast.serving.app import bound, create_app, make_engine, run
+    from loracast.serving.app import create_app, make_engine, run
     from loracast.serving.settings import ServerSettings
 
     settings = ServerSettings(port=port, engine=engine)
-    with bound(settings) as listening:
+    with settings.bound() as listening:
         model = loracast.load(library=library)
         made = make_engine(model.base, settings)
         submit = made.submit

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import gc
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -15,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -537,10 +540,10 @@ def test_chat_ends_with_its_input(run, tiny):
 
 @pytest.fixture
 def talk(model, tiny_folder):
-    from loracast.cli.ask import Chatting, Talk
+    from loracast.cli.ask import ChatOptions, Talk
     from loracast.cli.client import Client
 
-    answering = Chatting(base=str(tiny_folder), device="cpu", route=4, max_tokens=8, library=model.library)
+    answering = ChatOptions(base=str(tiny_folder), device="cpu", route=4, max_tokens=8, library=model.library)
     return Talk(Client(answering), model.library)
 
 
@@ -763,7 +766,11 @@ def test_a_reader_that_goes_away_is_no_crash(lanterns):
 
 
 def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) -> None:
-    """Run a command in children, each killed one event in the library later; prints exit codes and adapters as JSON."""
+    """Run a command once and copy the library before each event in it; kill a child before every tenth of the events.
+
+    Prints, as JSON, what stands in each copy, and the exit code of each child with what it left behind. A copy is what
+    a killed process leaves: locks go with the process, and everything else is in files.
+    """
     import rich.progress
     import rich.status  # noqa: F401
 
@@ -774,54 +781,75 @@ def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) 
     )  # once, for all the children
     loracast.answering.model.load = lambda *ignored, **also: model
 
-    def die_at(event_no: int) -> None:
-        n_events = 0
+    def at_events(do: Callable[[int], None]) -> None:
+        numbers, is_busy = itertools.count(1), False
 
-        def count(event, details) -> None:
-            nonlocal n_events
-            if any(isinstance(detail, str | Path) and library in str(detail) for detail in details):
-                n_events += 1
-                if n_events == event_no:
-                    os.kill(os.getpid(), signal.SIGKILL)
+        def on_event(event, details) -> None:
+            nonlocal is_busy
+            inside = any(isinstance(detail, str | Path) and str(model.library) in str(detail) for detail in details)
+            if inside and not is_busy:
+                is_busy = True
+                do(next(numbers))
+                is_busy = False
 
-        sys.addaudithook(count)
+        sys.addaudithook(on_event)
+
+    def listed(folder: Path) -> list[str]:
+        library = Library(folder)
+        adapters = [library.open(name) for name in library.names()]
+        for adapter in adapters:
+            adapter.verify()
+            adapter.lora()
+        return [adapter.name for adapter in adapters]
+
+    def forked(do: Callable[[int], None], folder: Path) -> int:
+        child = os.fork()
+        if child == 0:
+            sys.stdout = sys.stderr
+            model.library = Library(folder)
+            at_events(do)
+            try:
+                app([word.replace(library, str(folder)) for word in words])  # exits
+            except SystemExit as end:
+                os._exit(end.code or 0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     model.library = Library(Path(f"{library}-of-parent"))
     with pytest.raises(SystemExit):  # what is imported now, the children need not import
         app([word.replace(library, str(model.library)) for word in words])
-    model.library = Library(Path(library))
     gc.freeze()
+    whole, copies = Path(f"{library}-whole"), Path(f"{library}-copies")
+    copy = functools.partial(shutil.copytree, whole)
+    status = forked(lambda number: whole.exists() and copy(copies / str(number)), whole)
+    copied = [listed(folder) for folder in sorted(copies.iterdir(), key=lambda folder: int(folder.name))]
     outcomes: list[tuple[int, list[str]]] = []
     while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
-        child = os.fork()
-        if child == 0:
-            sys.stdout = sys.stderr
-            die_at(len(outcomes) + 1)
-            try:
-                app(words)  # exits
-            except SystemExit as end:
-                os._exit(end.code or 0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        listed = [Library(Path(library)).open(name) for name in Library(Path(library)).names()]
-        for adapter in listed:
-            adapter.verify()
-            adapter.lora()
-        outcomes.append((status, [adapter.name for adapter in listed]))
-    print(json.dumps(outcomes))
+        last_no = 10 * len(outcomes) + 1
+
+        def die(event_no: int, last_no: int = last_no) -> None:
+            if event_no == last_no:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        outcomes.append((forked(die, Path(library)), listed(Path(library))))
+    print(json.dumps({"status": status, "copied": copied, "killed": outcomes}))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 def test_a_killed_learn_leaves_nothing_that_is_listed(
     learning, library, manual, tiny_folder, tiny_hypernet_folder, run, tmp_path
 ):
-    """SIGKILL before each thing that a run does in the library, one run for each: an adapter is whole or not there."""
+    """SIGKILL before any thing that a run does in the library: an adapter is whole or not there."""
     arguments = ("learn", str(manual), *learning)
     where = (str(library), str(tiny_folder), str(tiny_hypernet_folder))
     killer = Forked(tmp_path, die_at_every_event, *where, *arguments)
     assert killer.wait(240) == 0, killer.err
-    *killed, last = json.loads(killer.out.splitlines()[-1])
-    assert len(killed) > 5 and killed[0] == [-signal.SIGKILL, []]
-    assert sum(names != [] for _, names in killed) <= 1  # a kill after the last rename finds it whole
+    outcome = json.loads(killer.out.splitlines()[-1])
+    assert outcome["status"] == 0 and len(outcome["copied"]) > 30
+    *killed, last = outcome["killed"]
+    assert len(killed) > 3 and killed[0] == [-signal.SIGKILL, []]
+    # What comes after the last rename finds the adapter whole.
+    names = [*outcome["copied"], *(names for _, names in killed)]
+    assert names.count([]) > len(names) / 2 and all(listed in ([], ["lanterns"]) for listed in names)
     assert last[1] == ["lanterns"]
     assert run(*arguments, "--replace").exit_code == 0
     entries = only_json(run("list", "--json", "--library", library))["adapters"]

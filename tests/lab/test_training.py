@@ -35,6 +35,13 @@ from loracast.lab.training.recipe import read_recipe
 from tiny import DOC_TO_LORA
 
 
+@pytest.fixture(autouse=True)
+def few_texts_to_calibrate(monkeypatch):
+    """The units of a memory, and what remains of a Perceiver, are measured on a few texts."""
+    monkeypatch.setattr(verdicts, "CALIBRATION_ROWS", 4)
+    monkeypatch.setattr(verdicts, "CALIBRATION_CHUNKS", 24)
+
+
 class Killed(BaseException):
     """Stands in for the end of the process."""
 

@@ -51,9 +51,11 @@ def start(folder: Path, monkeypatch, n: int, function, *arguments: object) -> li
 def train_tiny(base_folder: str, out: str, steps: str) -> None:
     """Doc-to-LoRA with a memory on the tiny base: two batches a step, a checkpoint after each."""
     from loracast.base.load import load_base
+    from loracast.lab.training import doc
     from loracast.lab.training.doc import DocRecipe, train_doc
     from loracast.lab.training.document_source import DataConfig
 
+    doc.CALIBRATION_ROWS = 2
     recipe = DocRecipe(
         hypernetwork={**DOC_TO_LORA, "d_values": 48},
         memory_layers=(3,),

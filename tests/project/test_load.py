@@ -102,4 +102,4 @@ def test_the_threads_of_a_server_share_two_heaps():
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.count("<heap nr=")
 
-    assert n_heaps("from loracast.serving.app import share_heaps; share_heaps()") <= 2 < n_heaps("")
+    assert n_heaps("from loracast.cli.serve import share_heaps; share_heaps()") <= 2 < n_heaps("")

@@ -12,7 +12,7 @@ from loracast.base.generate import Sampling
 from loracast.cast.memory import Forgotten, Memory
 from loracast.cli.client import ServedMemory
 from loracast.serving.app import create_app
-from loracast.serving.client import Client
+from loracast.serving.client import HTTPClient
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings, keys_in
 from servers import eventually, in_process, served
@@ -156,7 +156,7 @@ def key_of(letter: str) -> dict[str, str]:
 
 def test_chat_keeps_a_memory_on_a_server(server):
     model, client = server
-    memory = ServedMemory(Client(str(client.base_url).removesuffix("/v1/")), "them")
+    memory = ServedMemory(HTTPClient(str(client.base_url).removesuffix("/v1/")), "them")
     assert memory.messages() == []
     memory.remember("My kettle is grey. Is yours?")
     assert memory.messages() == model.memory("them").messages() == ["My kettle is grey."]

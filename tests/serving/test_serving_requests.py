@@ -342,13 +342,13 @@ def test_a_library_that_cannot_be_written_still_answers(tiny_folder, tiny_hypern
 
 def serve_slowly(base: str, hypernetwork: str, library: str) -> None:
     """Serve a base whose forward passes take 20 ms, and print the port."""
-    from loracast.serving.app import bound, run
+    from loracast.serving.app import run
 
     model = loracast.load(base, hypernetwork, library=library, device="cpu")
     model.copy_bias = lambda prepared: None  # which would end its answers early
     model.base.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     settings = ServerSettings(port=0)
-    with bound(settings) as sock:
+    with settings.bound() as sock:
         run(create_app(model, LocalEngine(model.base), settings), settings, sock, lambda port: print(port, flush=True))
 
 

@@ -73,7 +73,7 @@ HELP = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chatting(Answering):
+class ChatOptions(Answering):
     """The options of `ask`, with room for longer answers."""
 
     max_tokens: MaxTokens = 256
@@ -81,7 +81,7 @@ class Chatting(Answering):
     """Keep what you say under this name, and answer with it; /memory shows it."""
 
 
-def chat(answering: Chatting) -> None:
+def chat(answering: ChatOptions) -> None:
     """Talk with learned documents, or with the plain base."""
     client, chosen = open_client(answering)
     talk = Talk(client, answering.library, answering.tag, answering.strict)

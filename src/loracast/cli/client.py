@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from loracast.library.library import Library
     from loracast.library.save import Progress
     from loracast.lora.quantize import Storage
-    from loracast.serving.client import Client as HTTPClient
-    from loracast.serving.client import Running
+    from loracast.serving.client import HTTPClient, Running
 
 _STYLE_STRENGTH = 0.5
 """Scale of the LoRA of a style; at 1 it hides the effect of a document's LoRA (docs/memory.md)."""

@@ -5,13 +5,11 @@ SIGTERM lets running answers finish, Ctrl-C ends at once.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import FrameType
 
 import uvicorn
@@ -21,7 +19,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from loracast import __version__
 from loracast.answering.model import Model
 from loracast.base.load import Base
-from loracast.errors import ConfigError
 from loracast.serving.errors import add_handlers
 from loracast.serving.generation import Engine, EngineConfig
 from loracast.serving.guard import Guard
@@ -30,27 +27,6 @@ from loracast.serving.resolve import Names
 from loracast.serving.routes import adapters, completions, files, server
 from loracast.serving.service import Metrics, Service
 from loracast.serving.settings import ServerSettings
-
-_M_ARENA_MAX = -8
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
-"""Options of mallopt (malloc.h): how many heaps there are at most, the size from which on a block has pages of its own,
-and how much a heap keeps free at its end."""
-
-
-def share_heaps() -> None:
-    """Keep the server's memory from growing: all threads share two of glibc's heaps, and large blocks are given back.
-
-    Nothing is done where MALLOC_ARENA_MAX is set.
-
-    With one for each thread, a heap keeps the pages of the largest LoRA that its thread ever read: under mixed load
-    (benchmarks/load.py) the resident size grew by 6 % from the second to the fifth minute, and by 1 % with two.
-    Blocks from 1 MiB on have pages of their own, which took 100 MiB less after three minutes.
-    """
-    if platform.libc_ver()[0] == "glibc" and "MALLOC_ARENA_MAX" not in os.environ:
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_M_ARENA_MAX, 2), (_M_MMAP_THRESHOLD, 1 << 20), (_M_TRIM_THRESHOLD, 32 << 20)):
-            mallopt(option, value)
-
 
 ROUTERS = tuple(part.router for part in (server, completions, files, adapters))
 
@@ -93,26 +69,6 @@ def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSe
 
 _INTERRUPTED = 130
 _KEEP_ALIVE_S = 75  # longer than clients keep an idle connection (httpx 5 s, proxies 60): who closes it loses nothing
-
-
-@contextmanager
-def bound(settings: ServerSettings) -> Iterator[socket.socket]:
-    """A socket at the address of the settings. Connections are refused until `run` gets it.
-
-    Raises:
-        ConfigError: the address cannot be listened on.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        if os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((settings.host, settings.port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"cannot listen on {settings.host}, port {settings.port} ({error}); give another --port, 0 for any"
-            ) from error
-        yield sock
 
 
 def make_engine(base: Base, settings: ServerSettings) -> Engine:

@@ -81,8 +81,8 @@ class Running:
         """Let no command find this server any more."""
         self.path.unlink(missing_ok=True)
 
-    def client(self) -> Client:
-        return Client(self.url, self.key)
+    def client(self) -> HTTPClient:
+        return HTTPClient(self.url, self.key)
 
     def terminate(self) -> None:
         """Tell the server to end when its answers are given."""
@@ -211,7 +211,7 @@ class Refused(LoracastError):
         self.status, self.code = status, error.get("code")
 
 
-class Client:
+class HTTPClient:
     """A server, as a client sees it. Each request has a connection of its own, which ends with the response.
 
     Raises NoServer or Refused.
@@ -227,7 +227,7 @@ class Client:
     def instance(self) -> str | None:
         """The id that a server draws when it starts; None where another program listens. The key is not sent."""
         try:
-            with Client(self.url)._exchange("GET", "/health", timeout_s=_CONNECT_S) as response:
+            with HTTPClient(self.url)._exchange("GET", "/health", timeout_s=_CONNECT_S) as response:
                 body = response.read()
             parsed = json.loads(body)
         except (Refused, ValueError):

@@ -6,9 +6,12 @@ A key may read (ask, list), write (learn, rename) or administer (delete, load an
 from __future__ import annotations
 
 import hmac
+import os
 import re
 import secrets
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from ipaddress import ip_address
@@ -145,6 +148,25 @@ class ServerSettings:
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host == "localhost" or (_is_address(self.host) and ip_address(self.host).is_loopback)
+
+    @contextmanager
+    def bound(self) -> Iterator[socket.socket]:
+        """A socket at the address of the self. Connections are refused until the server runs.
+
+        Raises:
+            ConfigError: the address cannot be listened on.
+        """
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            if os.name == "posix":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((self.host, self.port))
+            except (OSError, OverflowError) as error:
+                raise ConfigError(
+                    f"cannot listen on {self.host}, port {self.port} ({error}); give another --port, 0 for any"
+                ) from error
+            yield sock
 
     def allows_host(self, header: str) -> bool:
         """Whether a request with this Host header is meant for this server.

@@ -32,7 +32,7 @@ from loracast.export.formats import MOST_LOST, VLLM_RANKS, too_much_lost
 from loracast.lora.algebra import LoRA, uniform
 from loracast.lora.inject import check_fits
 from loracast.lora.peft_format import write_peft_folder
-from loracast.serving.client import Client, Refused
+from loracast.serving.client import HTTPClient, Refused
 from loracast.serving.generation import (
     AnswerWriter,
     Engine,
@@ -57,7 +57,7 @@ class NoVllmServer(EngineFailed):
             super().__init__(f"the vLLM server at {url} does not answer ({str(error) or type(error).__name__})")
 
 
-class VllmClient(Client):
+class VllmClient(HTTPClient):
     """A vLLM server. Raises EngineFailed where it does not answer, and Refused for what it refuses."""
 
     no_server = NoVllmServer

@@ -53,6 +53,7 @@ from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Rows
 
 CALIBRATION_ROWS = 12
+CALIBRATION_CHUNKS = 320
 
 
 _DERIVED = {"modules", "memory_modules", "static_modules", "encoder_modules", "d_features"}
@@ -229,10 +230,12 @@ def calibration_data(base: Base, recipe: DocRecipe, source: EpisodeSource) -> tu
     return [torch.tensor([text]) for text in texts], episodes
 
 
-def sample_chunks(base: Base, recipe: DocRecipe, source: EpisodeSource, n: int = 320) -> list[list[int]]:
+def sample_chunks(base: Base, recipe: DocRecipe, source: EpisodeSource) -> list[list[int]]:
     """Token ids of texts as long as the recipe's chunks."""
     rng = random.Random(recipe.data.seed)
-    lengths = [rng.randint(recipe.data.min_chunk_tokens, recipe.data.max_chunk_tokens) for _ in range(n)]
+    lengths = [
+        rng.randint(recipe.data.min_chunk_tokens, recipe.data.max_chunk_tokens) for _ in range(CALIBRATION_CHUNKS)
+    ]
     return [encode_text(base.tokenizer, source.sample_text(rng, length)) for length in lengths]
 
 
