@@ -304,10 +304,7 @@ class Model:
         return pieces(self.base, lambda on_text: self.answer(question, adapter, on_text, **options))
 
     def generate(
-        self,
-        requests: Sequence[tuple[Prepared, LoRA | None]],
-        sampling: Sampling,
-        on_text: OnText | None = None,
+        self, requests: Sequence[tuple[Prepared, LoRA | None]], sampling: Sampling, on_text: OnText | None = None
     ) -> list[SourcedAnswer]:
         """Answer questions in one batch, each with its LoRA, but those that need no model; refuse unsure answers."""
         asked = [(one, lora) for one, lora in requests if one.answer is None]

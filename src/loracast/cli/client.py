@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli.options import Answering, BaseChoice, Learning, Naming, base_of, open_model, what_loads
+from loracast.cli.options import Answering, BaseChoice, Learning, Naming, base_of, open_base, open_model, what_loads
 from loracast.cli.terminal import progress_bar, say
 from loracast.documents import Limits
 from loracast.documents.read import read_bytes, read_document
@@ -330,12 +330,11 @@ class Tasks:
 
     @cached_property
     def _base(self) -> LoadedBase:
-        from loracast.base.load import load_base
         from loracast.cast.load import check_default_base
 
         if self.choice.base is None:
             check_default_base([self._where])
-        return load_base(self.choice.base, **self.choice.how, say=say)
+        return open_base(self.choice)
 
     @property
     def _where(self) -> str | Path:

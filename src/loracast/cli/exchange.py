@@ -49,10 +49,7 @@ def export(
 
 
 def export_base(
-    *,
-    out: Annotated[Path, "Folder to write."],
-    base: options.Base = None,
-    as_json: options.Json = False,
+    *, out: Annotated[Path, "Folder to write."], base: options.Base = None, as_json: options.Json = False
 ) -> None:
     """Write the base itself as a Hugging Face folder, for whoever loads exported adapters elsewhere.
 

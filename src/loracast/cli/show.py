@@ -179,11 +179,7 @@ def _print_modules(modules: Sequence[ModuleSize]) -> None:
 
 
 def inspect(
-    name: options.Adapter,
-    *,
-    choice: options.BaseChoice,
-    library: options.Library,
-    as_json: options.Json = False,
+    name: options.Adapter, *, choice: options.BaseChoice, library: options.Library, as_json: options.Json = False
 ) -> None:
     """Show what an adapter does before you trust it.
 
@@ -192,7 +188,6 @@ def inspect(
     merged, as if every question was about it.
     """
     from loracast.base.fingerprint import check
-    from loracast.cli.options import base_of, open_base
     from loracast.library.combine import sizes
     from loracast.reading.probes import probe
 
@@ -200,7 +195,7 @@ def inspect(
     if faults := adapter.faults():
         raise AdapterError(f"the adapter {name!r} is damaged: {'; '.join(faults)}")
     lora = adapter.lora()
-    loaded = open_base(replace(choice, base=choice.base or base_of([adapter])))
+    loaded = options.open_base(replace(choice, base=choice.base or options.base_of([adapter])))
     check(adapter.manifest.made_for, loaded.fingerprint, f"the adapter {name!r}")
     modules, probes, chunks = sizes(lora), probe(loaded, lora), read_chunks(adapter.index)
     if as_json:
