@@ -5,20 +5,25 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import shutil
 import sqlite3
+from dataclasses import replace as with_changes
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.documents import Chunk
-from loracast.library.adapter import Adapter
+from loracast.files import file_sha256
+from loracast.library.adapter import FACTORS, MANIFEST, STATIC, STATIC_FILE, Adapter
 from loracast.library.index import write_index
 from loracast.library.library import Library
-from loracast.library.manifest import Manifest
+from loracast.library.manifest import FORMAT, Manifest
 from loracast.library.save import save_rows
+from loracast.lora.merge import MOST_KEYS
 from loracast.lora.target import target_from_config
 from loracast.reading.outline import write_document_index
 from tiny import make_model
@@ -80,6 +85,9 @@ def write(
     **changes,
 ) -> Adapter:
     """An adapter with random factors, added in two batches; `changes` of its manifest."""
+    if (older := changes.pop("format", FORMAT)) != FORMAT:
+        given = {"seed": seed, "name": name, "shared": shared, "chunks": chunks, **changes}
+        return as_older(Library.of(library), write(Library.of(library).folder / "new", n, **given), older)
     factors = random_factors(n, seed)
     manifest = some_manifest(n, **{"name": name, **changes})
     index = partial(write_document_index, title=manifest.title) if manifest.kind == "document" else write_index
@@ -87,6 +95,21 @@ def write(
     batches = [({kind: (a[part], b[part]) for kind, (a, b) in factors.items()}, {}) for part in parts]
     chunks = chunks or some_chunks(n)
     return save_rows(Library.of(library), manifest, chunks, batches, shared or {}, index=index, replace=replace)
+
+
+def as_older(library: Library, made: Adapter, format: int) -> Adapter:
+    """The same adapter as a version of that format wrote it: the static LoRA among the factors, in bf16 up to 3."""
+    static = made.rows([0]) if format < 4 else made.stored_static()
+    with library.work("new") as folder:
+        shutil.copytree(made.folder, folder, dirs_exist_ok=True)
+        tensors = load_file(folder / FACTORS) | {name: rows for name, rows in static.items() if STATIC in name}
+        save_file(tensors, folder / FACTORS)
+        (folder / STATIC_FILE).unlink(missing_ok=True)
+        changes = {"most_keys": MOST_KEYS if format > 3 else None, "factors_sha256": file_sha256(folder / FACTORS)}
+        manifest = with_changes(made.manifest, format=format, static_sha256="", **changes)
+        manifest.write(folder / MANIFEST)
+        shutil.rmtree(library.folder / "new", ignore_errors=True)
+        return library.add(manifest.name, folder, manifest, replace=True)
 
 
 def refuse_writes(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:

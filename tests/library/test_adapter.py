@@ -188,17 +188,21 @@ def test_every_fault_of_the_factors_is_in_one_error(tmp_path):
         tensors["q_proj.a"], tensors["q_proj.b"] = tensors["q_proj.b"], tensors["q_proj.a"]
         tensors["down_proj.a"] = tensors["down_proj.a"].float()
         del tensors["down_proj.b"]
-        del tensors["q_proj.shared.b"]
         tensors["up_proj.a"] = torch.zeros(1)
 
     change_factors(adapter.folder, damage)
     with pytest.raises(AdapterError) as caught:
-        Adapter(adapter.folder).lora()
+        Adapter(adapter.folder).lora([0], static=False)
     for part in (
         "q_proj.a is [3, 2, 2, 64], not [3, 2, 2, 48]", "q_proj.b is", "down_proj.a is of type F32",
-        "down_proj.b is missing", "q_proj.shared.b is missing", "up_proj.a is unknown",
+        "down_proj.b is missing", "up_proj.a is unknown",
     ):  # fmt: skip
         assert part in str(caught.value)
+    static = load_file(adapter.folder / "static.safetensors")
+    del static["q_proj.shared.b"]
+    save_file(static | {"q_proj.a": torch.zeros(1)}, adapter.folder / "static.safetensors")
+    with pytest.raises(AdapterError, match=r"q_proj\.shared\.b is missing; q_proj\.a is unknown"):
+        assert Adapter(adapter.folder).static_lora
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -245,7 +249,7 @@ def test_a_flipped_bit_is_found_by_its_hash(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=5), "update loracast"),
+        (lambda m: m.update(format=6), "update loracast"),
         (lambda m: m.update(memory_kinds=["o_proj"]), "damaged.*memory"),
         (lambda m: m.pop("format"), "update loracast"),
         (lambda m: m.pop("ranks"), "damaged"),
@@ -473,6 +477,6 @@ def test_adapters_that_stay_open_keep_few_factors_and_no_file(model, tmp_path):
 
 def test_an_adapter_that_is_deleted_while_it_is_opened_is_said_to_be_gone(tmp_path, monkeypatch):
     adapter = write(tmp_path)
-    monkeypatch.setattr(Adapter, "header_faults", lambda self: (self.folder / "factors.safetensors").unlink())
+    monkeypatch.setattr(Adapter, "header_faults", lambda self, name: (self.folder / "factors.safetensors").unlink())
     with pytest.raises(AdapterError, match="'doc' was deleted a moment ago"):
         adapter.lora()

@@ -102,7 +102,7 @@ def test_files_that_are_none_of_the_format(kind, peft, tmp_path):
     damage(adapter.folder / "factors.safetensors")
     opened = Adapter(adapter.folder)
     assert opened.faults()
-    with pytest.raises(AdapterError, match=f"{message}|link"):
+    with pytest.raises(AdapterError, match=f"{message}|link|is missing"):
         opened.lora()
 
 

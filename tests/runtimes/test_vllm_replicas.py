@@ -25,8 +25,9 @@ from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, answers
 from loracast.documents import Document
 from loracast.export.adapter import export_adapter
+from loracast.files import bytes_in
 from loracast.library.library import Library
-from loracast.library.storage import REFRESH_S, size_of
+from loracast.library.storage import REFRESH_S
 
 N = int(os.environ.get("LORACAST_REPLICA_ADAPTERS", "20"))
 N_TOKENS, N_BOTH = 12, 4
@@ -114,8 +115,8 @@ def notes(model) -> list[Note]:
 def servers(model, notes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     (made,) = export_adapter(notes[0].adapter, "vllm", folder / "one")
-    budget = max(N // 2, 8) * size_of(made.path)
-    print(f"an exported LoRA has the rank {made.rank} and {size_of(made.path) / 1e6:.1f} MB")
+    budget = max(N // 2, 8) * bytes_in(made.path)
+    print(f"an exported LoRA has the rank {made.rank} and {bytes_in(made.path) / 1e6:.1f} MB")
     dtype = str(model.base.model.dtype).removeprefix("torch.")
     running = [start(folder / name, model.library.folder.parent / "store", dtype, budget) for name in ("a", "b")]
     try:
@@ -148,7 +149,7 @@ def test_every_answer_is_ours_and_none_is_another_adapters(servers, notes, model
 
     def watch() -> None:
         while not done.wait(0.5):
-            kept = [sum(size_of(path) for path in folder.glob("home/exports/replica/rank-64/*")) for folder in folders]
+            kept = [sum(bytes_in(path) for path in folder.glob("home/exports/replica/rank-64/*")) for folder in folders]
             biggest[0] = max(biggest[0], *kept)
 
     watcher = threading.Thread(target=watch)

@@ -8,11 +8,12 @@ from dataclasses import replace
 from functools import partial
 
 from loracast.errors import AdapterError
-from loracast.library.adapter import SENTENCE, STATIC, Adapter
+from loracast.library.adapter import SENTENCE, STATIC, Adapter, layout
 from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT
 from loracast.library.save import ChunkBatch, save_rows
+from loracast.lora.merge import MOST_KEYS
 from loracast.lora.quantize import STORAGE, Storage
 from loracast.reading.outline import write_document_index
 
@@ -27,7 +28,7 @@ def compact(library: Library, reference: str, storage: Storage) -> Adapter:
     adapter = library.open(reference)
     m = adapter.manifest
     _check_newest(library, adapter)
-    if storage == m.storage:
+    if storage == m.storage and m.format == FORMAT:
         smallest = "; --storage text keeps only its text, and factors are cast again" if m.kind == "document" else ""
         raise AdapterError(f"{adapter.name!r} is kept as {storage} already" + smallest)
     if STORAGE.index(storage) < STORAGE.index(m.storage):
@@ -38,24 +39,42 @@ def compact(library: Library, reference: str, storage: Storage) -> Adapter:
         raise AdapterError(
             f"{adapter.name!r} was not made from a document: only a document's factors can be made again from its text"
         )
-    # Which rows are merged goes by the format in which they were made; from text they are made anew.
-    smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT if storage == "text" else m.format)
+    smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT)
+    if storage == "text":  # factors are cast anew, as they are merged today
+        smaller = replace(smaller, most_keys=MOST_KEYS)
     # Rows belong to sentences as the index has them; one from before sentences were kept is made anew.
     has_sentences = bool(read_sentences(adapter.index, [0]))
     of_document = partial(write_document_index, title=m.title) if m.kind == "document" else write_index
     index = (lambda path, _: shutil.copyfile(adapter.index, path)) if has_sentences else of_document
-    static = {} if storage == "text" else {k: rows for k, rows in adapter.rows([0]).items() if STATIC in k}
+    is_same = storage == m.storage  # what is kept as it was is copied: rounding it again could change a scale
+    if storage == "text":
+        static = {}
+    elif is_same and m.format > 3:
+        static = adapter.stored_static()
+    else:
+        static = {name: rows for name, rows in adapter.rows([0]).items() if STATIC in name}
+    copied = [*adapter.optional, *(name for name in layout(m) if is_same or name.endswith(SENTENCE))]
 
     def batches() -> Iterator[ChunkBatch]:
         for i in range(m.n_chunks):
-            rows = adapter.rows([i])
-            factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds}
-            yield factors, {kind: rows[f"{kind}{SENTENCE}"] for kind in m.memory_kinds}
+            rows = {} if is_same else adapter.rows([i], static=False)
+            factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds if rows}
+            yield factors, adapter.stored_rows([i], copied)
 
     chunks = read_chunks(adapter.index)
     # Another process may learn the document anew meanwhile.
     check = partial(_check_newest, library, adapter)
-    return save_rows(library, smaller, chunks, batches(), static, index=index, replace=True, check=check)
+    return save_rows(
+        library,
+        smaller,
+        chunks,
+        batches(),
+        static,
+        optional=adapter.optional,
+        index=index,
+        replace=True,
+        check=check,
+    )
 
 
 def _check_newest(library: Library, adapter: Adapter) -> None:

@@ -101,8 +101,13 @@ def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str], sentences: S
             token_sentences(spans, encode_with_offsets(base.tokenizer, prompt)[1])
             for prompt, spans in islice(places, len(batch))
         ]
-        yield cast.rows, {kind: _row_sentences(tokens.cpu(), owners, cast.rows[kind][0].shape[2])
-                          for kind, tokens in (cast.tokens or {}).items()}  # fmt: skip
+        yield (
+            cast.rows,
+            {
+                f"{kind}{SENTENCE}": _row_sentences(tokens.cpu(), owners, cast.rows[kind][0].shape[2])
+                for kind, tokens in (cast.tokens or {}).items()
+            },
+        )
 
 
 def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -> Tensor:
@@ -154,9 +159,9 @@ class CachedRecast:
         new = [place for place in dict.fromkeys(places) if place not in found]
         ahead, prompts, spans = iter(new), [prompt for prompt, _ in new], [some for _, some in new]
         for rows, owners in cast_chunks(self.caster, self.base, prompts, spans):
-            stored: dict[str, Tensor] = {f"{kind}{SENTENCE}": numbers for kind, numbers in owners.items()}
+            stored: dict[str, Tensor] = {**owners}
             for kind, sides in rows.items():
-                storage = storage_of(self.storage, kind in owners)
+                storage = storage_of(self.storage, f"{kind}{SENTENCE}" in owners)
                 stored |= {f"{kind}.{side}": as_stored(of, storage).cpu() for side, of in zip("ab", sides, strict=True)}
             for i in range(len(next(iter(stored.values())))):
                 found[next(ahead)] = {name: value[i : i + 1].clone() for name, value in stored.items()}

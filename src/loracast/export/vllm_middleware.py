@@ -33,11 +33,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loracast.errors import AdapterError, ConfigError, LoracastError, NoSuchAdapterError
 from loracast.export.adapter import export_adapter
 from loracast.export.formats import MOST_LOST, VLLM_RANKS, too_much_lost
-from loracast.files import cache_dir, move_unless_there, tidy, try_lock, work_folder
+from loracast.files import bytes_in, cache_dir, move_unless_there, tidy, try_lock, work_folder
 from loracast.library.adapter import Adapter
 from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.library.storage import REFRESH_S, fetch_whole, size_of
+from loracast.library.storage import REFRESH_S, fetch_whole
 from loracast.library.store import SharedStore
 
 PREFIX = "loracast:"
@@ -130,7 +130,7 @@ class Kept:
         self.name, self.folder = name, folder
         """The name is `manual@3f9a...`, which never means other weights, as vLLM's prefix cache demands."""
         self.number = 0
-        self.n_bytes = size_of(folder)
+        self.n_bytes = bytes_in(folder)
         self.n_users = 0
         self.free_at = 0.0
         self.lock = Lock()
@@ -230,7 +230,7 @@ class Replica:
         with work_folder(self._folder, "new") as work:
             export_for_vllm(self._source.open(name, version, work / "fetched"), one.folder, self._max_rank)
         with self._lock:
-            one.n_bytes = size_of(one.folder)
+            one.n_bytes = bytes_in(one.folder)
 
     def _drop_over_budget(self) -> None:
         with ExitStack() as graves, self._lock:  # files are deleted once the lock is free again

@@ -1,8 +1,9 @@
 """The adapter on disk, opened for reading: the LoRAs of its chunks, checked and merged (docs/adapter-format.md).
 
-An adapter is a folder of three files that never change:
+An adapter is a folder of files that never change:
 
     factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] by module kind, chunk after chunk
+    static.safetensors    the static LoRA, if there is one; in a library one file on the disk for all that share it
     chunks.sqlite         the chunks' text and offsets with a full-text index, which routing asks (index.py)
     adapter.json          name, hashes, base, hypernetwork, target, options; written last (manifest.py)
 
@@ -12,7 +13,8 @@ Factors are read chunk by chunk, so that asking never holds a whole document in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -52,8 +54,8 @@ def static_storage_of(manifest: Manifest) -> Storage:
     return static_storage(manifest.storage) if manifest.format > 3 else "bf16"
 
 
-def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
-    """Type and shape of each tensor in factors.safetensors, in order; `static` has the shapes of the static LoRA's."""
+def layout(m: Manifest) -> dict[str, TensorInfo]:
+    """Type and shape of each tensor of the chunks' factors, in the order of the file."""
     found = {}
     for kind in m.target.kinds:
         modules = m.target.of_kind(kind)
@@ -64,22 +66,29 @@ def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, Tens
                 found[f"{kind}.{side}{suffix}"] = TensorInfo(dtype, (m.n_chunks, n, m.ranks[kind], size))
         if in_memory:
             found[f"{kind}{SENTENCE}"] = TensorInfo("I16", (m.n_chunks, m.ranks[kind]))
-    for name, (*rows, d) in static.items():
-        for suffix, (dtype, size) in packed(d, static_storage_of(m)).items():
-            found[f"{name}{suffix}"] = TensorInfo(dtype, (*rows, size))
     return found
 
 
-def static_shapes(target: Target, stored: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the numbers of a static LoRA must have: of each kind it is there or not, of any rank."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for kind in target.kinds:
-        modules = target.of_kind(kind)
+def static_layout(m: Manifest, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Type and shape of each tensor of a stored static LoRA: of each kind it is there or not, of any rank."""
+    found = {}
+    for kind in m.target.kinds:
+        modules = m.target.of_kind(kind)
         for part in (STATIC, YES):
             names = {f"{kind}{part}a": modules[0].d_in, f"{kind}{part}b": modules[0].d_out}
             if there := [stored[name].shape for name in names if name in stored]:
-                shapes |= {name: (len(modules), *there[0][1:2], d) for name, d in names.items()}
-    return shapes
+                for name, d in names.items():
+                    for suffix, (dtype, size) in packed(d, static_storage_of(m)).items():
+                        found[f"{name}{suffix}"] = TensorInfo(dtype, (len(modules), *there[0][1:2], size))
+    return found
+
+
+def is_optional(m: Manifest, name: str, info: TensorInfo) -> bool:
+    """Whether the factors' file may hold a tensor that this version keeps and does not use (docs/adapter-format.md)."""
+    kind, _, part = name.rpartition(".")
+    of_rows = part in ("module", "code") and info == TensorInfo("I16", (m.n_chunks, m.ranks.get(kind, 0)))
+    of_reader = name.startswith("reader.") and info.shape[:1] == (m.n_chunks,) and info.dtype in ("I8", "U8", "BF16")
+    return m.format > 4 and (of_reader or (of_rows and kind in m.ranks))
 
 
 SentenceWeights = Mapping[int, Sequence[float]]
@@ -147,7 +156,9 @@ def join_chunks(
     return LoRA(joined, products, frozenset(alone & joined.keys()))
 
 
-FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json"
+STATIC_FOLDER = "static"
+"""The folder of a library with the static LoRAs of its adapters, each under its hash."""
+FACTORS, STATIC_FILE, INDEX, MANIFEST = "factors.safetensors", "static.safetensors", "chunks.sqlite", "adapter.json"
 _MAX_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
 _ROUNDED = 0.02  # of a static LoRA's length: twice what storing it in int8 changes
 _CHUNKS_KEPT_APART = 8  # up to so many, the factors of each chunk are kept on their own
@@ -157,7 +168,7 @@ Kept = Callable[[Hashable, Callable[[], Any]], Any]
 """A key, and what reads its factors -> the factors."""
 Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
 """The prompts of chunks and the places of their sentences, None to find them -> their factors and the static ones,
-named and shaped as in factors.safetensors."""
+named and shaped as in the files."""
 
 
 class Adapter:
@@ -189,8 +200,8 @@ class Adapter:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the adapter's files."""
-        return sum(path.stat().st_size for path in self.folder.iterdir())
+        """Size of the adapter's files but for the static LoRA, which the library keeps once."""
+        return size_of(self.folder)
 
     def lora(
         self,
@@ -261,7 +272,8 @@ class Adapter:
             }
             return _shared(LoRA({name: pair for name, pair in factors.items() if pair.b.any()}))
 
-        return self.kept((self.manifest.version, "static LoRA"), make)
+        m = self.manifest
+        return self.kept((m.static_sha256 or m.version, m.modules, "static LoRA"), make)
 
     @property
     def _static_rows(self) -> dict[str, Tensor]:
@@ -270,11 +282,9 @@ class Adapter:
         def read() -> dict[str, Tensor]:
             if self.manifest.storage == "text":
                 return {name: value for name, value in self.rows([0]).items() if STATIC in name}
-            names = [n for n in self._file.header if STATIC in n and YES not in n and not n.endswith(SCALE)]
-            storage = static_storage_of(self.manifest)
-            return self._checked({name: self._unpacked(name, storage, self._file.tensor) for name in names})
+            return self._checked(_unpacked(self.stored_static(), lambda _: static_storage_of(self.manifest)))
 
-        return self.kept((self.manifest.version, STATIC), read)
+        return self.kept((self.manifest.static_sha256 or self.manifest.version, STATIC), read)
 
     def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
         """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file.
@@ -294,17 +304,28 @@ class Adapter:
             rows = self.recast(prompts, [spans[i] for i in wanted] if places else None)
             return self._checked({name: value for name, value in rows.items() if static or STATIC not in name})
 
-        rows = {}
-        for name in self._file.header:
-            if STATIC not in name and not name.endswith(SCALE):
-                storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
-                rows[name] = self._unpacked(name, storage, lambda stored: self._file.items(stored, wanted))
+        def storage(name: str) -> Storage:
+            return storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
+
+        rows = _unpacked(self.stored_rows(wanted, layout(self.manifest)), storage)
         return self._checked(rows) | (self._static_rows if static else {})
 
-    def _unpacked(self, name: str, storage: Storage, read: Callable[[str], Tensor]) -> Tensor:
-        """A tensor of the file, unpacked if it has scales."""
-        parts = {suffix: read(name + suffix) for suffix in ("", SCALE) if name + suffix in self._file.header}
-        return unpack(parts, storage) if SCALE in parts else parts[""]
+    def stored_rows(self, wanted: Sequence[int], names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of some chunks as the file has them, under their names there."""
+        return {name: self._file.items(name, wanted) for name in names}
+
+    def stored_static(self) -> dict[str, Tensor]:
+        """The tensors of the static LoRA as the file has them."""
+        if self.manifest.format > 4 and not self.manifest.static_sha256:
+            return {}
+        file = self._file if self.manifest.format < 5 else self._opened(STATIC_FILE)
+        return {name: file.tensor(name) for name in file.header if STATIC in name and YES not in name}
+
+    @property
+    def optional(self) -> dict[str, TensorInfo]:
+        """The tensors of the chunks that this version keeps and does not use."""
+        header = {} if self.manifest.storage == "text" else self._file.header
+        return {name: info for name, info in header.items() if is_optional(self.manifest, name, info)}
 
     def _checked(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same rows. Raises AdapterError where their numbers are none of a factor."""
@@ -314,11 +335,15 @@ class Adapter:
 
     @cached_property
     def _file(self) -> OpenTensors:
-        """The file of the factors, opened after a look at its header; it stays open while the adapter is used."""
-        if faults := self.header_faults():
+        """The file of the chunks' factors; it stays open while the adapter is used."""
+        return self._opened(FACTORS)
+
+    def _opened(self, name: str) -> OpenTensors:
+        """A file of tensors, opened after a look at its header."""
+        if faults := self.header_faults(name):
             raise AdapterError(f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; {LEARN_AGAIN}")
         try:
-            return OpenTensors(self.folder / FACTORS)
+            return OpenTensors(self.folder / name)
         except FileNotFoundError:
             raise AdapterError(f"the adapter {self.name!r} was deleted a moment ago") from None
 
@@ -332,22 +357,36 @@ class Adapter:
     def problems(self) -> list[str]:
         """Which files differ from the hashes in the manifest, or cannot be read."""
         found = []
-        for name, sha256 in {FACTORS: self.manifest.factors_sha256, INDEX: self.manifest.chunks_sha256}.items():
+        m = self.manifest
+        for name, sha256 in {FACTORS: m.factors_sha256, STATIC_FILE: m.static_sha256, INDEX: m.chunks_sha256}.items():
             try:
                 if sha256 and file_sha256(self.folder / name) != sha256:
                     found.append(f"{name} is damaged (its hash differs)")
             except OSError as error:
-                found.append(f"{name} cannot be read ({error.strerror})")
+                found += self._missing(name) or [f"{name} cannot be read ({error.strerror})"]
         return found
 
-    def header_faults(self) -> list[str]:
-        """What is wrong in the header of the factors' file, or does not fit adapter.json."""
-        if (self.folder / FACTORS).is_symlink():
-            return [f"{FACTORS} is a link"]
-        stored, faults = read_header(self.folder / FACTORS)
+    def _missing(self, name: str) -> list[str]:
+        """The sentence that a file is missing; nothing where it is there."""
+        if os.path.lexists(self.folder / name):
+            return []
+        kept_as = f" (its library keeps it as {STATIC_FOLDER}/{self.manifest.static_sha256})"
+        return [f"{name} is missing{kept_as if name == STATIC_FILE else ''}"]
+
+    def header_faults(self, name: str) -> list[str]:
+        """What is wrong in the header of a file of tensors, or does not fit adapter.json."""
+        if (self.folder / name).is_symlink():
+            return [f"{name} is a link"]
+        if missing := self._missing(name):
+            return missing
+        stored, faults = read_header(self.folder / name)
         if not stored:
-            return faults or [f"{FACTORS} is empty"]
-        wanted = layout(self.manifest, static_shapes(self.manifest.target, stored))
+            return faults or [f"{name} is empty"]
+        m, wanted = self.manifest, {}
+        if name == FACTORS:
+            wanted = layout(m) | {key: info for key, info in stored.items() if is_optional(m, key, info)}
+        if name == STATIC_FILE or m.format < 5:
+            wanted |= static_layout(m, stored)
         faults += [f"{name} is missing" for name in wanted if name not in stored]
         faults += [f"{name[:200]} is unknown" for name in stored if name not in wanted]
         for name in sorted(stored.keys() & wanted.keys()):
@@ -360,10 +399,11 @@ class Adapter:
 
     def faults(self) -> list[str]:
         """Everything wrong with an adapter from elsewhere: files, hashes, header, shapes, numbers and index."""
-        has_factors = self.manifest.storage != "text"
+        of_tensors = [FACTORS] if self.manifest.storage != "text" else []
+        of_tensors += [STATIC_FILE] if self.manifest.static_sha256 else []
         there = {path.name: path for path in self.folder.iterdir()}
-        wanted = {MANIFEST, INDEX} | ({FACTORS} if has_factors else set())
-        found = [f"{name} is missing" for name in sorted(wanted - there.keys())]
+        wanted = {MANIFEST, INDEX, *of_tensors}
+        found = [fault for name in sorted(wanted) for fault in self._missing(name)]
         for name in sorted(wanted & there.keys()):
             if there[name].is_symlink() or not there[name].is_file():
                 found.append(f"{name} is a link or no file")
@@ -372,13 +412,34 @@ class Adapter:
             return found
         found = self.problems()
         found += index_faults(self.index, self.manifest.n_chunks)
-        if has_factors and not (header := self.header_faults()):
+        for name in of_tensors:
+            if header := self.header_faults(name):
+                found += header
+                continue
             try:
-                names = [name for name, info in self._file.header.items() if info.dtype not in ("I8", "U8", "I16")]
-                return found + number_faults((name, self._file.tensor(name)) for name in names)
+                file = self._opened(name)
+                numbers = [key for key, info in file.header.items() if info.dtype not in ("I8", "U8", "I16")]
+                found += number_faults((key, file.tensor(key)) for key in numbers)
             except AdapterError as error:
-                return [*found, str(error)]
-        return found + (header if has_factors else [])
+                found.append(str(error))
+        return found
+
+
+def _unpacked(stored: Mapping[str, Tensor], storage: Callable[[str], Storage]) -> dict[str, Tensor]:
+    """The tensors of a file without their scales; those that have some are unpacked as it fits their storage."""
+    return {
+        name: unpack({"": value, SCALE: scale}, storage(name))
+        if (scale := stored.get(name + SCALE)) is not None
+        else value
+        for name, value in stored.items()
+        if not name.endswith(SCALE)
+    }
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of an adapter's files but for the static LoRA, which others share; 0 where there is no such folder."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sum(path.stat().st_size for path in files if path.name != STATIC_FILE)
 
 
 def _shared(static: LoRA) -> LoRA:

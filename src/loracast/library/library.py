@@ -18,10 +18,10 @@ from pathlib import Path
 
 from loracast.errors import LEARN_AGAIN, AdapterError, NoSuchAdapterError
 from loracast.files import tidy
-from loracast.library.adapter import Adapter
+from loracast.library.adapter import Adapter, size_of
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.register import Entry, Hit, Register, taken
-from loracast.library.storage import LibraryStorage, coming_in, size_of, texts_in
+from loracast.library.storage import LibraryStorage, coming_in, texts_in
 from loracast.library.store import SharedStore, Store
 
 _HASH = re.compile(r"[0-9a-f]{4,64}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import type_faults, write_atomically
-from loracast.lora.merge import Merging
+from loracast.lora.merge import MOST_KEYS, Merging
 from loracast.lora.quantize import Storage
 from loracast.lora.target import Target, TargetModule
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from loracast.documents.images import ImageFile
 
 
-FORMAT = 4
-"""Of what is written. Format 1 has no sentences: its documents are routed by chunk."""
+FORMAT = 5
+"""Of what is written; docs/adapter-format.md says how the older ones differ."""
 READING = 2
 """Of how files are read and split into units: adapters of another one are no copies of what is learned now."""
 VERSION_DIGITS = 12
@@ -78,6 +78,8 @@ class Manifest:
     learn_s: float = 0.0
     """Seconds that casting took."""
     factors_sha256: str = ""
+    static_sha256: str = ""
+    """Of static.safetensors; "" where there is no static LoRA, and up to format 4, whose factors hold it."""
     chunks_sha256: str = ""
     """Of chunks.sqlite; "" in adapters from before it was kept."""
     format: int = FORMAT
@@ -87,6 +89,8 @@ class Manifest:
     """By module kind, how many chunks are merged unscaled at most; of K more, each is scaled by this / K."""
     key_decorrelation: dict[str, float] = field(default_factory=dict)
     """By module kind, the ridge with which merging decorrelates the keys of different chunks (lora/merge.py)."""
+    most_keys: float | None = MOST_KEYS
+    """Rows of these kinds that are merged at most, in parts of a module's inputs; None (up to format 3) merges all."""
     storage: Storage = "bf16"
     """How the factors are kept; bf16 where adapter.json does not say."""
     memory_kinds: tuple[str, ...] = ()
@@ -110,8 +114,8 @@ class Manifest:
     @property
     def merging(self) -> Merging:
         """How the rows of several chunks become one LoRA."""
-        limit = {} if self.format > 3 else {"most_keys": math.inf}
-        return Merging(self.max_unscaled_chunks, self.key_decorrelation, **limit)
+        most_keys = math.inf if self.most_keys is None else self.most_keys
+        return Merging(self.max_unscaled_chunks, self.key_decorrelation, most_keys)
 
     @cached_property
     def version(self) -> str:
@@ -130,8 +134,9 @@ class Manifest:
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
         # An earlier id is a hash of the weights, which does not say how chunks are merged.
-        # Adapters of format 1 have no sentences, and those of format 3 merged all keys.
-        given = (self.key_decorrelation, self.memory_kinds, self.format if self.format > 2 else None, READING)
+        # Adapters of format 1 have no sentences, and those of format 3 merged all keys; format 5 holds those of 4.
+        cast_as = min(self.format, 3 if self.most_keys is None else 4)
+        given = (self.key_decorrelation, self.memory_kinds, cast_as if cast_as > 2 else None, READING)
         ids = (self.hypernetwork, *former_ids)
         return [_hash([*source, one, self.made_for.to_dict(), *options, *filter(None, given)]) for one in ids]
 
@@ -160,6 +165,8 @@ class Manifest:
             stored["modules"] = tuple(tuple(module) for module in stored["modules"])
             stored["warnings"] = tuple(stored["warnings"])
             stored["memory_kinds"] = tuple(stored.get("memory_kinds", ()))
+            if stored["format"] < 4:
+                stored["most_keys"] = None
             manifest = cls(**{names.get(key, key): value for key, value in stored.items()})
             manifest._check()
             return manifest
@@ -183,6 +190,7 @@ class Manifest:
             "it targets nothing": not self.modules,
             "a size in it is not from 1 to ten million": min(sizes) < 1 or max(sizes) > _LARGEST_SIZE,
             "a ridge in it is not a positive number": min(self.key_decorrelation.values(), default=1) <= 0,
+            "most_keys in it is not a positive number": self.most_keys is not None and self.most_keys <= 0,
             f"it has unknown module kinds {sorted(unknown)}": bool(unknown),
             "its memory is in modules that it does not target": not kinds.issuperset(self.memory_kinds),
             "its ranks are not those of its module kinds": self.ranks.keys() != kinds,
@@ -195,9 +203,10 @@ class Manifest:
 
     def _stored(self) -> dict[str, Any]:
         """The manifest under the keys of adapter.json."""
-        stored = {**asdict(self), "made_for": self.made_for.to_dict()}.items()
-        younger = ("n_examples", "is_refined")  # than the first versions
-        return {_STORED_AS.get(key, key): value for key, value in stored if value or key not in younger}
+        stored = {**asdict(self), "made_for": self.made_for.to_dict()}
+        absent = [key for key in ("n_examples", "is_refined") if not stored[key]]  # younger than the first versions
+        absent += ["static_sha256", "most_keys"] if self.format < 5 else []
+        return {_STORED_AS.get(key, key): value for key, value in stored.items() if key not in absent}
 
 
 def _hash(value: object) -> str:

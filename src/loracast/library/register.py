@@ -235,8 +235,8 @@ class Register:
         return self._one("SELECT count(*) FROM versions WHERE id = ?", version) > 0
 
     def cached(self, cache_key: str) -> str | None:
-        """The version that was cast from the same source in the same way (`Manifest.cache_keys`)."""
-        return self._one("SELECT id FROM versions WHERE cache_key = ?", cache_key)
+        """The newest version that was cast from the same source in the same way (`Manifest.cache_keys`)."""
+        return self._one("SELECT id FROM versions WHERE cache_key = ? ORDER BY rowid DESC", cache_key)
 
     def all_versions(self) -> list[str]:
         return [version for (version,) in self._db.execute("SELECT id FROM versions ORDER BY id")]

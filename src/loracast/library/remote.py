@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loracast.errors import AdapterError, PackageError
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, STATIC_FILE, Adapter, layout
 from loracast.library.library import Library
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.storage import fetch_whole
@@ -21,7 +21,7 @@ from loracast.library.store import file_system
 from loracast.lora.tensor_file import BYTES
 
 CARD = "README.md"
-_FILES = (INDEX, FACTORS, MANIFEST)  # in this order: without a manifest an adapter is not whole
+_FILES = (INDEX, FACTORS, STATIC_FILE, MANIFEST)  # in this order: without a manifest an adapter is not whole
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SIGNATURE = f"{MANIFEST}.minisig"
 _MAX_MANIFEST_BYTES = 10_000_000
@@ -173,16 +173,19 @@ def _fetch_checked(fs: Any, root: str, folder: Path, signed_by: str | None) -> M
     manifest = Manifest.read(folder / MANIFEST)
     if signed_by is not None:
         check_covers(manifest)
+    of_text = _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens)
     if INDEX in sizes:  # what is missing is reported with all other faults
-        fetch(INDEX, _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens))
+        fetch(INDEX, of_text)
     if FACTORS in sizes and manifest.storage != "text":
-        fetch(FACTORS, 2 * _SLACK_BYTES + factor_bytes(manifest))
+        fetch(FACTORS, _SLACK_BYTES + of_text + factor_bytes(manifest))  # a reader's vectors belong to the text
+    if STATIC_FILE in sizes and manifest.static_sha256:
+        fetch(STATIC_FILE, 2 * _SLACK_BYTES)
     return manifest
 
 
 def factor_bytes(manifest: Manifest) -> int:
     """Bytes that the factors of an adapter's chunks take according to its manifest."""
-    return sum(BYTES[info.dtype] * math.prod(info.shape) for info in layout(manifest, {}).values())
+    return sum(BYTES[info.dtype] * math.prod(info.shape) for info in layout(manifest).values())
 
 
 def sign(manifest: Path, key: Path) -> bytes:

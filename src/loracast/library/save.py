@@ -14,16 +14,27 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace as with_changes
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.files import file_sha256, sync_folder, tidy
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, STATIC, Adapter, layout, static_storage_of
+from loracast.files import file_sha256, sync_folder, tidy, write_atomically
+from loracast.library.adapter import (
+    FACTORS,
+    INDEX,
+    MANIFEST,
+    STATIC,
+    STATIC_FILE,
+    Adapter,
+    layout,
+    static_storage_of,
+)
 from loracast.library.index import write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT, Manifest, check_name
@@ -31,12 +42,13 @@ from loracast.lora.algebra import LoRA, compress, rows_of
 from loracast.lora.factors import Rows
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
-from loracast.lora.quantize import pack, storage_of
+from loracast.lora.quantize import SCALE, pack, storage_of
 from loracast.lora.target import KINDS, Target, TargetModule
-from loracast.lora.tensor_file import BYTES
+from loracast.lora.tensor_file import BYTES, TensorInfo
 
 ChunkBatch = tuple[Rows, Mapping[str, Tensor]]
-"""The rows of n chunks, and by kind of a memory the sentence of each row in its chunk [n, r], -1 for none."""
+"""The rows of n chunks, and tensors [n, ...] that are written as they are, under their names in the file: of a memory
+"down_proj.sentence" [n, r], the sentence of each row in its chunk, -1 for none."""
 WriteIndex = Callable[[Path, Sequence[Chunk]], object]
 """Writes the index of some chunks to a file."""
 Progress = Callable[[int, int], None]
@@ -51,6 +63,7 @@ def save_rows(
     batches: Iterable[ChunkBatch],
     static: Mapping[str, Tensor],
     *,
+    optional: Mapping[str, TensorInfo] = MappingProxyType({}),
     seconds: Callable[[], float] | None = None,
     index: WriteIndex = write_index,
     replace: bool = False,
@@ -62,7 +75,9 @@ def save_rows(
     Args:
         manifest: all but the hashes of the files, which are filled in.
         batches: the rows of all chunks, in order; with the storage `text` none are taken.
-        static: what the adapter shares with others of its hypernetwork, as `static_tensors` names it.
+        static: what the adapter shares with others of its hypernetwork, as `static_tensors` names it; or as another
+            adapter stores it (`Adapter.stored_static`), with scales.
+        optional: type and shape of tensors that come in the batches and are kept for later versions (`is_optional`).
         seconds: called at the end: how long casting has taken; the manifest says it if None.
         index: writes the file of the index, given the chunks.
         replace: an adapter of that name gives way.
@@ -78,12 +93,16 @@ def save_rows(
     library.recover()
     with library.work("new") as folder:
         index(folder / INDEX, chunks)
-        changes: dict[str, Any] = {"chunks_sha256": file_sha256(folder / INDEX), "factors_sha256": ""}
+        changes: dict[str, Any] = dict.fromkeys(("factors_sha256", "static_sha256"), "")
+        changes["chunks_sha256"] = file_sha256(folder / INDEX)
         if manifest.storage == "text":
             progress(len(chunks), len(chunks))
         else:
-            _write_factors(folder / FACTORS, manifest, batches, static, progress)
+            _write_factors(folder / FACTORS, manifest, {**layout(manifest), **optional}, batches, progress)
             changes["factors_sha256"] = file_sha256(folder / FACTORS)
+            if static:
+                _write_static(folder / STATIC_FILE, manifest, static)
+                changes["static_sha256"] = file_sha256(folder / STATIC_FILE)
         if seconds is not None:
             changes["learn_s"] = round(seconds(), 4)
         check()
@@ -94,10 +113,13 @@ def save_rows(
 
 
 def _write_factors(
-    path: Path, manifest: Manifest, batches: Iterable[ChunkBatch], static: Mapping[str, Tensor], progress: Progress
+    path: Path,
+    manifest: Manifest,
+    tensors: Mapping[str, TensorInfo],
+    batches: Iterable[ChunkBatch],
+    progress: Progress,
 ) -> None:
-    """Write factors.safetensors: the header, the static LoRA, and the factors of each chunk as they come."""
-    tensors = layout(manifest, {name: tuple(value.shape) for name, value in static.items()})
+    """Write factors.safetensors: the header, and the factors of each chunk as they come."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "loracast": str(FORMAT)}}
     end = 0
     for name, info in tensors.items():
@@ -107,7 +129,7 @@ def _write_factors(
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as file:
 
-        def write(name: str, value: Tensor, row: int = 0) -> None:
+        def write(name: str, value: Tensor, row: int) -> None:
             """Write the rows of a tensor from this one on."""
             place = 8 + len(encoded) + header[name]["data_offsets"][0]
             file.seek(place + row * value[0].numel() * value.element_size())
@@ -115,12 +137,9 @@ def _write_factors(
 
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + end)
-        for name, value in static.items():
-            for suffix, part in pack(value.detach().bfloat16(), static_storage_of(manifest)).items():
-                write(name + suffix, part)
         n_done = 0
         progress(0, manifest.n_chunks)
-        for rows, sentences in batches:
+        for rows, more in batches:
             check_finite(rows, "this document")
             for kind, pair in rows.items():
                 storage = storage_of(manifest.storage, kind in manifest.memory_kinds)
@@ -128,14 +147,23 @@ def _write_factors(
                     if factors.numel():  # chunks have none of the kinds that receive the static LoRA alone
                         for suffix, value in pack(factors.detach().bfloat16(), storage).items():
                             write(f"{kind}.{side}{suffix}", value, n_done)
-            for kind, numbers in sentences.items():
-                write(f"{kind}{SENTENCE}", numbers, n_done)
-            n_done += next(iter(rows.values()))[0].shape[0]
+            for name, value in more.items():
+                write(name, value, n_done)
+            n_done += len(next(iter(more.values())) if more else next(iter(rows.values()))[0])
             progress(n_done, manifest.n_chunks)
         if n_done != manifest.n_chunks:
             raise AdapterError(f"{n_done} of {manifest.n_chunks} chunks were written")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_static(path: Path, manifest: Manifest, static: Mapping[str, Tensor]) -> None:
+    """Write static.safetensors: equal numbers are equal bytes, whatever adapter they belong to."""
+    is_packed = any(name.endswith(SCALE) for name in static)
+    storage = "bf16" if is_packed else static_storage_of(manifest)
+    parts = {name: {"": rows} if is_packed else pack(rows.detach(), storage) for name, rows in static.items()}
+    named = {name + suffix: part for name, of_one in parts.items() for suffix, part in of_one.items()}
+    write_atomically(path, save({name: part.cpu().contiguous() for name, part in named.items()}))
 
 
 def check_finite(rows: Rows, source: str) -> None:

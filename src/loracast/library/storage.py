@@ -27,8 +27,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from loracast.errors import AdapterError, LoracastError
-from loracast.files import is_at_work, library_dir, move_unless_there, sync_folder, work_folder, write_atomically
-from loracast.library.adapter import INDEX, MANIFEST, Adapter
+from loracast.files import (
+    file_sha256,
+    is_at_work,
+    library_dir,
+    move_unless_there,
+    sync_folder,
+    work_folder,
+    write_atomically,
+)
+from loracast.library.adapter import INDEX, MANIFEST, STATIC_FILE, STATIC_FOLDER, Adapter, size_of
 from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
 from loracast.library.register import FILE, NameState, Register
@@ -89,6 +97,7 @@ class LibraryStorage:
                 fetched = work / version
                 fetch_whole(store, version, fetched)
                 home.parent.mkdir(parents=True, exist_ok=True)
+                self._share_static(fetched)
                 move_unless_there(fetched, home)
         return home
 
@@ -97,8 +106,26 @@ class LibraryStorage:
         home = self.home(version)
         home.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(home, ignore_errors=True)
+        self._share_static(folder)
         os.replace(folder, home)
         sync_folder(home.parent)
+
+    def _share_static(self, folder: Path) -> None:
+        """Make the static LoRA in an adapter's folder one file on the disk with that of the other adapters.
+
+        Both are hard links, so that a folder is whole wherever it is copied to, and the file goes with its last link.
+        Without hard links (FAT, some network drives) each adapter keeps a file of its own.
+        """
+        own = folder / STATIC_FILE
+        if not own.is_file():
+            return
+        shared = self.folder / STATIC_FOLDER / file_sha256(own)
+        shared.parent.mkdir(exist_ok=True)
+        with self.work("link") as work, suppress(OSError):
+            is_whole = shared.is_file() and file_sha256(shared) == shared.name
+            source, target = (shared, own) if is_whole else (own, shared)
+            os.link(source, work / STATIC_FILE)
+            os.replace(work / STATIC_FILE, target)
 
     def orphans(self) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
         """Adapters' folders that no register names: those that can be taken in, and those that cannot, with why."""
@@ -238,6 +265,11 @@ class LibraryStorage:
                         os.replace(home, graves.enter_context(self.work("rm")) / home.name)
                         _drop_if_empty(home.parent)
                 register.recover(version)
+        for shared in (self.folder / STATIC_FOLDER).glob("*"):
+            with suppress(FileNotFoundError):  # another process was faster
+                if shared.stat().st_nlink == 1:
+                    shared.unlink()
+        _drop_if_empty(self.folder / STATIC_FOLDER)
         _drop_if_empty(self.folder / _OBJECTS)
 
     # ---- the store
@@ -455,12 +487,8 @@ class LibraryStorage:
                 n_bytes += size_of(folder)
                 with self.work("rm") as grave:
                     os.replace(folder, grave / folder.name)
+        self.recover()
         return n_bytes
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 def fetch_whole(store: Store, version: str, folder: Path) -> Adapter:

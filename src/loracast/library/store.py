@@ -19,7 +19,7 @@ from typing import Any
 
 from loracast.errors import AdapterError, LoracastError
 from loracast.files import create_once, type_faults, write_atomically
-from loracast.library.adapter import MANIFEST
+from loracast.library.adapter import MANIFEST, STATIC_FILE
 from loracast.library.manifest import check_name
 from loracast.library.register import NameState
 
@@ -88,7 +88,7 @@ class Store:
                     fs.put_file(str(path), f"{place}/{path.name}")
 
     def fetch(self, version: str, folder: Path, only: Collection[str] | None = None) -> int:
-        """Copy the files of a version into a folder; bytes of all its files.
+        """Copy the files of a version into a folder; bytes of all its files but the static LoRA, as in `size_of`.
 
         Raises AdapterError where the store lacks it.
 
@@ -102,7 +102,7 @@ class Store:
             for name, entry in files.items():
                 if name and entry["type"] == "file" and (only is None or name in only):
                     fs.get_file(entry["name"], str(folder / name))
-        return sum(entry["size"] or 0 for entry in files.values())
+        return sum(entry["size"] or 0 for name, entry in files.items() if name != STATIC_FILE)
 
     def delete(self, version: str) -> None:
         """Delete the files of a version, the manifest first, so that half of it never counts as whole."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_KEYS = 0.5
+"""Keys that a memory tells apart, in parts of a module's inputs (measured: docs/notebook, 2026-11-30)."""
 MOST_ROUTED = 64
 """Rows of a memory that a question gets at most. The 64th is about .03 times as long as the first one."""
 
@@ -24,7 +26,7 @@ class Merging:
     """How many chunks are merged unscaled at most; of K more, each is scaled by this / K."""
     ridges: Mapping[str, float] = field(default_factory=dict)
     """The ridge of the kinds whose keys are decorrelated between chunks (`decorrelate_keys`)."""
-    most_keys: float = 0.5
+    most_keys: float = MOST_KEYS
     """How many rows of these kinds are merged at most, beside the inputs of a module (`strongest`)."""
 
     def join(
