@@ -17,6 +17,7 @@ from test_shipped import N_DIRECTIONS, summary
 
 import loracast
 from loracast.base.load import Base, load_base
+from loracast.cast.compact import compact
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
@@ -86,8 +87,8 @@ def test_every_format_has_its_files():
     recorded = json.loads(EXPECTED.read_text())
     assert recorded.keys() == {*ADAPTERS, *HYPERNETWORKS}
     kinds = [name.split("/") for name in recorded]
-    assert {version for version, _ in kinds} == {"0.1", "0.2", "0.3"}
-    for whole in ("0.2", "0.3"):
+    assert {version for version, _ in kinds} == {"0.1", "0.2", "0.3", "0.4"}
+    for whole in ("0.2", "0.3", "0.4"):
         assert {kind for version, kind in kinds if version == whole} == {
             "document", "task", "image", "document-hypernetwork", "task-hypernetwork"
         }  # fmt: skip
@@ -105,6 +106,21 @@ def test_an_adapter_gives_what_it_always_gave(name, base, tmp_path):
             slack = 1e-4 * N_DIRECTIONS * numbers[0]
             assert found["factors"][part][module] == pytest.approx(numbers, rel=1e-4, abs=slack), (part, module)
         assert found["logits"][part] == pytest.approx(recorded["logits"][part], rel=1e-3, abs=1e-3), part
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name < "0.4"])
+def test_an_older_adapter_becomes_one_of_format_5_with_the_same_factors(name, tmp_path):
+    older = unpacked(name, tmp_path)
+    library, m = Library(tmp_path), older.manifest
+    young = compact(library, older.name, m.storage)
+    assert young.manifest.format == 5 and young.faults() == [] and young.manifest.merging == m.merging
+    assert library.open(f"{older.name}@{m.version}").manifest == m
+    before, after = parts(older), parts(young)
+    assert before.keys() == after.keys()
+    for part, lora in before.items():
+        for module in lora.names:  # up to format 3 the static LoRA was in bf16 beside factors of a byte a number
+            one, other = (found[part].to(dtype=torch.float32).delta(module) for found in (before, after))
+            assert torch.dist(one, other) <= (0 if m.format > 3 else 0.01 * one.norm()), (part, module)
 
 
 @pytest.mark.parametrize("name", HYPERNETWORKS)
