@@ -31,6 +31,11 @@ from tiny import make_model
 TARGET = target_from_config(make_model().config, ("q_proj", "down_proj"), layers=[1, 3])
 RANKS = dict.fromkeys(TARGET.kinds, 2)
 MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
+STATIC_ROWS = {
+    f"q_proj.shared.{side}": torch.randn(2, 3, d, generator=torch.Generator().manual_seed(7))
+    for side, d in (("a", 48), ("b", 64))
+}
+"""The static LoRA of a hypernetwork."""
 Expanded = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 import torch
 
-from adapters import write
+from adapters import STATIC_ROWS, write
 from loracast.errors import NameTakenError, NoSuchAdapterError
 from loracast.library.library import Library
 
@@ -79,7 +79,7 @@ def _change_names(library: Path, log: Path, number: int, n_writes: int, seed: fl
         said = ""
         try:
             if kind == "add":
-                made = write(library, 1, seed=1_000_000 * number + i, name=name, replace=True)
+                made = write(library, 1, seed=1_000_000 * number + i, name=name, replace=True, shared=STATIC_ROWS)
                 said = made.manifest.version
             elif kind == "tag":
                 said = f"t-{number}-{i}"
@@ -103,17 +103,19 @@ def _judge(url: str, fresh: Path, done: list[list[str]]) -> list[str]:
     states: dict[str, list[dict]] = {}
     for path in sorted(fs.find(f"{root}/names")):
         name, _, file = path.removeprefix(f"{root}/names/").partition("/")
-        if file and not file.startswith("."):  # what a process was killed with
+        if (
+            file and not file.startswith(".") and not name.startswith("0-")
+        ):  # a killed process; the refusal of older ones
             states.setdefault(name, []).append(json.loads(fs.cat_file(path)))
             if file != f"{len(states[name]):08d}.json":
                 problems.append(f"a state before {path} is missing")
     for name, found in states.items():
-        for number, (before, after) in enumerate(pairwise([{"versions": []}, *found]), 1):
-            old, new = before["versions"], after["versions"]
+        for number, (before, after) in enumerate(pairwise([{"history": []}, *found]), 1):
+            old, new = before["history"], after["history"]
             if old and new and new not in (old, [*old, new[-1]]):  # neither made, deleted, noted about, nor added to
                 problems.append(f"state {number} of {name} takes versions away: {[before, after]}")
     for kind, name, said in done:
-        if kind == "add" and all(said not in [v for v, _ in state["versions"]] for state in states[name]):
+        if kind == "add" and all(said not in [v for v, _ in state["history"]] for state in states[name]):
             problems.append(f"{said[:12]} was added to {name} and is lost")
         if kind == "tag" and all(said not in state["tags"] for state in states[name]):
             problems.append(f"{name} was given the tag {said}, which is lost")
@@ -123,9 +125,9 @@ def _judge(url: str, fresh: Path, done: list[list[str]]) -> list[str]:
             problems.append(f"{name} lost {said}")
     ended = Counter(name for kind, name, _ in done if kind in ("rename", "delete"))
     for name, n_times in ended.items():
-        if sum(not state["versions"] for state in states[name]) < n_times:
+        if sum(not state["history"] for state in states[name]) < n_times:
             problems.append(f"{name} was renamed or deleted and came back")
-    alive = {name for name, found in states.items() if found[-1]["versions"]}
+    alive = {name for name, found in states.items() if found[-1]["history"]}
     for name in sorted(alive):
         problems += Library(fresh).open(name).faults()
     return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sqlite3
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import write
+from adapters import STATIC_ROWS, write
 from loracast.cast.compact import compact
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
@@ -23,11 +24,6 @@ from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks, read_sentences
 from loracast.library.library import Library
 from loracast.library.remote import pull_adapter, push_adapter
-
-SHARED = {
-    f"q_proj.shared.{side}": torch.randn(2, 3, d, generator=torch.Generator().manual_seed(7))
-    for side, d in (("a", 48), ("b", 64))
-}
 
 
 def links(library: Path) -> dict[str, int]:
@@ -40,7 +36,7 @@ def statics(library: Path) -> list[Path]:
 
 
 def write_some(library: Path | Library, **changes) -> list[Adapter]:
-    return [write(library, seed=i, name=f"doc-{i}", shared=SHARED, **changes) for i in range(3)]
+    return [write(library, seed=i, name=f"doc-{i}", shared=STATIC_ROWS, **changes) for i in range(3)]
 
 
 def test_adapters_share_one_file_which_goes_with_the_last_of_them(tmp_path):
@@ -50,7 +46,7 @@ def test_adapters_share_one_file_which_goes_with_the_last_of_them(tmp_path):
     assert links(tmp_path) == {sha256: 3} and file_sha256(tmp_path / "static" / sha256) == sha256
     assert [one.faults() for one in made] == [[], [], []] and library.verify() == []
     assert made[0].n_bytes < sum(path.stat().st_size for path in made[0].folder.iterdir())
-    other = write(library, name="other", shared={name: 2 * rows for name, rows in SHARED.items()})
+    other = write(library, name="other", shared={name: 2 * rows for name, rows in STATIC_ROWS.items()})
     assert links(tmp_path) == {sha256: 3, other.manifest.static_sha256: 1}
     library.remove("other")
     library.remove("doc-0")
@@ -79,7 +75,7 @@ def test_without_hard_links_each_adapter_has_a_file_of_its_own(failure, tmp_path
     library.collect_garbage()
     assert {path.name for path in tmp_path.iterdir()} == {"objects", "register.sqlite"}
     monkeypatch.undo()  # the library moves to another drive
-    write(library, seed=9, name="young", shared=SHARED)
+    write(library, seed=9, name="young", shared=STATIC_ROWS)
     assert links(tmp_path) == {made[0].manifest.static_sha256: 1} and library.verify() == []
 
 
@@ -93,26 +89,26 @@ def test_an_open_file_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         real(source, target)
 
     library = Library(tmp_path)
-    write(library, name="first", shared=SHARED)
+    write(library, name="first", shared=STATIC_ROWS)
     monkeypatch.setattr(os, "replace", refuse)
-    assert write(library, seed=1, name="second", shared=SHARED).faults() == []
+    assert write(library, seed=1, name="second", shared=STATIC_ROWS).faults() == []
     assert list(links(tmp_path).values()) == [1] and library.verify() == [] and len(statics(tmp_path)) == 2
     assert not list(tmp_path.glob(".loracast-*"))
 
 
 def test_a_damaged_file_is_told_and_gives_way_to_a_good_one(tmp_path):
     library = Library(tmp_path)
-    made = write(library, name="first", shared=SHARED)
+    made = write(library, name="first", shared=STATIC_ROWS)
     shared = tmp_path / "static" / made.manifest.static_sha256
     shared.write_bytes(b"0" * 100)  # which is the adapter's own as well
     (problem,) = library.verify()
     assert "static.safetensors is damaged" in problem
-    assert write(library, seed=1, name="second", shared=SHARED).faults() == []
+    assert write(library, seed=1, name="second", shared=STATIC_ROWS).faults() == []
     assert file_sha256(shared) == made.manifest.static_sha256 and len(library.verify()) == 1
 
 
 def test_a_folder_without_its_static_lora_is_refused_in_one_sentence(tmp_path):
-    made = write(tmp_path / "library", shared=SHARED)
+    made = write(tmp_path / "library", shared=STATIC_ROWS)
     copied = tmp_path / "copied"
     shutil.copytree(made.folder, copied)
     assert Adapter(copied).faults() == []  # a copy has it
@@ -157,7 +153,7 @@ def test_a_register_that_is_lost_is_made_again_with_it(tmp_path):
     assert library.names() == ["doc-0", "doc-1", "doc-2"] and library.verify() == []
     assert library.open("doc-1").lora().rank == made[1].lora().rank
     assert {path.stat().st_nlink for path in statics(tmp_path)} == {3}
-    write(library, seed=9, name="young", shared=SHARED)
+    write(library, seed=9, name="young", shared=STATIC_ROWS)
     shutil.copytree(made[0].folder, tmp_path.with_name("by-hand"))
     library.remove("doc-0")
     shutil.move(tmp_path.with_name("by-hand"), tmp_path / "by-hand")  # put into the library by hand
@@ -181,7 +177,7 @@ def test_machines_that_share_a_store_share_it_too(tmp_path):
 @pytest.mark.parametrize("storage", ["bf16", "int8", "int4"])
 def test_older_adapters_become_format_5_with_the_same_numbers(older, storage, tmp_path):
     library = Library(tmp_path)
-    made = write(library, shared=SHARED, storage=storage, format=older)
+    made = write(library, shared=STATIC_ROWS, storage=storage, format=older)
     assert made.faults() == [] and not (tmp_path / "static").exists() and made.manifest.format == older
     young = compact(library, "doc", storage)
     assert young.faults() == [] and young.manifest.format == 5 and young.manifest.merging == made.manifest.merging
@@ -189,7 +185,7 @@ def test_older_adapters_become_format_5_with_the_same_numbers(older, storage, tm
     for chunks in ([0], None):
         before, after = (one.lora(chunks, static=older == 4) for one in (made, young))
         assert all(torch.equal(before.delta(name), after.delta(name)) for name in before.names)
-    fresh = write(library, seed=9, name="fresh", shared=SHARED, storage=storage)
+    fresh = write(library, seed=9, name="fresh", shared=STATIC_ROWS, storage=storage)
     assert list(links(tmp_path).values()) == [2] and fresh.manifest.static_sha256 == young.manifest.static_sha256
     assert library.open(f"doc@{made.manifest.version}").manifest.format == older  # a pinned version stays as it is
     with pytest.raises(AdapterError, match=f"is kept as {storage} already"):
@@ -223,7 +219,7 @@ def with_hashes(adapter: Adapter) -> Adapter:
 
 def test_what_later_versions_add_opens_and_is_kept(tmp_path):
     chunks = [Chunk(f"Ada spoke of the lamp {i}. Then she went on.", 0, 42, "", 5) for i in range(3)]
-    plain = write(tmp_path / "made", shared=SHARED, chunks=chunks)
+    plain = write(tmp_path / "made", shared=STATIC_ROWS, chunks=chunks)
     expected = plain.lora()
     with_additions(plain.folder)
     added = with_hashes(plain)
@@ -268,3 +264,33 @@ def test_formats_before_5_hold_nothing_that_is_unknown(tmp_path):
     more = {"q_proj.code": torch.zeros(3, 2, dtype=torch.int16)}
     save_file(load_file(adapter.folder / "factors.safetensors") | more, adapter.folder / "factors.safetensors")
     assert with_hashes(adapter).faults() == ["q_proj.code is unknown"]
+
+
+# ---- machines of an older version
+
+
+def test_an_older_machine_stops_at_the_names_of_a_newer_one(tmp_path):
+    """Up to format 4 it read `versions`, left out what it could not read, and wrote the name without that."""
+    library, store = Library(tmp_path / "one"), tmp_path / "store"
+    write(library, shared=STATIC_ROWS)
+    library.share(str(store))
+    states = sorted(path.relative_to(store / "names").as_posix() for path in store.glob("names/*/*.json"))
+    assert states == ["0-this-loracast-is-too-old-update-it/00000001.json", "doc/00000001.json"]
+    assert not any("versions" in json.loads((store / "names" / state).read_text()) for state in states)
+    assert library.names() == ["doc"] and library.verify() == []
+    library.collect_garbage()
+    assert len(list(store.glob("names/0-*/*.json"))) == 1
+
+
+def test_names_that_an_older_machine_wrote_are_read(tmp_path):
+    one, two = (Library(tmp_path / name) for name in ("one", "two"))
+    made = write(one, shared=STATIC_ROWS, format=4)
+    one.share(str(tmp_path / "store"))
+    state = tmp_path / "store" / "names" / "doc" / "00000001.json"
+    stored = json.loads(state.read_text())
+    state.write_text(json.dumps({**stored, "format": 1, "versions": stored.pop("history")}))
+    two.share(str(tmp_path / "store"))
+    assert two.open("doc").faults() == [] and two.find("doc").version == made.manifest.version
+    two.describe("doc", note="an old one")
+    one.refresh(["doc"])
+    assert one.find("doc").note == "an old one"

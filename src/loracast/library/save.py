@@ -159,11 +159,10 @@ def _write_factors(
 
 def _write_static(path: Path, manifest: Manifest, static: Mapping[str, Tensor]) -> None:
     """Write static.safetensors: equal numbers are equal bytes, whatever adapter they belong to."""
-    is_packed = any(name.endswith(SCALE) for name in static)
-    storage = "bf16" if is_packed else static_storage_of(manifest)
-    parts = {name: {"": rows} if is_packed else pack(rows.detach(), storage) for name, rows in static.items()}
-    named = {name + suffix: part for name, of_one in parts.items() for suffix, part in of_one.items()}
-    write_atomically(path, save({name: part.cpu().contiguous() for name, part in named.items()}))
+    if not any(name.endswith(SCALE) for name in static):
+        packed = ((name, pack(rows.detach().bfloat16(), static_storage_of(manifest))) for name, rows in static.items())
+        static = {name + suffix: part for name, parts in packed for suffix, part in parts.items()}
+    write_atomically(path, save({name: part.cpu().contiguous() for name, part in static.items()}))
 
 
 def check_finite(rows: Rows, source: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from functools import cache
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,10 @@ _LONGEST_DELETION = timedelta(hours=1)
 _PATIENCE_S = 30.0  # with another machine that deletes a version
 
 
+_TOO_OLD = "0-this-loracast-is-too-old-update-it"
+"""In the place of a name, before all others: older versions, which would lose adapters of format 5, stop there."""
+
+
 class OvertakenError(LoracastError):
     """Another machine has changed a name in the meantime."""
 
@@ -223,7 +228,7 @@ class SharedStore(Store):
             if not found and self._content(MARK) is None:  # a drive that is not mounted, say
                 raise LoracastError(f"there is no shared library at {self.url}")
         for path in found:
-            if match := _STATE.fullmatch(path):
+            if (match := _STATE.fullmatch(path)) and match[1] != _TOO_OLD:
                 numbers[match[1]] = max(numbers.get(match[1], 0), int(match[2]))
         return numbers
 
@@ -235,7 +240,8 @@ class SharedStore(Store):
             raise OvertakenError(f"{path} at {self.url} cannot be read yet")
         try:
             found = json.loads(content)
-            versions, tags = tuple(map(tuple, found["versions"])), tuple(map(check_name, found["tags"]))
+            stored = found["history"] if found["format"] > 1 else found["versions"]
+            versions, tags = tuple(map(tuple, stored)), tuple(map(check_name, found["tags"]))
             state = NameState(versions, found["owner"], found["note"], tags)
             if type_faults(state) or not all(_VERSION.fullmatch(version) for version, _ in versions):
                 raise ValueError
@@ -245,11 +251,13 @@ class SharedStore(Store):
 
     def publish(self, name: str, number: int, state: NameState) -> None:
         """Create a state of a name. Raises OvertakenError where the name has a state of this number."""
-        self._create(f"names/{name}/{number:08d}.json", asdict(state))
+        _refuse_older(self.url)
+        content = asdict(state)
+        self._create(f"names/{name}/{number:08d}.json", {"history": content.pop("versions"), **content})
 
     def _create(self, path: str, content: dict[str, Any]) -> None:
         change = uuid.uuid4().hex
-        encoded = json.dumps({"format": 1, "change": change, **content}).encode()
+        encoded = json.dumps({"format": 2, "change": change, **content}).encode()
         with self._at() as (fs, root):
             try:
                 if is_local(fs):
@@ -321,3 +329,13 @@ class SharedStore(Store):
         """Delete a file, if it is there."""
         with self._at() as (fs, root), suppress(FileNotFoundError):
             fs.rm_file(f"{root}/{path}")
+
+
+@cache
+def _refuse_older(url: str) -> None:
+    """Have versions from before format 5, which leave out what they cannot read, say that they cannot use the names.
+
+    They look for `versions` in a state, and name the file that lacks them.
+    """
+    with suppress(OvertakenError):
+        SharedStore(url)._create(f"names/{_TOO_OLD}/00000001.json", {})
