@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from loracast.errors import AdapterError
-from loracast.library.adapter import SENTENCE, STATIC, Adapter, layout
+from loracast.library.adapter import SENTENCE, Adapter, layout
 from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT
@@ -39,20 +39,16 @@ def compact(library: Library, reference: str, storage: Storage) -> Adapter:
         raise AdapterError(
             f"{adapter.name!r} was not made from a document: only a document's factors can be made again from its text"
         )
-    smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT)
-    if storage == "text":  # factors are cast anew, as they are merged today
-        smaller = replace(smaller, most_keys=MOST_KEYS)
+    most_keys = MOST_KEYS if storage == "text" else m.most_keys  # from text, factors are cast as they are today
+    smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT, most_keys=most_keys)
     # Rows belong to sentences as the index has them; one from before sentences were kept is made anew.
     has_sentences = bool(read_sentences(adapter.index, [0]))
     of_document = partial(write_document_index, title=m.title) if m.kind == "document" else write_index
     index = (lambda path, _: shutil.copyfile(adapter.index, path)) if has_sentences else of_document
     is_same = storage == m.storage  # what is kept as it was is copied: rounding it again could change a scale
-    if storage == "text":
-        static = {}
-    elif is_same and m.format > 3:
-        static = adapter.stored_static()
-    else:
-        static = {name: rows for name, rows in adapter.rows([0]).items() if STATIC in name}
+    static = {}
+    if storage != "text":
+        static = adapter.stored_static() if is_same and m.format > 3 else adapter.static_rows
     copied = [*adapter.optional, *(name for name in layout(m) if is_same or name.endswith(SENTENCE))]
 
     def batches() -> Iterator[ChunkBatch]:
@@ -64,17 +60,8 @@ def compact(library: Library, reference: str, storage: Storage) -> Adapter:
     chunks = read_chunks(adapter.index)
     # Another process may learn the document anew meanwhile.
     check = partial(_check_newest, library, adapter)
-    return save_rows(
-        library,
-        smaller,
-        chunks,
-        batches(),
-        static,
-        optional=adapter.optional,
-        index=index,
-        replace=True,
-        check=check,
-    )
+    more = adapter.optional
+    return save_rows(library, smaller, chunks, batches(), static, more, index=index, replace=True, check=check)
 
 
 def _check_newest(library: Library, adapter: Adapter) -> None:

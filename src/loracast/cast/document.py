@@ -101,13 +101,9 @@ def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str], sentences: S
             token_sentences(spans, encode_with_offsets(base.tokenizer, prompt)[1])
             for prompt, spans in islice(places, len(batch))
         ]
-        yield (
-            cast.rows,
-            {
-                f"{kind}{SENTENCE}": _row_sentences(tokens.cpu(), owners, cast.rows[kind][0].shape[2])
-                for kind, tokens in (cast.tokens or {}).items()
-            },
-        )
+        of_each = cast.tokens or {}
+        ranks = {kind: cast.rows[kind][0].shape[2] for kind in of_each}
+        yield cast.rows, {f"{k}{SENTENCE}": _row_sentences(of_each[k].cpu(), owners, ranks[k]) for k in ranks}
 
 
 def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -> Tensor:

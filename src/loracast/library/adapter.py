@@ -247,7 +247,7 @@ class Adapter:
         # Each chunk's own are kept: the next question picks another pair.
         of_each = [self.kept((self.manifest.version, i), partial(self._rows_of_one, i)) for i in wanted]
         rows = {name: [of_one[name][0] for of_one in of_each] for name in of_each[0]}
-        return join(rows, self._static_rows if static else {})
+        return join(rows, self.static_rows if static else {})
 
     def _rows_of_one(self, chunk: int) -> dict[str, Tensor]:
         """The factors of one chunk, and how long a memory's rows are."""
@@ -263,7 +263,7 @@ class Adapter:
         from loracast.lora.factors import Factors
 
         def make() -> LoRA:
-            static, target = self._static_rows, self.manifest.target
+            static, target = self.static_rows, self.manifest.target
             factors = {
                 module.name: Factors(static[f"{kind}{STATIC}a"][i], static[f"{kind}{STATIC}b"][i].T)
                 for kind in target.kinds
@@ -276,7 +276,7 @@ class Adapter:
         return self.kept((m.static_sha256 or m.version, m.modules, "static LoRA"), make)
 
     @property
-    def _static_rows(self) -> dict[str, Tensor]:
+    def static_rows(self) -> dict[str, Tensor]:
         """The factors of the static LoRA, named and shaped as in the file."""
 
         def read() -> dict[str, Tensor]:
@@ -308,7 +308,7 @@ class Adapter:
             return storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
 
         rows = _unpacked(self.stored_rows(wanted, layout(self.manifest)), storage)
-        return self._checked(rows) | (self._static_rows if static else {})
+        return self._checked(rows) | (self.static_rows if static else {})
 
     def stored_rows(self, wanted: Sequence[int], names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of some chunks as the file has them, under their names there."""
@@ -427,13 +427,10 @@ class Adapter:
 
 def _unpacked(stored: Mapping[str, Tensor], storage: Callable[[str], Storage]) -> dict[str, Tensor]:
     """The tensors of a file without their scales; those that have some are unpacked as it fits their storage."""
-    return {
-        name: unpack({"": value, SCALE: scale}, storage(name))
-        if (scale := stored.get(name + SCALE)) is not None
-        else value
-        for name, value in stored.items()
-        if not name.endswith(SCALE)
-    }
+    found = {name: value for name, value in stored.items() if not name.endswith(SCALE)}
+    for name in found.keys() & {name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)}:
+        found[name] = unpack({"": found[name], SCALE: stored[name + SCALE]}, storage(name))
+    return found
 
 
 def size_of(folder: Path) -> int:

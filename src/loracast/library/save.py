@@ -25,16 +25,7 @@ from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder, tidy, write_atomically
-from loracast.library.adapter import (
-    FACTORS,
-    INDEX,
-    MANIFEST,
-    STATIC,
-    STATIC_FILE,
-    Adapter,
-    layout,
-    static_storage_of,
-)
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, STATIC, STATIC_FILE, Adapter, layout, static_storage_of
 from loracast.library.index import write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FORMAT, Manifest, check_name
@@ -62,8 +53,8 @@ def save_rows(
     chunks: Sequence[Chunk],
     batches: Iterable[ChunkBatch],
     static: Mapping[str, Tensor],
-    *,
     optional: Mapping[str, TensorInfo] = MappingProxyType({}),
+    *,
     seconds: Callable[[], float] | None = None,
     index: WriteIndex = write_index,
     replace: bool = False,
@@ -113,11 +104,7 @@ def save_rows(
 
 
 def _write_factors(
-    path: Path,
-    manifest: Manifest,
-    tensors: Mapping[str, TensorInfo],
-    batches: Iterable[ChunkBatch],
-    progress: Progress,
+    path: Path, m: Manifest, tensors: Mapping[str, TensorInfo], batches: Iterable[ChunkBatch], progress: Progress
 ) -> None:
     """Write factors.safetensors: the header, and the factors of each chunk as they come."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "loracast": str(FORMAT)}}
@@ -138,11 +125,11 @@ def _write_factors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + end)
         n_done = 0
-        progress(0, manifest.n_chunks)
+        progress(0, m.n_chunks)
         for rows, more in batches:
             check_finite(rows, "this document")
             for kind, pair in rows.items():
-                storage = storage_of(manifest.storage, kind in manifest.memory_kinds)
+                storage = storage_of(m.storage, kind in m.memory_kinds)
                 for side, factors in zip("ab", pair, strict=True):
                     if factors.numel():  # chunks have none of the kinds that receive the static LoRA alone
                         for suffix, value in pack(factors.detach().bfloat16(), storage).items():
@@ -150,9 +137,9 @@ def _write_factors(
             for name, value in more.items():
                 write(name, value, n_done)
             n_done += len(next(iter(more.values())) if more else next(iter(rows.values()))[0])
-            progress(n_done, manifest.n_chunks)
-        if n_done != manifest.n_chunks:
-            raise AdapterError(f"{n_done} of {manifest.n_chunks} chunks were written")
+            progress(n_done, m.n_chunks)
+        if n_done != m.n_chunks:
+            raise AdapterError(f"{n_done} of {m.n_chunks} chunks were written")
         file.flush()
         os.fsync(file.fileno())
 
