@@ -148,7 +148,10 @@ def _fit_hashes(files: Files) -> None:
 
     try:
         manifest = json.loads(files["adapter.json"])
-        for key, name in (("factors_sha256", "factors.safetensors"), ("chunks_sha256", "chunks.sqlite")):
+        names = {"factors_sha256": "factors.safetensors", "chunks_sha256": "chunks.sqlite"}
+        if "static.safetensors" in files:
+            names["static_sha256"] = "static.safetensors"
+        for key, name in names.items():
             manifest[key] = hashlib.sha256(files[name]).hexdigest()
         files["adapter.json"] = json.dumps(manifest).encode()
     except (KeyError, ValueError, TypeError, RecursionError):

@@ -162,8 +162,8 @@ FACTORS, STATIC_FILE, INDEX, MANIFEST = "factors.safetensors", "static.safetenso
 _MAX_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
 _ROUNDED = 0.02  # of a static LoRA's length: twice what storing it in int8 changes
 _CHUNKS_KEPT_APART = 8  # up to so many, the factors of each chunk are kept on their own
-_STATIC: WeakValueDictionary[bytes, LoRA] = WeakValueDictionary()
-"""The static LoRAs in memory, by a hash of their numbers."""
+_STATIC: WeakValueDictionary[Hashable, LoRA] = WeakValueDictionary()
+"""The static LoRAs in memory, by the hash of their file, or of their numbers up to format 4."""
 Kept = Callable[[Hashable, Callable[[], Any]], Any]
 """A key, and what reads its factors -> the factors."""
 Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
@@ -270,10 +270,12 @@ class Adapter:
                 if f"{kind}{STATIC}a" in static
                 for i, module in enumerate(target.of_kind(kind))
             }
-            return _shared(LoRA({name: pair for name, pair in factors.items() if pair.b.any()}))
+            made = LoRA({name: pair for name, pair in factors.items() if pair.b.any()})
+            return _STATIC.setdefault(key, made) if m.static_sha256 else _shared(made)
 
         m = self.manifest
-        return self.kept((m.static_sha256 or m.version, m.modules, "static LoRA"), make)
+        key = (m.static_sha256 or m.version, m.modules, "static LoRA")
+        return self.kept(key, make)
 
     @property
     def static_rows(self) -> dict[str, Tensor]:
