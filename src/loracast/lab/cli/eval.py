@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loracast.hypernets.protocol import Caster
     from loracast.hypernets.store import Modality
     from loracast.lab.evaluation.ablations import AblationConfig
+    from loracast.lab.evaluation.capacity import CapacityConfig
     from loracast.lab.evaluation.cost import LatencyConfig, MemoryConfig
     from loracast.lab.evaluation.gate import GateConfig, InterferenceConfig
     from loracast.lab.evaluation.harness import HarnessConfig
@@ -91,6 +92,14 @@ def everyday(config: EverydayConfig, models: Models, results: Results) -> None:
     from loracast.lab.evaluation.synthetic import evaluate_everyday
 
     results.of("documents", evaluate_everyday, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.capacity")
+def capacity(config: CapacityConfig, models: Models, results: Results) -> None:
+    """How many generated facts one merged LoRA tells apart, by their number and the length of their values."""
+    from loracast.lab.evaluation.capacity import evaluate_capacity
+
+    results.of("documents", evaluate_capacity, open_model(models), config)
 
 
 @config_from("loracast.lab.evaluation.gate")

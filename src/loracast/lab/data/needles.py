@@ -25,7 +25,8 @@ from loracast.errors import ConfigError
 from loracast.lab.data.facts import Split, expand, fill, wordings_of
 from loracast.lab.data.rows import read_content
 
-_N_DEV = 2  # wordings of each list that are the dev split's
+N_DEV = 2
+"""Wordings of each list that are the dev split's."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'“(])")
 
 
@@ -50,10 +51,10 @@ def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str 
     while len(needles) < n_needles:
         name = kind or rng.choice([*sorted(content["kinds"]), "number4", "number4", "number4"])
         table = content["kinds"][name]
-        label, value = rng.choice(wordings_of(table, "", split, _N_DEV)), expand(rng, rng.choice(table["values"]))
+        label, value = rng.choice(wordings_of(table, "", split, N_DEV)), expand(rng, rng.choice(table["values"]))
         key = expand(rng, rng.choice(content["keys"]["things"]))
-        state = fill(rng.choice(wordings_of(frames, "state_", split, _N_DEV)), label=label, key=key, v=value)
-        question = fill(rng.choice(wordings_of(frames, "ask_", split, _N_DEV)), label=label, key=key, v=value)
+        state = fill(rng.choice(wordings_of(frames, "state_", split, N_DEV)), label=label, key=key, v=value)
+        question = fill(rng.choice(wordings_of(frames, "ask_", split, N_DEV)), label=label, key=key, v=value)
         taken = any(key == other.key or value == other.answer for other in needles)
         if not taken and value.lower() not in question.lower():
             needles.append(Needle(state, question, value, key))
