@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from loracast.documents import worker
+
 # torch is imported inside the functions: the process that hands the tests to the workers needs none of it
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -80,6 +82,17 @@ def in_float32() -> Iterator[None]:
         for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             patch.setattr(torch.cpu, check, lambda: False, raising=False)
         yield
+
+
+@pytest.fixture
+def in_child() -> None:
+    """Files are parsed as users' files are, in a process of its own, which takes a third of a second."""
+
+
+@pytest.fixture(autouse=True)
+def parse_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "in_child" not in request.fixturenames:
+        monkeypatch.setattr("loracast.documents.read.parse_in_child", worker.parse)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import docx
 import pypdf
 import pytest
 
-from loracast.documents import Document, Limits, read_document, worker
+from loracast.documents import Document, Limits, read_document
 from loracast.documents.clean import normalise, readable_stem, sensible_title
 from loracast.documents.pdf import Line, join_lines
 from loracast.documents.units import find_headings
@@ -36,17 +36,6 @@ def refusal(source: Path | BinaryIO | str, **options) -> str:
     with pytest.raises(DocumentError) as caught:
         read_document(source, **options)
     return str(caught.value)
-
-
-@pytest.fixture
-def in_child() -> None:
-    """Files are parsed as users' files are, in a process of its own, which takes a fifth of a second."""
-
-
-@pytest.fixture(autouse=True)
-def _parse_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "in_child" not in request.fixturenames:
-        monkeypatch.setattr("loracast.documents.read.parse_in_child", worker.parse)
 
 
 # --- what each kind becomes ---

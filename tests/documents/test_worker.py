@@ -16,6 +16,8 @@ from loracast.documents import Limits, read_document, worker
 from loracast.documents.read import parse_in_child
 from loracast.errors import DocumentError
 
+pytestmark = pytest.mark.usefixtures("in_child")
+
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("pdf", "half_scanned.pdf"), ("docx", "letter.docx"), ("html", "page.html")]

@@ -1,6 +1,5 @@
 """Fact sheets: the content keeps its promises, and what is drawn from it is distinct, disjoint and reproducible."""
 
-import hashlib
 import itertools
 import random
 import re
@@ -22,7 +21,6 @@ from loracast.lab.data.facts import (
     wordings_of,
 )
 from loracast.lab.data.rows import read_content
-from other_processes import Forked
 
 KINDS = read_content("values")
 GENERIC, DOMAINS = read_content("facts")["generic"], read_content("facts")["domain"]
@@ -307,18 +305,6 @@ def test_a_becomes_an_before_a_vowel() -> None:
 # ---------------------------------------------------------------------------------------------------------- determinism
 
 
-def print_digest() -> None:
-    rng = random.Random(5)
-    made = [make_sheet(rng, n, split=split) for n in (1, 7, 30) for split in ("train", "test") for _ in range(10)]
-    print(hashlib.sha256(repr(made).encode()).hexdigest())
-
-
 def test_the_same_rng_gives_the_same_sheet() -> None:
     assert list(sheets(30, "train", 7)) == list(sheets(30, "train", 7))
     assert list(sheets(3, "train", 7)) != list(sheets(3, "train", 8))
-
-
-def test_sheets_are_the_same_in_every_process(tmp_path, capsys) -> None:
-    other = Forked(tmp_path, print_digest)  # which has another hash seed
-    print_digest()
-    assert other.wait() == 0 and other.out == capsys.readouterr().out

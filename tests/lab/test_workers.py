@@ -1,9 +1,11 @@
-"""Training on several processes: the same as on one, killed and resumed, with another number of processes too."""
+"""What several processes make is the same as what one makes: training, killed and resumed too, and generated data."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import time
@@ -15,6 +17,8 @@ from torch import nn
 
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.lab.data.everyday import make_document
+from loracast.lab.data.facts import make_sheet
 from loracast.lab.training.loop import TrainConfig, Workers, train
 from other_processes import Forked
 from tiny import DOC_TO_LORA
@@ -139,3 +143,21 @@ def test_batches_that_cannot_be_shared_evenly_are_refused():
     assert [list(one.batches(2, 6)) for one in workers] == [[12, 13], [14, 15], [16, 17]]
     with pytest.raises(ConfigError, match=r"training\.accumulate to a multiple of 3"):
         workers[0].batches(0, 4)
+
+
+# ---- generated data
+
+
+def print_digests() -> None:
+    """Hashes of generated documents and sheets."""
+    splits = ("train", "dev", "test")
+    rng = random.Random(5)
+    documents = [make_document(random.Random(i), split=split) for i in range(40) for split in splits]
+    sheets = [make_sheet(rng, n, split=split) for n in (1, 7, 30) for split in ("train", "test") for _ in range(10)]
+    print(*(hashlib.sha256(repr(made).encode()).hexdigest() for made in (documents, sheets)))
+
+
+def test_generated_documents_are_the_same_in_every_process(tmp_path, capsys) -> None:
+    other = Forked(tmp_path, print_digests)  # which has another hash seed
+    print_digests()
+    assert other.wait() == 0 and other.out == capsys.readouterr().out
