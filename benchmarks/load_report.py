@@ -157,7 +157,8 @@ def summary(run: Run) -> dict[str, Any]:
     if growth > MAX_GROWTH:
         broken.append(f"the server's resident size grew to {growth:.3f} times that after its first minutes")
     kinds = sorted({record.kind for record in run.records})
-    n_generated = run.engine.get("generated_tokens_total", 0.0)
+    n_generated = run.engine.get("generated_tokens_total", 0.0)  # of the server's last life, as its other counts
+    last_life_s = run.seconds_taken - (run.downs[-1][1] if run.downs else 0.0)
     return {
         "seconds": round(run.seconds_taken, 1),
         "n_requests": len(run.records),
@@ -165,7 +166,7 @@ def summary(run: Run) -> dict[str, Any]:
         "statuses": dict(sorted(statuses.items())),
         "kinds": {kind: _figures([one for one in run.records if one.kind == kind]) for kind in kinds},
         "answers": dict(grades),
-        "tokens_per_second": round(n_generated / (lives[-1]["s"][1] - lives[-1]["s"][0]), 1),
+        "tokens_per_second": round(n_generated / last_life_s, 1),
         "engine": run.engine,
         "resident": [{**asdict(size), "s": round(size.s, 1)} for size in run.sizes],
         "growth": growth,
