@@ -21,12 +21,13 @@ from loracast.documents import worker
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FIRST = (
-    "cli", "serve_command", "load", "workers", "serving_jobs", "serving_requests", "sync", "attention_delta", "evaluation",
-    "vllm_engine", "tutorial", "shipped", "readme", "memory_facts", "engine", "page", "plan", "shared",
+    "cli", "serve_command", "load", "workers", "serving_jobs", "serving_requests", "sync", "shared", "serving_files",
+    "serving_clients", "serving_docs", "serving_openai", "vllm_engine", "engine_replicas", "library", "deploy", "replica",
+    "attention_delta", "evaluation", "tutorial", "shipped", "readme", "memory_facts", "engine", "page", "plan",
 )  # fmt: skip
 """Files whose tests go first, in this order: those that fork processes, so that one worker alone imports what the
-processes need (other_processes.py), and those that take long, so that no worker is left with one of them at the end."""
-
+processes need (other_processes.py); those that wait for servers, while other workers compute; and those that take long,
+so that no worker is left with one of them at the end."""
 
 MEMORY = Path("/dev/shm")
 """A file system in memory, where there is one: tests write small files that they sync to the disk thousands of times."""

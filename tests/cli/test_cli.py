@@ -766,7 +766,7 @@ def test_a_reader_that_goes_away_is_no_crash(lanterns):
 
 
 def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) -> None:
-    """Run a command once and copy the library before each event in it; kill a child before every tenth of the events.
+    """Run a command once and copy the library before each event in it; kill a child before every 15th of the events.
 
     Prints, as JSON, what stands in each copy, and the exit code of each child with what it left behind. A copy is what
     a killed process leaves: locks go with the process, and everything else is in files.
@@ -824,7 +824,7 @@ def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) 
     copied = [listed(folder) for folder in sorted(copies.iterdir(), key=lambda folder: int(folder.name))]
     outcomes: list[tuple[int, list[str]]] = []
     while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
-        last_no = 10 * len(outcomes) + 1
+        last_no = 15 * len(outcomes) + 1
 
         def die(event_no: int, last_no: int = last_no) -> None:
             if event_no == last_no:

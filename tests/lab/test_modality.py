@@ -200,7 +200,7 @@ def trained(base, tmp_path_factory, request):
         seen: list[dict] = []
         train_modality(
             base,
-            recipe("training.steps=70", "training.lr=1e-2", "training.warmup_steps=5"),
+            recipe("training.steps=60", "training.lr=1e-2", "training.warmup_steps=5"),
             make_waves(4, 24, n_held_out=1),
             WaveEncoder(),
             folder / "run",

@@ -54,7 +54,7 @@ def test_descriptions_give_back_the_oracles(base, word_encoder, trained_oracles,
         kinds=("q_proj", "v_proj", "down_proj"),
         hypernetwork={"rank": 2, "width": 16, "head_width": 16, "dropout": 0.0},
         data=TaskDataConfig(tasks_per_step=2),
-        training=TrainConfig(steps=110, lr=2e-2, warmup_steps=10, log_every=10, bf16=False),
+        training=TrainConfig(steps=80, lr=2e-2, warmup_steps=10, log_every=10, bf16=False),
     )
     rows: list[dict[str, float]] = []
     train_text(base, text, tasks, tmp_path / "run", oracles=library, on_metrics=rows.append)
