@@ -164,7 +164,7 @@ def test_training_finds_what_bm25_misses(monkeypatch, tmp_path):
 
     def draw(documents, seed):
         rng = random.Random(seed)
-        for _ in range(400):
+        for _ in range(300):
             some = rng.sample([*means.items()], 4)
             text, questions = "", list[tuple[str, int, int]]()
             for said, asked in some:
@@ -178,7 +178,7 @@ def test_training_finds_what_bm25_misses(monkeypatch, tmp_path):
     monkeypatch.setattr(word_vectors, "_EPOCHS", 5)
     said = []
     found = train_word_vectors([], tmp_path / "vectors.safetensors", say=said.append)
-    assert found["x"].n == 64 and found["x"].sentence > 0.9 > 0.5 > found["x"].bm25 and "400 documents" in said[0]
+    assert found["x"].n > 40 and found["x"].sentence > 0.9 > 0.5 > found["x"].bm25 and "300 documents" in said[0]
     assert found["x"].place == found["x"].sentence
     vectors = load_vectors(tmp_path / "vectors.safetensors")
     assert vectors.places("What of a vessel?", vectors.read(["Hat.", "Boat."])).words.argmax() == 1
