@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from loracast.base.fingerprint import Fingerprint
 from loracast.documents import Chunk
 from loracast.files import file_sha256
-from loracast.library.adapter import FACTORS, MANIFEST, STATIC, STATIC_FILE, Adapter
+from loracast.library.adapter import STATIC, Adapter
 from loracast.library.index import write_index
 from loracast.library.library import Library
-from loracast.library.manifest import FORMAT, Manifest
-from loracast.library.save import save_rows
+from loracast.library.manifest import FACTORS, FORMAT, MANIFEST, STATIC_FILE, Manifest
+from loracast.library.save import save_rows, tensors_of
 from loracast.lora.merge import MOST_KEYS
 from loracast.lora.target import target_from_config
 from loracast.reading.outline import write_document_index
@@ -97,7 +97,7 @@ def write(
     manifest = some_manifest(n, **{"name": name, **changes})
     index = partial(write_document_index, title=manifest.title) if manifest.kind == "document" else write_index
     parts = [part for part in (slice(0, 1), slice(1, n)) if n > part.start]
-    batches = [({kind: (a[part], b[part]) for kind, (a, b) in factors.items()}, {}) for part in parts]
+    batches = [{name: value[part] for name, value in tensors_of(factors).items()} for part in parts]
     chunks = chunks or some_chunks(n)
     return save_rows(Library.of(library), manifest, chunks, batches, shared or {}, index=index, replace=replace)
 

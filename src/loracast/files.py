@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
+import json
 import os
 import shutil
 import tempfile
@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import platformdirs
 
@@ -199,50 +198,37 @@ def check_revision(source: str | Path, revision: str | None) -> None:
         )
 
 
-_LARGEST = 2**63
-"""A whole number beyond it is in no file that we write, and arithmetic with it would take memory or overflow."""
-
-
-def type_faults(value: Any) -> list[str]:
-    """The fields of a dataclass's instance whose values are not of their types; numbers have to be finite."""
-    return value_faults(type(value), {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-
-
 def value_faults(kind: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
-    """Those of a dataclass's values, by field and before it is made of them, that are not of their fields' types."""
-    hints = _hints(kind)
-    return [f"{name} is {repr(value)[:80]}" for name, value in values.items() if not _fits(value, hints[name])]
+    """Those of a dataclass's values, by field and as JSON has them, that are not of their fields' types.
+
+    Numbers have to be finite; a field that the dataclass does not have is a fault, and a missing one is none.
+    """
+    from pydantic import ValidationError
+
+    try:
+        _validator(kind).model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        faults = [(".".join(map(str, one["loc"])), repr(one["input"])[:80], one["msg"]) for one in error.errors()]
+        return [f"{name} is {value} ({message})" for name, value, message in faults]
+    except (TypeError, ValueError) as error:
+        return [str(error)]
+    return []
 
 
 @cache
-def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
-    """The types of a dataclass's fields, which take a while to find out."""
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+def _validator(kind: Callable[..., Any]) -> Any:
+    """A model of pydantic with the fields of a dataclass, none of them required."""
+    from pydantic import ConfigDict, create_model
+
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    hints = get_type_hints(kind, include_extras=True)
+    fields: dict[str, Any] = {one.name: (hints[one.name], None) for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return create_model(kind.__name__, __config__=config, **fields)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    kind, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if kind is Literal:
-        return any(type(value) is type(one) and value == one for one in inner)
-    if kind in (tuple, Sequence):
-        if not isinstance(value, tuple):
-            return False
-        wanted = (inner[0],) * len(value) if kind is Sequence or inner[-1] is Ellipsis else inner
-        return len(wanted) == len(value) and all(map(_fits, value, wanted))
-    if kind is dict:
-        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    if hint is float:
-        return type(value) in (int, float) and -_LARGEST < value < _LARGEST and math.isfinite(value)
-    if hint is int:
-        return type(value) is int and -_LARGEST < value < _LARGEST
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, hint) and not type_faults(value)  # type: ignore[arg-type]
-    return type(value) is (type(None) if hint is None else hint)
+def frozen(value: Any) -> Any:
+    """Lists, nested ones too, as tuples; other values as they are."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 # ---- hidden work folders, each locked by its process

@@ -19,8 +19,8 @@ from loracast.errors import AdapterError, HypernetworkError
 from loracast.hypernets.encoders import BaseTextEncoder
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lab.training.task_start import remember_seen
-from loracast.library.adapter import FACTORS
 from loracast.library.library import Library
+from loracast.library.manifest import FACTORS
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
 from tiny import for_base, make_sentence_encoder, make_task_hypernet

@@ -27,7 +27,7 @@ from loracast.library.adapter import Adapter, factors_in_memory
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import check_name, name_from
-from loracast.library.save import save_rows
+from loracast.library.save import save_rows, tensors_of
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.target import target_from_config
 from tiny import PROSE, make_hypernet, make_model
@@ -61,8 +61,8 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
     prompts = [f"{c.heading}\n{c.text}" if c.heading else c.text for c in read_chunks(adapter.index)]
     expected = list(cast_chunks(model.documents, model.base, prompts, [sentence_spans(prompt) for prompt in prompts]))
     stored = load_file(adapter.folder / "factors.safetensors")
-    for i, side in enumerate("ab"):
-        rows = torch.cat([batch["down_proj"][i] for batch, _ in expected])
+    for side in "ab":
+        rows = torch.cat([batch[f"down_proj.{side}"] for batch in expected])
         assert torch.equal(stored[f"down_proj.{side}"], rows.bfloat16())
     lora = adapter.lora([1])
     for layer, module in enumerate(model.documents.hypernetwork.config.target.modules):
@@ -216,7 +216,7 @@ def test_numbers_that_are_not_finite_are_refused_on_both_sides(bad, tmp_path):
     factors = random_factors(3)
     factors["q_proj"][0][2, 1, 0, 0] = bad
     with pytest.raises(AdapterError, match="not finite"):
-        save_rows(Library(tmp_path), some_manifest(3, name="other"), some_chunks(3), [(factors, {})], {})
+        save_rows(Library(tmp_path), some_manifest(3, name="other"), some_chunks(3), [tensors_of(factors)], {})
     assert Library(tmp_path).names() == ["doc"]
 
 

@@ -32,7 +32,7 @@ from loracast.library import storage as library_files
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest
-from loracast.library.save import save_rows
+from loracast.library.save import save_rows, tensors_of
 from tiny import PROSE
 
 
@@ -418,7 +418,7 @@ def test_an_adapter_in_use_survives_its_replacement_and_removal(anywhere):
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def killed():
-        yield random_factors(2), {}
+        yield tensors_of(random_factors(2))
         assert len(files_in(tmp_path)) == 2 and Library(tmp_path).names() == []
         raise Killed
 
@@ -430,7 +430,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
         save_rows(*given, killed(), {})
     assert files_in(tmp_path) == {"register.sqlite"}
     with pytest.raises(AdapterError, match="2 of 3 chunks"):
-        save_rows(*given, [(random_factors(2), {})], {})
+        save_rows(*given, [tensors_of(random_factors(2))], {})
     assert files_in(tmp_path) == {"register.sqlite"}
     with pytest.raises(OSError, match="disk full"):
         save_rows(*given, [], {}, index=full)
@@ -452,7 +452,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_two_writers_of_one_name(anywhere):
     def save(seed: int, meanwhile=lambda: None):
         def batches():
-            yield random_factors(3, seed), {}
+            yield tensors_of(random_factors(3, seed))
             meanwhile()
 
         return save_rows(Library(anywhere), some_manifest(3), some_chunks(3), batches(), {})
@@ -479,7 +479,7 @@ def in_child(target, *args, kill_after_s: float | None = None) -> int:
 
 def die_while_writing(library: Path) -> None:
     def batches():
-        yield random_factors(1), {}
+        yield tensors_of(random_factors(1))
         os._exit(9)
 
     save_rows(Library(library), some_manifest(3), some_chunks(3), batches(), {})

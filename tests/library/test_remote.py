@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
+from loracast.library.adapter import layout
 from loracast.library.library import Library
-from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
+from loracast.library.remote import model_card, pull_adapter, push_adapter
 from loracast.library.store import Store
 
 
@@ -196,7 +197,7 @@ def test_what_is_damaged_is_not_taken(tmp_path):
         "hash differs.*hash differs": lambda: [(place / n).write_bytes(whole[n][:-3] + b"abc") for n in whole if "json" not in n],
         "not fetched": lambda: (place / "factors.safetensors").open("ab").truncate(10**9),
         "chunks.sqlite has .* not fetched": lambda: (place / "chunks.sqlite").open("ab").truncate(10**9),
-        "damaged: '../x' is no adapter's name": lambda: (place / "adapter.json").write_text(json.dumps({**manifest, "name": "../x"})),
+        "damaged: '../x' cannot name": lambda: (place / "adapter.json").write_text(json.dumps({**manifest, "name": "../x"})),
     }  # fmt: skip
     for message, damage in cases.items():
         for name, content in whole.items():
@@ -205,7 +206,8 @@ def test_what_is_damaged_is_not_taken(tmp_path):
         with pytest.raises(AdapterError, match=message):
             pull_adapter(Library(tmp_path / "two"), str(place))
     assert Library(tmp_path / "two").names() == []
-    assert factor_bytes(adapter.manifest) == 2 * 3 * 2 * 2 * (48 + 64 + 96 + 48)
+    sizes = [info.n_bytes for info in layout(adapter.manifest).values()]
+    assert sum(sizes) == 2 * 3 * 2 * 2 * (48 + 64 + 96 + 48)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from loracast.answering.answers import NOT_SAID
 from loracast.base.generate import Sampling
 from loracast.documents import Document
-from loracast.library.adapter import MANIFEST
+from loracast.library.manifest import MANIFEST
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.resolve import in_window

@@ -54,8 +54,7 @@ def compact(library: Library, reference: str, storage: Storage) -> Adapter:
     def batches() -> Iterator[ChunkBatch]:
         for i in range(m.n_chunks):
             rows = {} if is_same else adapter.rows([i], static=False)
-            factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds if rows}
-            yield factors, adapter.stored_rows([i], copied)
+            yield {**rows, **adapter.stored_rows([i], copied)}
 
     chunks = read_chunks(adapter.index)
     # Another process may learn the document anew meanwhile.

@@ -23,10 +23,10 @@ from loracast.documents.images import ImageFile
 from loracast.documents.units import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster
-from loracast.library.adapter import SENTENCE, Adapter, join_chunks
+from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest
-from loracast.library.save import ChunkBatch, Progress, check_finite, save_rows, save_single, static_tensors
+from loracast.library.save import ChunkBatch, Progress, check_finite, save_rows, save_single, tensors_of
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, static_storage, storage_of
 from loracast.reading.outline import write_document_index
@@ -103,7 +103,8 @@ def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str], sentences: S
         ]
         of_each = cast.tokens or {}
         ranks = {kind: cast.rows[kind][0].shape[2] for kind in of_each}
-        yield cast.rows, {f"{k}{SENTENCE}": _row_sentences(of_each[k].cpu(), owners, ranks[k]) for k in ranks}
+        of_rows = {f"{k}{SENTENCE}": _row_sentences(of_each[k].cpu(), owners, ranks[k]) for k in ranks}
+        yield tensors_of(cast.rows) | of_rows
 
 
 def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -> Tensor:
@@ -130,7 +131,7 @@ class CachedRecast:
             storage: factors are rounded as they come back from an adapter of this storage.
         """
         self.caster, self.base, self.storage = caster, base, storage
-        static, of_static = static_tensors(caster.hypernetwork.static_rows()), static_storage(storage)
+        static, of_static = tensors_of(caster.hypernetwork.static_rows(), STATIC), static_storage(storage)
         self._static = {name: as_stored(value, of_static).cpu() for name, value in static.items()}
         self._rows: LRUCache[Place, dict[str, Tensor]] = LRUCache(most)
         self._changing = Lock()
@@ -154,11 +155,11 @@ class CachedRecast:
             found = {place: self._rows[place] for place in places if place in self._rows}
         new = [place for place in dict.fromkeys(places) if place not in found]
         ahead, prompts, spans = iter(new), [prompt for prompt, _ in new], [some for _, some in new]
-        for rows, owners in cast_chunks(self.caster, self.base, prompts, spans):
-            stored: dict[str, Tensor] = {**owners}
-            for kind, sides in rows.items():
-                storage = storage_of(self.storage, f"{kind}{SENTENCE}" in owners)
-                stored |= {f"{kind}.{side}": as_stored(of, storage).cpu() for side, of in zip("ab", sides, strict=True)}
+        for batch in cast_chunks(self.caster, self.base, prompts, spans):
+            stored = dict(batch)
+            for name in (name for name in batch if not name.endswith(SENTENCE)):
+                storage = storage_of(self.storage, name.partition(".")[0] + SENTENCE in batch)
+                stored[name] = as_stored(batch[name], storage).cpu()
             for i in range(len(next(iter(stored.values())))):
                 found[next(ahead)] = {name: value[i : i + 1].clone() for name, value in stored.items()}
         with self._changing:
@@ -254,7 +255,7 @@ def learn_document(
         manifest,
         chunks,
         batches,
-        static_tensors(hypernetwork.static_rows()),
+        tensors_of(hypernetwork.static_rows(), STATIC),
         seconds=lambda: time.perf_counter() - started,
         index=partial(write_document_index, title=document.title),
         replace=replace,
@@ -276,7 +277,7 @@ def learn_image(caster: Caster, image: ImageFile, library: Library, name: str, *
     started = time.perf_counter()
     hypernetwork = caster.hypernetwork
     rows = caster.cast(caster.encode([image.image])).rows
-    check_finite(rows, "this image")
+    check_finite(tensors_of(rows), "this image")
     return save_single(
         rows,
         hypernetwork.config.target,

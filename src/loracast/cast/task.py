@@ -18,7 +18,7 @@ from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.library import Library
 from loracast.library.manifest import check_name, name_for_task
-from loracast.library.save import check_finite, save_single
+from loracast.library.save import check_finite, save_single, tensors_of
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.factors import Rows
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
@@ -156,7 +156,7 @@ class TaskCaster:
             made = [self._refined(task, refine, strength) for task in given]
         seconds = (time.perf_counter() - started) / max(1, len(made))
         for rows, _ in made:
-            check_finite(rows, "these descriptions")
+            check_finite(tensors_of(rows), "these descriptions")
         return [
             save_single(
                 rows,
@@ -199,7 +199,7 @@ class TaskCaster:
         """The rows of each task as the hypernetwork casts them. Raises AdapterError where they are not finite."""
         batches = [self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE)]
         for batch in batches:
-            check_finite(batch, "these descriptions")
+            check_finite(tensors_of(batch), "these descriptions")
         return [one for batch in batches for one in _each(batch)]
 
     def _rows(self, tasks: Sequence[TaskSpec], features: Features, strength: float) -> list[Rows]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError, LoracastError
-from loracast.files import folder_of, type_faults, write_atomically, write_with
+from loracast.files import folder_of, frozen, value_faults, write_atomically, write_with
 from loracast.hypernets.config import NEWER
 from loracast.lora.quantize import quantise
 
@@ -408,18 +408,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def read_config(values: dict[str, Any], config: type[C]) -> C:
     """A config from its JSON form. Raises ConfigError for an unknown key, and for values of other types."""
-    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    if unknown := sorted(values.keys() - known):
-        raise ConfigError(f"unknown keys in a {config.__name__}: {', '.join(unknown)}")
-    made = config(**{name: _frozen(value) for name, value in values.items()})
-    if faults := type_faults(made):
+    if faults := value_faults(config, values):
         raise ConfigError(f"bad {config.__name__}: {'; '.join(faults)}")
-    return made
-
-
-def _frozen(value: Any) -> Any:
-    """Lists, nested ones too, as tuples; other values as they are."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    return config(**{name: frozen(value) for name, value in values.items()})
 
 
 def _in_fp32(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:

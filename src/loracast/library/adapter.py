@@ -28,7 +28,7 @@ from cachetools import LRUCache, cached
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import file_sha256
 from loracast.library.index import OpenIndex, index_faults, read_chunks, read_sentences
-from loracast.library.manifest import VERSION_DIGITS, Manifest
+from loracast.library.manifest import FACTORS, INDEX, MANIFEST, STATIC_FILE, VERSION_DIGITS, Manifest
 from loracast.lora.merge import Merging, row_lengths, row_weights
 from loracast.lora.quantize import SCALE, Storage, packed, static_storage, storage_of, unpack
 from loracast.lora.target import Target
@@ -49,9 +49,11 @@ YES = f"{STATIC}yes."
 """The same of a row that older versions stored to answer Yes or No by a rule; it is ignored."""
 
 
-def static_storage_of(manifest: Manifest) -> Storage:
-    """How an adapter keeps its static LoRA: as it came up to format 3, and from then on in a byte a number."""
-    return static_storage(manifest.storage) if manifest.format > 3 else "bf16"
+def tensor_storage(m: Manifest, name: str) -> Storage:
+    """How an adapter keeps a tensor of factors; the static LoRA as it came up to format 3, then in a byte a number."""
+    if STATIC in name:
+        return static_storage(m.storage) if m.format > 3 else "bf16"
+    return storage_of(m.storage, name.partition(".")[0] in m.memory_kinds)
 
 
 def layout(m: Manifest) -> dict[str, TensorInfo]:
@@ -62,7 +64,7 @@ def layout(m: Manifest) -> dict[str, TensorInfo]:
         in_memory = kind in m.memory_kinds
         sides = ("a", len(modules), modules[0].d_in), ("b", 1 if in_memory else len(modules), modules[0].d_out)
         for side, n, d in sides:
-            for suffix, (dtype, size) in packed(d, storage_of(m.storage, in_memory)).items():
+            for suffix, (dtype, size) in packed(d, tensor_storage(m, kind)).items():
                 found[f"{kind}.{side}{suffix}"] = TensorInfo(dtype, (m.n_chunks, n, m.ranks[kind], size))
         if in_memory:
             found[f"{kind}{SENTENCE}"] = TensorInfo("I16", (m.n_chunks, m.ranks[kind]))
@@ -74,12 +76,11 @@ def static_layout(m: Manifest, stored: Mapping[str, TensorInfo]) -> dict[str, Te
     found = {}
     for kind in m.target.kinds:
         modules = m.target.of_kind(kind)
-        for part in (STATIC, YES):
-            names = {f"{kind}{part}a": modules[0].d_in, f"{kind}{part}b": modules[0].d_out}
-            if there := [stored[name].shape for name in names if name in stored]:
-                for name, d in names.items():
-                    for suffix, (dtype, size) in packed(d, static_storage_of(m)).items():
-                        found[f"{name}{suffix}"] = TensorInfo(dtype, (len(modules), *there[0][1:2], size))
+        names = {f"{kind}{STATIC}a": modules[0].d_in, f"{kind}{STATIC}b": modules[0].d_out}
+        if there := [stored[name].shape for name in names if name in stored]:
+            for name, d in names.items():
+                for suffix, (dtype, size) in packed(d, tensor_storage(m, name)).items():
+                    found[f"{name}{suffix}"] = TensorInfo(dtype, (len(modules), *there[0][1:2], size))
     return found
 
 
@@ -158,7 +159,6 @@ def join_chunks(
 
 STATIC_FOLDER = "static"
 """The folder of a library with the static LoRAs of its adapters, each under its hash."""
-FACTORS, STATIC_FILE, INDEX, MANIFEST = "factors.safetensors", "static.safetensors", "chunks.sqlite", "adapter.json"
 _MAX_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
 _ROUNDED = 0.02  # of a static LoRA's length: twice what storing it in int8 changes
 _CHUNKS_KEPT_APART = 8  # up to so many, the factors of each chunk are kept on their own
@@ -284,7 +284,7 @@ class Adapter:
         def read() -> dict[str, Tensor]:
             if self.manifest.storage == "text":
                 return {name: value for name, value in self.rows([0]).items() if STATIC in name}
-            return self._checked(_unpacked(self.stored_static(), lambda _: static_storage_of(self.manifest)))
+            return self._checked(_unpacked(self.manifest, self.stored_static()))
 
         return self.kept((self.manifest.static_sha256 or self.manifest.version, STATIC), read)
 
@@ -305,11 +305,7 @@ class Adapter:
             prompts = [chunk.prompt for chunk in read_chunks(self.index, wanted)]
             rows = self.recast(prompts, [spans[i] for i in wanted] if places else None)
             return self._checked({name: value for name, value in rows.items() if static or STATIC not in name})
-
-        def storage(name: str) -> Storage:
-            return storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
-
-        rows = _unpacked(self.stored_rows(wanted, layout(self.manifest)), storage)
+        rows = _unpacked(self.manifest, self.stored_rows(wanted, layout(self.manifest)))
         return self._checked(rows) | (self.static_rows if static else {})
 
     def stored_rows(self, wanted: Sequence[int], names: Iterable[str]) -> dict[str, Tensor]:
@@ -318,9 +314,10 @@ class Adapter:
 
     def stored_static(self) -> dict[str, Tensor]:
         """The tensors of the static LoRA as the file has them."""
-        if self.manifest.format > 4 and not self.manifest.static_sha256:
+        is_apart = self.manifest.format > 4
+        if is_apart and not self.manifest.static_sha256:
             return {}
-        file = self._file if self.manifest.format < 5 else self._opened(STATIC_FILE)
+        file = self._opened(STATIC_FILE) if is_apart else self._file
         return {name: file.tensor(name) for name in file.header if STATIC in name and YES not in name}
 
     @property
@@ -358,29 +355,27 @@ class Adapter:
 
     def problems(self) -> list[str]:
         """Which files differ from the hashes in the manifest, or cannot be read."""
-        found = []
-        m = self.manifest
-        for name, sha256 in {FACTORS: m.factors_sha256, STATIC_FILE: m.static_sha256, INDEX: m.chunks_sha256}.items():
-            try:
-                if sha256 and file_sha256(self.folder / name) != sha256:
-                    found.append(f"{name} is damaged (its hash differs)")
-            except OSError as error:
-                found += self._missing(name) or [f"{name} cannot be read ({error.strerror})"]
-        return found
+        hashes = self.manifest.hashes.items()
+        return [fault for name, sha256 in hashes if (fault := self._file_fault(name, sha256))]
 
-    def _missing(self, name: str) -> list[str]:
-        """The sentence that a file is missing; nothing where it is there."""
-        if os.path.lexists(self.folder / name):
-            return []
-        kept_as = f" (its library keeps it as {STATIC_FOLDER}/{self.manifest.static_sha256})"
-        return [f"{name} is missing{kept_as if name == STATIC_FILE else ''}"]
+    def _file_fault(self, name: str, sha256: str = "") -> str | None:
+        """Why a file cannot be used, whatever it holds; or that its hash is another one, if one is given."""
+        path = self.folder / name
+        if not os.path.lexists(path):
+            kept_as = f" (its library keeps it as {STATIC_FOLDER}/{self.manifest.static_sha256})"
+            return f"{name} is missing{kept_as if name == STATIC_FILE else ''}"
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is a link or no file"
+        try:
+            is_changed = sha256 and file_sha256(path) != sha256
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        return f"{name} is damaged (its hash differs)" if is_changed else None
 
     def header_faults(self, name: str) -> list[str]:
         """What is wrong in the header of a file of tensors, or does not fit adapter.json."""
-        if (self.folder / name).is_symlink():
-            return [f"{name} is a link"]
-        if missing := self._missing(name):
-            return missing
+        if fault := self._file_fault(name):
+            return [fault]
         stored, faults = read_header(self.folder / name)
         if not stored:
             return faults or [f"{name} is empty"]
@@ -389,6 +384,7 @@ class Adapter:
             wanted = layout(m) | {key: info for key, info in stored.items() if is_optional(m, key, info)}
         if name == STATIC_FILE or m.format < 5:
             wanted |= static_layout(m, stored)
+            stored = {key: info for key, info in stored.items() if m.format > 4 or YES not in key}
         faults += [f"{name} is missing" for name in wanted if name not in stored]
         faults += [f"{name[:200]} is unknown" for name in stored if name not in wanted]
         for name in sorted(stored.keys() & wanted.keys()):
@@ -401,37 +397,28 @@ class Adapter:
 
     def faults(self) -> list[str]:
         """Everything wrong with an adapter from elsewhere: files, hashes, header, shapes, numbers and index."""
-        of_tensors = [FACTORS] if self.manifest.storage != "text" else []
-        of_tensors += [STATIC_FILE] if self.manifest.static_sha256 else []
-        there = {path.name: path for path in self.folder.iterdir()}
-        wanted = {MANIFEST, INDEX, *of_tensors}
-        found = [fault for name in sorted(wanted) for fault in self._missing(name)]
-        for name in sorted(wanted & there.keys()):
-            if there[name].is_symlink() or not there[name].is_file():
-                found.append(f"{name} is a link or no file")
-        found += [f"{name[:200]} does not belong there" for name in sorted(there.keys() - wanted)]
+        wanted = {MANIFEST, *self.manifest.hashes}
+        found = [fault for name in sorted(wanted) if (fault := self._file_fault(name))]
+        there = {path.name for path in self.folder.iterdir()}
+        found += [f"{name[:200]} does not belong there" for name in sorted(there - wanted)]
         if found:
             return found
-        found = self.problems()
-        found += index_faults(self.index, self.manifest.n_chunks)
-        for name in of_tensors:
+        found = self.problems() + index_faults(self.index, self.manifest.n_chunks)
+        for name in self.manifest.hashes.keys() - {INDEX}:
             if header := self.header_faults(name):
                 found += header
                 continue
-            try:
-                file = self._opened(name)
-                numbers = [key for key, info in file.header.items() if info.dtype not in ("I8", "U8", "I16")]
-                found += number_faults((key, file.tensor(key)) for key in numbers)
-            except AdapterError as error:
-                found.append(str(error))
+            file = OpenTensors(self.folder / name)
+            numbers = [key for key, info in file.header.items() if info.dtype not in ("I8", "U8", "I16")]
+            found += number_faults((key, file.tensor(key)) for key in numbers)
         return found
 
 
-def _unpacked(stored: Mapping[str, Tensor], storage: Callable[[str], Storage]) -> dict[str, Tensor]:
+def _unpacked(m: Manifest, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file without their scales; those that have some are unpacked as it fits their storage."""
     found = {name: value for name, value in stored.items() if not name.endswith(SCALE)}
     for name in found.keys() & {name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)}:
-        found[name] = unpack({"": found[name], SCALE: stored[name + SCALE]}, storage(name))
+        found[name] = unpack({"": found[name], SCALE: stored[name + SCALE]}, tensor_storage(m, name))
     return found
 
 

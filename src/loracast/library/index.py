@@ -14,7 +14,7 @@ from sqlite3 import Connection
 from typing import TYPE_CHECKING, NamedTuple
 
 from loracast.errors import LEARN_AGAIN, AdapterError
-from loracast.files import type_faults
+from loracast.files import value_faults
 
 if TYPE_CHECKING:
     from loracast.documents import Chunk
@@ -120,6 +120,8 @@ def read_chunks(index: Index, chunks: Sequence[int] | None = None) -> list[Chunk
 
 def index_faults(index: Path, n_chunks: int) -> list[str]:
     """What is wrong in the index of an adapter from elsewhere: its schema, its chunks, the places of its sentences."""
+    from loracast.documents import Chunk
+
     try:
         chunks, sentences = read_chunks(index), read_sentences(index)
         with open_index(index) as database:
@@ -129,7 +131,7 @@ def index_faults(index: Path, n_chunks: int) -> list[str]:
     faults = []
     if len(chunks) != n_chunks:
         faults.append(f"{index.name} has {len(chunks)} chunks, and the manifest says {n_chunks}")
-    if numbers != list(range(len(chunks))) or any(type_faults(chunk) for chunk in chunks):
+    if numbers != list(range(len(chunks))) or any(value_faults(Chunk, vars(chunk)) for chunk in chunks):
         faults.append(f"{index.name} holds chunks that are none")
     elif not all(_is_place(place, chunks) for place in sentences):
         faults.append(f"{index.name} holds sentences that are none")

@@ -98,13 +98,12 @@ class Library(LibraryStorage):
     def versions(self, name: str) -> list[Entry]:
         """The versions of a name, newest first. Raises AdapterError where there is no such name."""
         check_name(name)
-        for look_again in (True, False):
-            with self.reading() as register:
-                if entries := register.versions_of(name):
-                    return entries
-                names = register.names()
-            if look_again:
-                self.refresh([name])
+        if entries := self.versions_of(name):
+            return entries
+        self.refresh([name])
+        if entries := self.versions_of(name):
+            return entries
+        names = self.names()
         if len(names) > _NAMES_IN_MESSAGE:
             near = get_close_matches(name, names, n=_NAMES_IN_MESSAGE, cutoff=0.5)
             hint = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(names):,} there are"

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Interval, MinLen
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import LEARN_AGAIN, AdapterError
-from loracast.files import type_faults, write_atomically
+from loracast.files import frozen, value_faults, write_atomically
 from loracast.lora.merge import MOST_KEYS, Merging
 from loracast.lora.quantize import Storage
 from loracast.lora.target import Target, TargetModule
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from loracast.documents.images import ImageFile
 
 
+FACTORS, STATIC_FILE, INDEX, MANIFEST = "factors.safetensors", "static.safetensors", "chunks.sqlite", "adapter.json"
 FORMAT = 5
 """Of what is written; docs/adapter-format.md says how the older ones differ."""
 READING = 2
@@ -39,11 +42,15 @@ _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_
 """Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
 _IN_EVERY_FILE = {"source", "hypernetwork", "n_tokens", "max_chunk_tokens", "created", "learn_s"}
 """Keys of adapter.json beyond those without a default; only what is younger than the first versions may be missing."""
-_LARGEST_SIZE = 10**7
-"""Chunks, ranks and widths beyond it are in no adapter; lists as long as they say would fill the memory."""
 LONGEST_NAME = 64
 """Characters."""
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+VERSION = re.compile(r"[0-9a-f]{64}")
+"""The hash of a version."""
+Size = Annotated[int, Interval(ge=1, le=10**7)]
+"""Of chunks, ranks and widths: lists as long as larger ones say would fill the memory."""
+Count = Annotated[int, Interval(ge=0, lt=2**63)]
+Ratio = Annotated[float, Interval(gt=0, lt=2**63)]
 
 
 def utc_now() -> str:
@@ -66,13 +73,13 @@ class Manifest:
     """The base."""
     hypernetwork: str = ""
     """Id of the hypernetwork; in older adapters a hash of its weights alone; "" where none made it."""
-    modules: tuple[tuple[str, int, str, int, int], ...]
+    modules: Annotated[tuple[tuple[str, Count, str, Size, Size], ...], MinLen(1)]
     """The target, as in the hypernetwork's config."""
-    ranks: dict[str, int]
+    ranks: dict[str, Annotated[int, Interval(ge=0, le=10**7)]]
     """Of one chunk, by module kind; 0 of kinds that receive the static LoRA alone."""
-    n_chunks: int
-    n_tokens: int = 0
-    max_chunk_tokens: int = 0
+    n_chunks: Size
+    n_tokens: Count = 0
+    max_chunk_tokens: Count = 0
     created: str = field(default_factory=utc_now)
     """UTC, ISO 8601."""
     learn_s: float = 0.0
@@ -85,11 +92,11 @@ class Manifest:
     format: int = FORMAT
     warnings: tuple[str, ...] = ()
     kind: AdapterKind = "document"
-    max_unscaled_chunks: dict[str, int] = field(default_factory=dict)
+    max_unscaled_chunks: dict[str, Size] = field(default_factory=dict)
     """By module kind, how many chunks are merged unscaled at most; of K more, each is scaled by this / K."""
-    key_decorrelation: dict[str, float] = field(default_factory=dict)
+    key_decorrelation: dict[str, Ratio] = field(default_factory=dict)
     """By module kind, the ridge with which merging decorrelates the keys of different chunks (lora/merge.py)."""
-    most_keys: float | None = MOST_KEYS
+    most_keys: Ratio | None = MOST_KEYS
     """Rows of these kinds that are merged at most, in parts of a module's inputs; None (up to format 3) merges all."""
     storage: Storage = "bf16"
     """How the factors are kept; bf16 where adapter.json does not say."""
@@ -97,7 +104,7 @@ class Manifest:
     """Module kinds whose rows belong to a sentence each; their B rows are the same in all modules and kept once."""
     strength: float = 1.0
     """Of a task: factor on every delta, folded in already."""
-    n_examples: int = 0
+    n_examples: Count = 0
     """Of a task: examples that were read beside its description."""
     is_refined: bool = False
     """Of a task: whether gradient descent on its examples went on from what was cast."""
@@ -110,6 +117,13 @@ class Manifest:
     @cached_property
     def target(self) -> Target:
         return Target(tuple(TargetModule(*module) for module in self.modules))
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The files that the adapter has beside adapter.json, each with its hash ("" where none was kept)."""
+        found = {INDEX: self.chunks_sha256, FACTORS: self.factors_sha256, STATIC_FILE: self.static_sha256}
+        absent = ({FACTORS} if self.storage == "text" else set()) | (set() if self.static_sha256 else {STATIC_FILE})
+        return {name: sha256 for name, sha256 in found.items() if name not in absent}
 
     @property
     def merging(self) -> Merging:
@@ -160,43 +174,23 @@ class Manifest:
             if missing := _IN_EVERY_FILE - stored.keys():
                 raise ValueError(f"{', '.join(sorted(missing))} missing in it")
             names = {key: name for name, key in _STORED_AS.items()}
-            json.dumps(stored, ensure_ascii=False).encode()  # JSON can hold half of a surrogate pair, and UTF-8 cannot
-            stored["made_for"] = Fingerprint(**stored["made_for"])
-            stored["modules"] = tuple(tuple(module) for module in stored["modules"])
-            stored["warnings"] = tuple(stored["warnings"])
-            stored["memory_kinds"] = tuple(stored.get("memory_kinds", ()))
-            if stored["format"] < 4:
-                stored["most_keys"] = None
-            manifest = cls(**{names.get(key, key): value for key, value in stored.items()})
-            manifest._check()
+            values = {names.get(key, key): frozen(value) for key, value in stored.items()}
+            if values["format"] < 4:
+                values["most_keys"] = None
+            if faults := value_faults(cls, values):
+                raise ValueError("; ".join(faults))
+            check_name(values["name"])
+            manifest = cls(**values | {"made_for": Fingerprint(**values["made_for"])})
+            kinds = manifest.target.kinds
+            if unknown := {module.kind for module in manifest.target.modules}.difference(kinds):
+                raise ValueError(f"it has unknown module kinds {sorted(unknown)}")
+            if not set(kinds).issuperset(manifest.memory_kinds):
+                raise ValueError("its memory is in modules that it does not target")
+            if manifest.ranks.keys() != set(kinds):
+                raise ValueError("its ranks are not those of its module kinds")
             return manifest
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (AdapterError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(f"{path} is damaged: {error}; {LEARN_AGAIN}") from error
-
-    def _check(self) -> None:
-        """Raise ValueError (or TypeError) for values that no adapter has."""
-        if faults := type_faults(self):
-            raise ValueError("; ".join(faults))
-        kinds = set(self.target.kinds)
-        unknown = {module.kind for module in self.target.modules} - kinds
-        sizes = [
-            self.n_chunks,
-            *self.max_unscaled_chunks.values(),
-            *(rank or 1 for rank in self.ranks.values()),
-            *(d for m in self.modules for d in m[3:]),
-        ]
-        checks = {
-            f"{self.name[:80]!r} is no adapter's name": not _NAME.fullmatch(self.name),
-            "it targets nothing": not self.modules,
-            "a size in it is not from 1 to ten million": min(sizes) < 1 or max(sizes) > _LARGEST_SIZE,
-            "a ridge in it is not a positive number": min(self.key_decorrelation.values(), default=1) <= 0,
-            "most_keys in it is not a positive number": self.most_keys is not None and self.most_keys <= 0,
-            f"it has unknown module kinds {sorted(unknown)}": bool(unknown),
-            "its memory is in modules that it does not target": not kinds.issuperset(self.memory_kinds),
-            "its ranks are not those of its module kinds": self.ranks.keys() != kinds,
-        }
-        if found := [fault for fault, is_there in checks.items() if is_there]:
-            raise ValueError("; ".join(found))
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(self._stored(), indent=1, ensure_ascii=False).encode())
@@ -215,7 +209,7 @@ def _hash(value: object) -> str:
 
 def check_name(name: str) -> str:
     """A name that is safe as a folder's: lower-case letters, digits, `.`, `_`, `-`. Raises AdapterError."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise AdapterError(
             f"{name[:80]!r} cannot name an adapter: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
             "beginning with a letter or digit"

@@ -14,12 +14,14 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 from unicodedata import normalize
+
+from annotated_types import Predicate
 
 from loracast.errors import AdapterError, NameTakenError, NoSuchAdapterError
 from loracast.library.index import Phrases, match_scores
-from loracast.library.manifest import MEMORY_SOURCE, Manifest, utc_now
+from loracast.library.manifest import MEMORY_SOURCE, NAME, VERSION, Manifest, utc_now
 from loracast.text import is_unicode
 
 
@@ -78,11 +80,11 @@ class Match:
 class NameState:
     """All that is known of a name, as machines that share a library tell each other."""
 
-    versions: tuple[tuple[str, str], ...] = ()
+    versions: tuple[tuple[Annotated[str, Predicate(VERSION.fullmatch)], str], ...] = ()
     """Content hash, and when it was added, of each version; the newest last. A name without versions is deleted."""
     owner: str = ""
     note: str = ""
-    tags: tuple[str, ...] = ()
+    tags: tuple[Annotated[str, Predicate(NAME.fullmatch)], ...] = ()
 
 
 MIGRATIONS: tuple[str, ...] = (

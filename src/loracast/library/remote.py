@@ -6,22 +6,18 @@ large is fetched, then `Adapter.faults`.
 
 from __future__ import annotations
 
-import math
 import re
 from getpass import getpass
 from pathlib import Path
 from typing import Any
 
 from loracast.errors import AdapterError, PackageError
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, STATIC_FILE, Adapter, layout
+from loracast.library.adapter import Adapter, layout
 from loracast.library.library import Library
-from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
-from loracast.library.storage import fetch_whole
+from loracast.library.manifest import FACTORS, INDEX, MANIFEST, STATIC_FILE, VERSION_DIGITS, Manifest, check_name
 from loracast.library.store import file_system
-from loracast.lora.tensor_file import BYTES
 
 CARD = "README.md"
-_FILES = (INDEX, FACTORS, STATIC_FILE, MANIFEST)  # in this order: without a manifest an adapter is not whole
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SIGNATURE = f"{MANIFEST}.minisig"
 _MAX_MANIFEST_BYTES = 10_000_000
@@ -47,7 +43,8 @@ def push_adapter(adapter: Adapter, where: str, *, private: bool = True, signing_
     texts = {CARD: model_card(adapter).encode()}
     if signing_key is not None:
         texts[SIGNATURE] = sign(adapter.folder / MANIFEST, signing_key)
-    files = {name: str(adapter.folder / name) for name in _FILES if (adapter.folder / name).is_file()}
+    # The manifest comes last: without it an adapter is not whole.
+    files = {name: str(adapter.folder / name) for name in (*adapter.manifest.hashes, MANIFEST)}
     with file_system(_url(where)) as (fs, root):
         if is_hub_id(where):
             from huggingface_hub import CommitOperationAdd, HfApi
@@ -87,11 +84,11 @@ def pull_adapter(
         if faults := Adapter(folder).faults():
             raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
         if signed_by is not None:
-            _check_copy(library, manifest, work / "copy")
+            _check_copy(library, manifest)
         return library.add(check_name(name or manifest.name), folder, manifest, replace=replace)
 
 
-def _check_copy(library: Library, signed: Manifest, work: Path) -> None:
+def _check_copy(library: Library, signed: Manifest) -> None:
     """Raise AdapterError where a library has a signed version with other files, which `Library.add` would keep.
 
     The version says nothing of the text's file.
@@ -100,12 +97,9 @@ def _check_copy(library: Library, signed: Manifest, work: Path) -> None:
         is_here, store = register.has_version(signed.version), library.store(register)
         named = (entry for name in register.names() for entry in register.versions_of(name))
         names = [f"{one.name}@{one.version[:VERSION_DIGITS]}" for one in named if one.version == signed.version]
-    if is_here:
-        copy = Adapter(library.local(signed.version))
-    elif store is not None and store.has(signed.version):
-        copy = fetch_whole(store, signed.version, work)
-    else:
+    if not is_here and (store is None or not store.has(signed.version)):
         return
+    copy = Adapter(library.local(signed.version))
     kept = copy.manifest
     if (kept.version, kept.chunks_sha256) != (signed.version, signed.chunks_sha256) or copy.problems():
         remedy = f"`loracast rm {' '.join(names)}`" if names else "`loracast gc`"
@@ -173,19 +167,13 @@ def _fetch_checked(fs: Any, root: str, folder: Path, signed_by: str | None) -> M
     manifest = Manifest.read(folder / MANIFEST)
     if signed_by is not None:
         check_covers(manifest)
-    of_text = _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens)
-    if INDEX in sizes:  # what is missing is reported with all other faults
-        fetch(INDEX, of_text)
-    if FACTORS in sizes and manifest.storage != "text":
-        fetch(FACTORS, _SLACK_BYTES + of_text + factor_bytes(manifest))  # a reader's vectors belong to the text
-    if STATIC_FILE in sizes and manifest.static_sha256:
-        fetch(STATIC_FILE, 2 * _SLACK_BYTES)
+    of_text = _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * manifest.n_tokens
+    of_factors = sum(info.n_bytes for info in layout(manifest).values())
+    # A reader's vectors belong to the text.
+    limits = {INDEX: of_text, FACTORS: _SLACK_BYTES + of_text + of_factors, STATIC_FILE: 2 * _SLACK_BYTES}
+    for name in manifest.hashes.keys() & sizes.keys():  # what is missing is reported with all other faults
+        fetch(name, limits[name])
     return manifest
-
-
-def factor_bytes(manifest: Manifest) -> int:
-    """Bytes that the factors of an adapter's chunks take according to its manifest."""
-    return sum(BYTES[info.dtype] * math.prod(info.shape) for info in layout(manifest).values())
 
 
 def sign(manifest: Path, key: Path) -> bytes:
@@ -233,7 +221,7 @@ def verify(manifest: Path, signature: Path, key: str) -> None:
 
 def check_covers(manifest: Manifest) -> None:
     """Raise AdapterError unless a manifest holds the hashes of all other files, so that its signature is theirs too."""
-    if not manifest.chunks_sha256 or not (manifest.factors_sha256 or manifest.storage == "text"):
+    if not all(manifest.hashes.values()):
         raise AdapterError(
             f"{manifest.name!r} is from before adapters kept a hash of their text, which a signature needs: learn it "
             "again"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -25,20 +24,20 @@ from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder, tidy, write_atomically
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, STATIC, STATIC_FILE, Adapter, layout, static_storage_of
+from loracast.library.adapter import STATIC, Adapter, layout, tensor_storage
 from loracast.library.index import write_index
 from loracast.library.library import Library
-from loracast.library.manifest import FORMAT, Manifest, check_name
+from loracast.library.manifest import FACTORS, FORMAT, INDEX, MANIFEST, STATIC_FILE, Manifest, check_name
 from loracast.lora.algebra import LoRA, compress, rows_of
 from loracast.lora.factors import Rows
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
-from loracast.lora.quantize import SCALE, pack, storage_of
+from loracast.lora.quantize import SCALE, pack
 from loracast.lora.target import KINDS, Target, TargetModule
-from loracast.lora.tensor_file import BYTES, TensorInfo
+from loracast.lora.tensor_file import TensorInfo
 
-ChunkBatch = tuple[Rows, Mapping[str, Tensor]]
-"""The rows of n chunks, and tensors [n, ...] that are written as they are, under their names in the file: of a memory
+ChunkBatch = Mapping[str, Tensor]
+"""The tensors [n, ...] of n chunks under their names in the file: factors, which may be packed already, and of a memory
 "down_proj.sentence" [n, r], the sentence of each row in its chunk, -1 for none."""
 WriteIndex = Callable[[Path, Sequence[Chunk]], object]
 """Writes the index of some chunks to a file."""
@@ -65,9 +64,8 @@ def save_rows(
 
     Args:
         manifest: all but the hashes of the files, which are filled in.
-        batches: the rows of all chunks, in order; with the storage `text` none are taken.
-        static: what the adapter shares with others of its hypernetwork, as `static_tensors` names it; or as another
-            adapter stores it (`Adapter.stored_static`), with scales.
+        batches: the tensors of all chunks, in order; with the storage `text` none are taken.
+        static: what the adapter shares with others of its hypernetwork (`tensors_of`), which may be packed already.
         optional: type and shape of tensors that come in the batches and are kept for later versions (`is_optional`).
         seconds: called at the end: how long casting has taken; the manifest says it if None.
         index: writes the file of the index, given the chunks.
@@ -92,10 +90,10 @@ def save_rows(
             _write_factors(folder / FACTORS, manifest, {**layout(manifest), **optional}, batches, progress)
             changes["factors_sha256"] = file_sha256(folder / FACTORS)
             if static:
-                _write_static(folder / STATIC_FILE, manifest, static)
+                # Equal numbers are equal bytes, whatever adapter they belong to.
+                write_atomically(folder / STATIC_FILE, save(_packed(manifest, static)))
                 changes["static_sha256"] = file_sha256(folder / STATIC_FILE)
-        if seconds is not None:
-            changes["learn_s"] = round(seconds(), 4)
+        changes["learn_s"] = round(manifest.learn_s if seconds is None else seconds(), 4)
         check()
         whole = with_changes(manifest, **changes)
         whole.write(folder / MANIFEST)
@@ -110,7 +108,7 @@ def _write_factors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "loracast": str(FORMAT)}}
     end = 0
     for name, info in tensors.items():
-        start, end = end, end + BYTES[info.dtype] * math.prod(info.shape)
+        start, end = end, end + info.n_bytes
         header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -120,23 +118,18 @@ def _write_factors(
             """Write the rows of a tensor from this one on."""
             place = 8 + len(encoded) + header[name]["data_offsets"][0]
             file.seek(place + row * value[0].numel() * value.element_size())
-            file.write(value.cpu().contiguous().view(torch.uint8).numpy().data)
+            file.write(value.view(torch.uint8).numpy().data)
 
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + end)
         n_done = 0
         progress(0, m.n_chunks)
-        for rows, more in batches:
-            check_finite(rows, "this document")
-            for kind, pair in rows.items():
-                storage = storage_of(m.storage, kind in m.memory_kinds)
-                for side, factors in zip("ab", pair, strict=True):
-                    if factors.numel():  # chunks have none of the kinds that receive the static LoRA alone
-                        for suffix, value in pack(factors.detach().bfloat16(), storage).items():
-                            write(f"{kind}.{side}{suffix}", value, n_done)
-            for name, value in more.items():
-                write(name, value, n_done)
-            n_done += len(next(iter(more.values())) if more else next(iter(rows.values()))[0])
+        for batch in batches:
+            check_finite(batch, "this document")
+            for name, value in _packed(m, batch).items():
+                if value.numel():  # chunks have none of the kinds that receive the static LoRA alone
+                    write(name, value, n_done)
+            n_done += len(next(iter(batch.values())))
             progress(n_done, m.n_chunks)
         if n_done != m.n_chunks:
             raise AdapterError(f"{n_done} of {m.n_chunks} chunks were written")
@@ -144,25 +137,25 @@ def _write_factors(
         os.fsync(file.fileno())
 
 
-def _write_static(path: Path, manifest: Manifest, static: Mapping[str, Tensor]) -> None:
-    """Write static.safetensors: equal numbers are equal bytes, whatever adapter they belong to."""
-    if not any(name.endswith(SCALE) for name in static):
-        packed = ((name, pack(rows.detach().bfloat16(), static_storage_of(manifest))) for name, rows in static.items())
-        static = {name + suffix: part for name, parts in packed for suffix, part in parts.items()}
-    write_atomically(path, save({name: part.cpu().contiguous() for name, part in static.items()}))
+def _packed(m: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as an adapter's files hold them; what is packed already, or no factor, stays as it is."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        is_factor = name.partition(".")[0] in m.ranks and value.is_floating_point() and not name.endswith(SCALE)
+        parts = pack(value.detach().bfloat16(), tensor_storage(m, name)) if is_factor else {"": value}
+        found |= {name + suffix: part.cpu().contiguous() for suffix, part in parts.items()}
+    return found
 
 
-def check_finite(rows: Rows, source: str) -> None:
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise AdapterError where a hypernetwork gave numbers that are not finite."""
-    if not all(side.isfinite().all() for pair in rows.values() for side in pair):
+    if not all(value.isfinite().all() for value in tensors.values()):
         raise AdapterError(f"the hypernetwork gave numbers that are not finite for {source}; nothing is kept")
 
 
-def static_tensors(static: Rows) -> dict[str, Tensor]:
-    """Rows of a static LoRA as tensors named as in an adapter's file."""
-    return {
-        f"{kind}{STATIC}{side}": rows for kind, pair in static.items() for side, rows in zip("ab", pair, strict=True)
-    }
+def tensors_of(rows: Rows, part: str = ".") -> dict[str, Tensor]:
+    """Rows as tensors named as in an adapter's files; `part` is STATIC for those of a static LoRA."""
+    return {f"{kind}{part}{side}": value for kind, pair in rows.items() for side, value in zip("ab", pair, strict=True)}
 
 
 def save_single(
@@ -190,9 +183,8 @@ def save_single(
     about = {"source_sha256": source_of(title)} | about
     manifest = Manifest(name=name, title=title, modules=target.rows, ranks=ranks, n_chunks=1, **about)
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
-    batches: list[ChunkBatch] = [(rows, {})]
-    shared = static_tensors(static or {})
-    return save_rows(library, manifest, [only], batches, shared, seconds=lambda: manifest.learn_s, replace=replace)
+    tensors, shared = tensors_of(rows), tensors_of(static or {}, STATIC)
+    return save_rows(library, manifest, [only], [tensors], shared, replace=replace)
 
 
 def save_lora(lora: LoRA, library: Library, name: str, *, static: LoRA = LoRA(), **about: Any) -> Adapter:

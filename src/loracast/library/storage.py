@@ -36,9 +36,9 @@ from loracast.files import (
     work_folder,
     write_atomically,
 )
-from loracast.library.adapter import INDEX, MANIFEST, STATIC_FILE, STATIC_FOLDER, Adapter, size_of
+from loracast.library.adapter import STATIC_FOLDER, Adapter, size_of
 from loracast.library.index import read_chunks
-from loracast.library.manifest import Manifest
+from loracast.library.manifest import INDEX, MANIFEST, STATIC_FILE, Manifest
 from loracast.library.register import FILE, NameState, Register
 from loracast.library.store import SHARED, OvertakenError, SharedStore, Store
 
@@ -210,7 +210,7 @@ class LibraryStorage:
         """Whether the library has a register; a missing or old one is made or migrated now, and orphans are entered."""
         if not self.folder.is_dir():
             return False
-        is_new, is_shared = not self.register_file.is_file(), self.shared_url is not None
+        is_new, is_shared = not self.register_file.is_file(), self.shared_store is not None
         orphans = [] if is_shared else self.orphans()[0]  # of a shared library `verify` speaks of them
         if is_new and not orphans and not self.homes() and not is_shared:
             return False
@@ -275,24 +275,19 @@ class LibraryStorage:
     # ---- the store
 
     @property
-    def shared_url(self) -> str | None:
-        """The URL of the store that the library shares with others; None where it does not."""
-        try:
-            return json.loads((self.folder / _SHARED_FILE).read_bytes())["store"]
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-    @property
     def shared_store(self) -> SharedStore | None:
         """The store that the library shares with others, if it does."""
-        url = self.shared_url
-        return None if url is None else SharedStore(url)
+        try:
+            return SharedStore(json.loads((self.folder / _SHARED_FILE).read_bytes())["store"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     @property
     def store_url(self) -> str | None:
         """The URL of the library's store; None where adapters lie on this machine alone."""
         with self.reading() as register:
-            return self.shared_url or register.setting(_STORE)
+            store = self.store(register)
+        return None if store is None else store.url
 
     def store(self, register: Register) -> Store | None:
         """The store of the library, if it has one."""
@@ -402,8 +397,8 @@ class LibraryStorage:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.make_ready()
-        if (other := self.shared_url) not in (None, url):
-            raise AdapterError(f"the library is shared at {other}: `loracast store --leave` first")
+        if (other := self.shared_store) is not None and other.url != url:
+            raise AdapterError(f"the library is shared at {other.url}: `loracast store --leave` first")
         store = SharedStore(url)
         with Register.writing(self.register_file) as register:
             own = register.setting("id")
@@ -411,14 +406,12 @@ class LibraryStorage:
         store.check()
         store.claim(SHARED, own=own)
         there = store.newest()
-        theirs = {name: store.read(name, there[name]) for name in states if name in there}
-        newest = {name: state.versions[-1][0] for name, state in states.items()}
-        if taken := [
-            name for name, state in theirs.items() if state.versions and newest[name] not in dict(state.versions)
-        ]:
+        theirs = {name: dict(store.read(name, there[name]).versions) if name in there else {} for name in states}
+        taken = [name for name, state in states.items() if theirs[name] and state.versions[-1][0] not in theirs[name]]
+        if taken:
             raise AdapterError(f"{', '.join(taken)} mean other adapters at {url}: rename or remove them here first")
         for name, state in states.items():
-            if name not in theirs or not theirs[name].versions:
+            if not theirs[name]:
                 for version, _ in state.versions:
                     store.put(version, self.local(version))
                 store.publish(name, there.get(name, 0) + 1, state)
@@ -440,8 +433,8 @@ class LibraryStorage:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.make_ready()
-        if shared := self.shared_url:
-            raise AdapterError(f"the library is shared at {shared}: `loracast store --leave` first")
+        if (shared := self.shared_store) is not None:
+            raise AdapterError(f"the library is shared at {shared.url}: `loracast store --leave` first")
         store = Store(url)
         with Register.writing(self.register_file) as register:
             owner = register.setting("id") or uuid.uuid4().hex

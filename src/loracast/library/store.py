@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from loracast.errors import AdapterError, LoracastError
-from loracast.files import create_once, type_faults, write_atomically
-from loracast.library.adapter import MANIFEST, STATIC_FILE
-from loracast.library.manifest import check_name
+from loracast.files import create_once, frozen, value_faults, write_atomically
+from loracast.library.manifest import MANIFEST, STATIC_FILE, VERSION
 from loracast.library.register import NameState
 
 MARK = "loracast-library.json"
@@ -153,7 +152,6 @@ class Store:
 
 
 _STATE = re.compile(r"(?:.*/)?names/([a-z0-9][a-z0-9._-]{0,63})/(\d{8})\.json")
-_VERSION = re.compile(r"[0-9a-f]{64}")
 _GRACE = timedelta(days=1)
 """A version that nobody named or put for so long is garbage; a change takes an hour at most."""
 _LONGEST_DELETION = timedelta(hours=1)
@@ -239,15 +237,14 @@ class SharedStore(Store):
         if content is None:  # SeaweedFS lists a file a moment before it can be read
             raise OvertakenError(f"{path} at {self.url} cannot be read yet")
         try:
-            found = json.loads(content)
-            stored = found["history"] if found["format"] > 1 else found["versions"]
-            versions, tags = tuple(map(tuple, stored)), tuple(map(check_name, found["tags"]))
-            state = NameState(versions, found["owner"], found["note"], tags)
-            if type_faults(state) or not all(_VERSION.fullmatch(version) for version, _ in versions):
-                raise ValueError
-            return state
-        except (KeyError, TypeError, ValueError, AdapterError) as error:
-            raise LoracastError(f"{path} at {self.url} is damaged") from error
+            stored = json.loads(content)
+            values = {key: frozen(stored[key]) for key in ("owner", "note", "tags")}
+            values["versions"] = frozen(stored["history"] if stored["format"] > 1 else stored["versions"])
+            if faults := value_faults(NameState, values):
+                raise ValueError("; ".join(faults))
+            return NameState(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise LoracastError(f"{path} at {self.url} is damaged: {error}") from error
 
     def publish(self, name: str, number: int, state: NameState) -> None:
         """Create a state of a name. Raises OvertakenError where the name has a state of this number."""
@@ -281,7 +278,7 @@ class SharedStore(Store):
         """
         now = self._now()
         for version in sorted(self.versions() - named):
-            if _VERSION.fullmatch(version) and self._is_older(f"uses/{version}", now, _GRACE):
+            if VERSION.fullmatch(version) and self._is_older(f"uses/{version}", now, _GRACE):
                 yield version
 
     def delete_unless_used(self, version: str) -> bool:

@@ -53,6 +53,10 @@ class TensorInfo:
     start: int = field(default=0, compare=False)
     """Where its numbers begin in the file, in bytes."""
 
+    @property
+    def n_bytes(self) -> int:
+        return BYTES[self.dtype] * math.prod(self.shape)
+
 
 class OpenTensors:
     """Reads tensors of an open safetensors file, which may be removed meanwhile; nothing of it is mapped.

@@ -22,9 +22,9 @@ from loracast.answering.model import Model
 from loracast.base.chat import Message, encode_text, without_middle
 from loracast.base.load import Base
 from loracast.errors import AdapterError, BaseModelError, NoSuchAdapterError
-from loracast.library.adapter import MANIFEST, Adapter
+from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
-from loracast.library.manifest import Manifest
+from loracast.library.manifest import MANIFEST, Manifest
 from loracast.library.register import Entry
 from loracast.reading.routing import check_patterns, patterns_in
 from loracast.serving.errors import ApiError, log

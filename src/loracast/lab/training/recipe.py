@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from loracast.base.fingerprint import check
 from loracast.base.load import Base
 from loracast.errors import ConfigError
-from loracast.files import value_faults
+from loracast.files import frozen, value_faults
 from loracast.hypernets.store import H, read_provenance
 from loracast.lab.training.loop import Objective, OnMetrics, TrainConfig, Workers, train
 from loracast.lora.target import Target, target_from_config, text_config
@@ -53,9 +53,7 @@ def read_tables(
         problems += [f"unknown key {table}.{name}" for name in sorted(tables.get(table, {}).keys() - set(names))]
     if problems:
         raise ConfigError("bad recipe: " + "; ".join(problems))
-    return {
-        table: {k: tuple(v) if isinstance(v, list) else v for k, v in tables.get(table, {}).items()} for table in known
-    }
+    return {table: {name: frozen(value) for name, value in tables.get(table, {}).items()} for table in known}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
