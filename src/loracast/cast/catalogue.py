@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from loracast.base.embedded import DEFAULT_BASE, embedded, embedded_folder
+from loracast.base.embedded import DEFAULT_BASE, HUB_IDS, embedded, embedded_folder
 from loracast.base.footprint import footprint
 from loracast.cast.load import DOC_FILE, OWN_FILES, SHIPPED, TEXT_FILES
 from loracast.files import bytes_in, cache_dir
@@ -17,7 +17,6 @@ from loracast.hypernets.store import Modality
 
 WINDOW = 2048
 """Tokens for which the memory of a base is stated."""
-_EMBEDDED_AS = {DEFAULT_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ def base_config(name: str) -> Any:
 def known_bases() -> list[KnownBase]:
     """The embedded bases, then those of published hypernetworks."""
     made = []
-    for name in (*embedded("base"), *(name for name in _content()["bases"] if name not in _EMBEDDED_AS.values())):
-        is_embedded = name in _EMBEDDED_AS
+    for name in (*embedded("base"), *(name for name in _content()["bases"] if name not in HUB_IDS.values())):
+        is_embedded = name in HUB_IDS
         folder = embedded_folder(name) if is_embedded else _hub_folder(name)
-        config = base_config(_EMBEDDED_AS.get(name, name))
+        config = base_config(HUB_IDS.get(name, name))
         sizes = {dtype: footprint(config, dtype) for dtype in ("bfloat16", "float32")}
         made.append(
             KnownBase(

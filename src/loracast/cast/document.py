@@ -28,7 +28,7 @@ from loracast.library.library import Library
 from loracast.library.manifest import Manifest
 from loracast.library.save import ChunkBatch, Progress, check_finite, save_rows, save_single, tensors_of
 from loracast.lora.algebra import LoRA
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, static_storage, storage_of
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, storage_of
 from loracast.reading.outline import write_document_index
 
 TOKENS_PER_BATCH = 1024
@@ -131,7 +131,7 @@ class CachedRecast:
             storage: factors are rounded as they come back from an adapter of this storage.
         """
         self.caster, self.base, self.storage = caster, base, storage
-        static, of_static = tensors_of(caster.hypernetwork.static_rows(), STATIC), static_storage(storage)
+        static, of_static = tensors_of(caster.hypernetwork.static_rows(), STATIC), storage_of(storage, True)
         self._static = {name: as_stored(value, of_static).cpu() for name, value in static.items()}
         self._rows: LRUCache[Place, dict[str, Tensor]] = LRUCache(most)
         self._changing = Lock()

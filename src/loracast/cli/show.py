@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -233,12 +234,12 @@ def diff(
 ) -> None:
     """Show how two adapters differ, layer by layer, all chunks of a document merged."""
     from loracast.base.fingerprint import check
-    from loracast.library.combine import differences, draw, total
+    from loracast.library.combine import differences, draw
 
     first, second = library.open(name), library.open(other)
     check(first.manifest.made_for, second.manifest.made_for, f"the adapter {name!r}")
     found = differences(first.lora(), second.lora())
-    a, b, d = (total([getattr(m, field) for m in found]) for field in ("norm", "other_norm", "distance"))
+    a, b, d = (math.hypot(*(getattr(m, field) for m in found)) for field in ("norm", "other_norm", "distance"))
     cosine = (a * a + b * b - d * d) / (2 * a * b) if a and b else 0.0
     if plot is not None:
         draw(found, ("cosine", "distance"), plot, f"{name} and {other}", ("cosine", "norm of the difference"))

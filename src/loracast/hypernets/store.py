@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from loracast.base.embedded import DEFAULT_BASE
+from loracast.base.embedded import HUB_IDS
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError, LoracastError
 from loracast.files import folder_of, frozen, value_faults, write_atomically, write_with
@@ -84,9 +84,12 @@ class Pretrained(nn.Module):
         if not issubclass(architecture, cls):
             raise HypernetworkError(f"{folder} holds a {name}; this takes a {cls.__name__}")
         try:
-            made_for = Fingerprint(**stored["made_for"])
+            made_for, values = Fingerprint(**stored["made_for"]), stored["config"]
+            if faults := value_faults(architecture.config_class, values):
+                raise ConfigError(f"bad {architecture.config_class.__name__}: {'; '.join(faults)}")
+            config = architecture.config_class(**{key: frozen(value) for key, value in values.items()})
             with torch.device("meta"):  # shapes only: memory is allocated once the file has shown that it holds them
-                hypernet = architecture(read_config(stored["config"], architecture.config_class))
+                hypernet = architecture(config)
             tensors = load_file(folder / "model.safetensors")
         except LoracastError:
             raise
@@ -215,7 +218,6 @@ class Pretrained(nn.Module):
 
 
 H = TypeVar("H", bound=Pretrained)
-C = TypeVar("C")
 
 _FORMER_ARCHITECTURES = {"AttendingToLoRA": "AttentionDeltaToLoRA"}
 _CONFIG_KEYS = {
@@ -308,7 +310,6 @@ _FILES = ("config.json", "model.safetensors")
 CARD = "README.md"
 GENERATED = "<!-- Written by loracast, and written anew with the weights until this line is deleted. -->"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_HUB_IDS = {DEFAULT_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _USES = {
     "document": ("hypernetwork", 'manual = model.learn("manual.pdf")', "How long is the warranty?", "manual"),
     "task": ("task_hypernetwork", 'shout = model.task("Answer in capital letters.", "shout")', "river", "shout"),
@@ -328,7 +329,7 @@ def model_card(hypernet: Pretrained, provenance: Mapping[str, Any]) -> str:
     assert hypernet.made_for is not None
     base = hypernet.made_for.base
     base = Path(base).name if Path(base).is_absolute() else base  # not where it lies on this machine
-    hub_id = _HUB_IDS.get(base, base)
+    hub_id = HUB_IDS.get(base, base)
     licence = provenance.get("licence")
     option, learn, question, adapter = _USES[hypernet.modality]
     steps = list(_steps(provenance))
@@ -404,13 +405,6 @@ def read_made_for(source: str | Path) -> Fingerprint:
 def read_provenance(folder: Path) -> dict[str, Any]:
     """The provenance that `save_pretrained` kept in a folder."""
     return _stored(folder).get("provenance", {})
-
-
-def read_config(values: dict[str, Any], config: type[C]) -> C:
-    """A config from its JSON form. Raises ConfigError for an unknown key, and for values of other types."""
-    if faults := value_faults(config, values):
-        raise ConfigError(f"bad {config.__name__}: {'; '.join(faults)}")
-    return config(**{name: frozen(value) for name, value in values.items()})
 
 
 def _in_fp32(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from loracast.files import file_sha256
 from loracast.library.index import OpenIndex, index_faults, read_chunks, read_sentences
 from loracast.library.manifest import FACTORS, INDEX, MANIFEST, STATIC_FILE, VERSION_DIGITS, Manifest
 from loracast.lora.merge import Merging, row_lengths, row_weights
-from loracast.lora.quantize import SCALE, Storage, packed, static_storage, storage_of, unpack
+from loracast.lora.quantize import SCALE, Storage, packed, storage_of, unpack
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
 
@@ -51,9 +51,9 @@ YES = f"{STATIC}yes."
 
 def tensor_storage(m: Manifest, name: str) -> Storage:
     """How an adapter keeps a tensor of factors; the static LoRA as it came up to format 3, then in a byte a number."""
-    if STATIC in name:
-        return static_storage(m.storage) if m.format > 3 else "bf16"
-    return storage_of(m.storage, name.partition(".")[0] in m.memory_kinds)
+    if STATIC in name and m.format < 4:
+        return "bf16"
+    return storage_of(m.storage, STATIC in name or name.partition(".")[0] in m.memory_kinds)
 
 
 def layout(m: Manifest) -> dict[str, TensorInfo]:
@@ -94,8 +94,6 @@ def is_optional(m: Manifest, name: str, info: TensorInfo) -> bool:
 
 SentenceWeights = Mapping[int, Sequence[float]]
 """By chunk, the weight of each of its sentences."""
-LENGTH = ".length"
-"""Ends the name of what may be kept of a memory's rows beside them: how long each one is."""
 ChunkRows = Mapping[str, "Tensor | Sequence[Tensor]"]
 """Factors of chunks, named as in the file: "down_proj.a" for each chunk [layers, r, in], "o_proj.sentence" [r]."""
 
@@ -136,8 +134,7 @@ def join_chunks(
             continue
         of_rows = None
         if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
-            lengths = rows.get(f"{kind}{LENGTH}") or [row_lengths(side) for side in b]
-            of_rows = row_weights([*owners], [*lengths], sentences)
+            of_rows = row_weights([*owners], [row_lengths(side) for side in b], sentences)
         elif weights is not None:
             b = [side * weight for side, weight in zip(b, weights, strict=True)]
         sides: Sequence[Tensor] = merging.join(kind, a, b, of_rows)  # each [layers or 1, m, d]
@@ -163,7 +160,7 @@ _MAX_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay wi
 _ROUNDED = 0.02  # of a static LoRA's length: twice what storing it in int8 changes
 _CHUNKS_KEPT_APART = 8  # up to so many, the factors of each chunk are kept on their own
 _STATIC: WeakValueDictionary[Hashable, LoRA] = WeakValueDictionary()
-"""The static LoRAs in memory, by the hash of their file, or of their numbers up to format 4."""
+"""The static LoRAs in memory, by the hash of their file, or of their numbers up to format 4, and their modules."""
 Kept = Callable[[Hashable, Callable[[], Any]], Any]
 """A key, and what reads its factors -> the factors."""
 Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
@@ -245,20 +242,15 @@ class Adapter:
             together = self.kept(which, lambda: self.rows(wanted, static=static))
             return join(together, together)
         # Each chunk's own are kept: the next question picks another pair.
-        of_each = [self.kept((self.manifest.version, i), partial(self._rows_of_one, i)) for i in wanted]
+        of_each = [self.kept((self.manifest.version, i), partial(self.rows, [i], static=False)) for i in wanted]
         rows = {name: [of_one[name][0] for of_one in of_each] for name in of_each[0]}
         return join(rows, self.static_rows if static else {})
-
-    def _rows_of_one(self, chunk: int) -> dict[str, Tensor]:
-        """The factors of one chunk, and how long a memory's rows are."""
-        rows = self.rows([chunk], static=False)
-        return rows | {
-            f"{kind}{LENGTH}": row_lengths(rows[f"{kind}.b"][0])[None] for kind in self.manifest.memory_kinds
-        }
 
     @property
     def static_lora(self) -> LoRA:
         """The static LoRA in the modules where it adds anything; empty where the adapter has none."""
+        from safetensors.torch import save
+
         from loracast.lora.algebra import LoRA
         from loracast.lora.factors import Factors
 
@@ -271,11 +263,12 @@ class Adapter:
                 for i, module in enumerate(target.of_kind(kind))
             }
             made = LoRA({name: pair for name, pair in factors.items() if pair.b.any()})
-            return _STATIC.setdefault(key, made) if m.static_sha256 else _shared(made)
+            # Of one hypernetwork all have the very same, which needs no comparison of numbers (lora/inject.py).
+            sha256 = m.static_sha256 or hashlib.sha256(save(static)).hexdigest()
+            return _STATIC.setdefault((sha256, m.modules), made)
 
         m = self.manifest
-        key = (m.static_sha256 or m.version, m.modules, "static LoRA")
-        return self.kept(key, make)
+        return self.kept((m.static_sha256 or m.version, m.modules, "static LoRA"), make)
 
     @property
     def static_rows(self) -> dict[str, Tensor]:
@@ -387,13 +380,8 @@ class Adapter:
             stored = {key: info for key, info in stored.items() if m.format > 4 or YES not in key}
         faults += [f"{name} is missing" for name in wanted if name not in stored]
         faults += [f"{name[:200]} is unknown" for name in stored if name not in wanted]
-        for name in sorted(stored.keys() & wanted.keys()):
-            found, right = stored[name], wanted[name]
-            if found.shape != right.shape:
-                faults.append(f"{name} is {list(found.shape)}, not {list(right.shape)}")
-            if found.dtype != right.dtype:
-                faults.append(f"{name} is of type {found.dtype}, not {right.dtype}")
-        return faults
+        others = [key for key in sorted(stored.keys() & wanted.keys()) if stored[key] != wanted[key]]
+        return faults + [f"{key} is {stored[key]}, not {wanted[key]}" for key in others]
 
     def faults(self) -> list[str]:
         """Everything wrong with an adapter from elsewhere: files, hashes, header, shapes, numbers and index."""
@@ -428,33 +416,15 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in files if path.name != STATIC_FILE)
 
 
-def _shared(static: LoRA) -> LoRA:
-    """The static LoRA that is in memory already, if there is one of the same numbers.
-
-    So the adapters of a hypernetwork have the very same one, which needs no comparison of numbers (lora/inject.py).
-    """
-    import torch
-
-    numbers = hashlib.sha256()
-    for name, pair in static.factors.items():
-        for side in pair:
-            numbers.update(f"{name} {side.dtype} {tuple(side.shape)}".encode())
-            numbers.update(side.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return _STATIC.setdefault(numbers.digest(), static)
-
-
 def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
     """For each adapter, whether it is the first in the list that holds its static LoRA, so that it is added only once.
 
     Static LoRAs are compared by their numbers: a combination (combine.py) holds that of its parts, and the id of a
     hypernetwork may have changed since an adapter was made. Up to what rounding to int8 makes of them they are equal.
     """
-    import torch
 
     def is_equal(side: Tensor, other: Tensor) -> bool:
-        if side.shape != other.shape:
-            return False
-        return torch.equal(side, other) or bool((side - other).norm() < _ROUNDED * other.norm())
+        return side.shape == other.shape and bool((side - other).norm() <= _ROUNDED * other.norm())
 
     def are_equal(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> bool:
         return one.keys() == other.keys() and all(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loracast.base.fingerprint import check
 from loracast.errors import AdapterError, LoracastError
 from loracast.library.adapter import Adapter, first_with_static
@@ -127,11 +125,6 @@ def differences(one: LoRA, other: LoRA) -> list[ModuleDifference]:
         cosine = max(-1.0, min(1.0, inner / (a * b))) if a and b else 0.0
         found.append(ModuleDifference(module.layer, module.kind, a, b, cosine, d))
     return found
-
-
-def total(values: Sequence[float]) -> float:
-    """The norm of a whole from the norms of its parts."""
-    return torch.tensor(values, dtype=torch.float64).norm().item() if values else 0.0
 
 
 def draw(

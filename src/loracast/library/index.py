@@ -9,6 +9,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from sqlite3 import Connection
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,18 +30,19 @@ class OpenIndex:
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.RLock()
-        self._database: sqlite3.Connection | None = None
 
     @contextmanager
     def use(self) -> Iterator[sqlite3.Connection]:
         """The open database. Raises as opening one does."""
         with self._lock:
-            if self._database is None:
-                database = _connect(self.path)
-                weakref.finalize(self, database.close)
-                database.execute("PRAGMA cache_size = -512")  # kB: a server keeps hundreds open
-                self._database = database
             yield self._database
+
+    @cached_property
+    def _database(self) -> sqlite3.Connection:
+        database = _connect(self.path)
+        weakref.finalize(self, database.close)
+        database.execute("PRAGMA cache_size = -512")  # kB: a server keeps hundreds open
+        return database
 
 
 Index = Path | sqlite3.Connection | OpenIndex
@@ -69,11 +71,10 @@ def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
             row = (i, chunk.heading, chunk.text)
             database.execute("INSERT INTO chunks (rowid, heading, text) VALUES (?, ?, ?)", row)
             database.execute("INSERT INTO places VALUES (?, ?, ?, ?)", (i, chunk.start, chunk.end, chunk.n_tokens))
-    # A sentence that follows a question is found by the words of both, since it may be the answer ("Price? 20 euros.").
-    # Its index keeps no second copy of the text.
-    places = [SentencePlace(i, *span) for i, chunk in enumerate(chunks) for span in chunk.units]
-    texts = [chunks[i].prompt[start:end] for i, start, end in places]
-    with changing_index(index) as database:
+        # A sentence that follows a question is found by the words of both: it may be the answer ("Price? 20 euros.").
+        # Its index keeps no second copy of the text.
+        places = [SentencePlace(i, *span) for i, chunk in enumerate(chunks) for span in chunk.units]
+        texts = [chunks[i].prompt[start:end] for i, start, end in places]
         database.execute(f"CREATE VIRTUAL TABLE sentences USING fts5(text, content = '', {_STEMMED})")
         database.execute(
             "CREATE TABLE sentence_places (sentence INTEGER PRIMARY KEY, chunk INTEGER, start INTEGER, stop INTEGER)"
@@ -128,9 +129,8 @@ def index_faults(index: Path, n_chunks: int) -> list[str]:
             numbers = [n for (n,) in database.execute("SELECT chunk FROM places ORDER BY chunk")]
     except AdapterError as error:
         return [str(error)]
-    faults = []
-    if len(chunks) != n_chunks:
-        faults.append(f"{index.name} has {len(chunks)} chunks, and the manifest says {n_chunks}")
+    is_whole = len(chunks) == n_chunks
+    faults = [] if is_whole else [f"{index.name} has {len(chunks)} chunks, and the manifest says {n_chunks}"]
     if numbers != list(range(len(chunks))) or any(value_faults(Chunk, vars(chunk)) for chunk in chunks):
         faults.append(f"{index.name} holds chunks that are none")
     elif not all(_is_place(place, chunks) for place in sentences):

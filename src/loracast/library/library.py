@@ -128,11 +128,7 @@ class Library(LibraryStorage):
 
     def check_whole(self, version: str) -> None:
         """Raise AdapterError where files of a version are damaged or missing, so that its text has to be cast anew."""
-        try:
-            faults = Adapter(self.local(version)).problems()
-        except AdapterError as error:  # not even adapter.json is there
-            faults = [str(error)]
-        if faults:
+        if faults := _problems(self.local(version)):
             raise AdapterError(
                 f"the library has this document already, and its files are damaged: {'; '.join(faults)}; {LEARN_AGAIN}"
             )
@@ -329,21 +325,23 @@ class Library(LibraryStorage):
             missing = [f"the version {version[:VERSION_DIGITS]} is not at {store.url}"]
         if store is not None and not home.exists():
             return missing
-        try:
-            adapter = Adapter(home)
-        except AdapterError as error:
-            return [str(error), *missing]
-        found = adapter.problems()
-        if adapter.manifest.version != version:
-            found.append("adapter.json is not the one it was stored with")
-        return [f"{home}: {problem}" for problem in found] + missing
+        return [f"{home}: {problem}" for problem in _problems(home)] + missing
+
+
+def _problems(home: Path) -> list[str]:
+    """The faults of the files of a version in its home."""
+    try:
+        adapter = Adapter(home)
+    except AdapterError as error:  # perhaps not even adapter.json is there
+        return [str(error)]
+    is_other = adapter.manifest.version != home.name
+    return adapter.problems() + (["adapter.json is not the one it was stored with"] if is_other else [])
 
 
 def _verify_names(register: Register, store: SharedStore) -> list[str]:
     """Names that are not in the register what they are at a shared store, one a line."""
     numbers, newest = register.numbers(), store.newest()
     wrong = [name for name in register.names() if name not in newest]
-    for name, number in newest.items():
-        if numbers.get(name) == number and store.read(name, number) != register.state(name):
-            wrong.append(name)
+    known = {name: number for name, number in newest.items() if numbers.get(name) == number}
+    wrong += [name for name, number in known.items() if store.read(name, number) != register.state(name)]
     return [f"{name} is not here what it is at {store.url}" for name in sorted(wrong)]

@@ -20,7 +20,7 @@ from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import frozen, value_faults, write_atomically
 from loracast.lora.merge import MOST_KEYS, Merging
 from loracast.lora.quantize import Storage
-from loracast.lora.target import Target, TargetModule
+from loracast.lora.target import KINDS, Target, TargetModule
 
 if TYPE_CHECKING:
     from loracast.documents import Document
@@ -40,8 +40,6 @@ MEMORY_SOURCE = "(chat)"
 """The source of a document that is what a user said in chats (cast/memory.py)."""
 _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_ridges"}
 """Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
-_IN_EVERY_FILE = {"source", "hypernetwork", "n_tokens", "max_chunk_tokens", "created", "learn_s"}
-"""Keys of adapter.json beyond those without a default; only what is younger than the first versions may be missing."""
 LONGEST_NAME = 64
 """Characters."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -171,24 +169,18 @@ class Manifest:
                 f"{path} is not of format 1 to {FORMAT}; this version of loracast cannot read it: update loracast"
             )
         try:
-            if missing := _IN_EVERY_FILE - stored.keys():
-                raise ValueError(f"{', '.join(sorted(missing))} missing in it")
             names = {key: name for name, key in _STORED_AS.items()}
             values = {names.get(key, key): frozen(value) for key, value in stored.items()}
             if values["format"] < 4:
                 values["most_keys"] = None
+            values.setdefault("memory_kinds", ())
             if faults := value_faults(cls, values):
                 raise ValueError("; ".join(faults))
             check_name(values["name"])
-            manifest = cls(**values | {"made_for": Fingerprint(**values["made_for"])})
-            kinds = manifest.target.kinds
-            if unknown := {module.kind for module in manifest.target.modules}.difference(kinds):
-                raise ValueError(f"it has unknown module kinds {sorted(unknown)}")
-            if not set(kinds).issuperset(manifest.memory_kinds):
-                raise ValueError("its memory is in modules that it does not target")
-            if manifest.ranks.keys() != set(kinds):
-                raise ValueError("its ranks are not those of its module kinds")
-            return manifest
+            kinds, ranks, memory = {module[2] for module in values["modules"]}, values["ranks"], values["memory_kinds"]
+            if not set(KINDS) >= kinds == ranks.keys() >= set(memory):
+                raise ValueError(f"its modules {sorted(kinds)}, ranks {ranks} and memory {memory} do not fit together")
+            return cls(**values | {"made_for": Fingerprint(**values["made_for"])})
         except (AdapterError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(f"{path} is damaged: {error}; {LEARN_AGAIN}") from error
 

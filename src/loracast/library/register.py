@@ -153,13 +153,8 @@ def schema_version(database: sqlite3.Connection) -> int:
     return found
 
 
-def migrate(database: sqlite3.Connection, scripts: Sequence[str] | None = None) -> None:
-    """Bring the schema up to date: run the scripts that the file has not seen, inside the open transaction.
-
-    Args:
-        scripts: those of another file than a register; `MIGRATIONS` if None.
-    """
-    scripts = MIGRATIONS if scripts is None else scripts
+def migrate(database: sqlite3.Connection, scripts: Sequence[str]) -> None:
+    """Bring the schema up to date: run the scripts that the file has not seen, inside the open transaction."""
     for number in range(schema_version(database), len(scripts)):
         statement = ""
         for piece in scripts[number].split(";"):
@@ -220,8 +215,7 @@ class Register:
         return [name for (name,) in self._db.execute("SELECT name FROM names ORDER BY name")]
 
     def newest(self, name: str) -> Entry | None:
-        row = self._db.execute(f"{_ENTRY} WHERE names.name = ? AND {_NEWEST}", (name,)).fetchone()
-        return None if row is None else _entry(row)
+        return next(iter(self.versions_of(name)), None)
 
     def versions_of(self, name: str) -> list[Entry]:
         """The versions of a name, each once, newest first."""
@@ -454,14 +448,6 @@ class Register:
 
     @classmethod
     @contextmanager
-    def empty(cls) -> Iterator[Self]:
-        """A register in memory, of a library that is not there."""
-        with closing(sqlite3.connect(":memory:")) as database:
-            migrate(database)
-            yield cls(database)
-
-    @classmethod
-    @contextmanager
     def reading(cls, file: Path) -> Iterator[Self]:
         """The register in a file that is there, for reading."""
         # "rw" where possible: SQLite then rolls back what a killed process left half-done.
@@ -470,11 +456,14 @@ class Register:
 
     @classmethod
     @contextmanager
-    def writing(cls, file: Path) -> Iterator[Self]:
-        """The register in a file under the write lock, created or migrated if need be; an error undoes everything."""
-        with _connected(file, "rwc") as database, database:  # the second commits or rolls back
+    def writing(cls, file: Path, mode: str = "rwc") -> Iterator[Self]:
+        """The register in a file under the write lock, created or migrated if need be; an error undoes everything.
+
+        With the mode `memory` it is an empty one in memory, whatever the file holds.
+        """
+        with _connected(file, mode) as database, database:  # the second commits or rolls back
             database.execute("BEGIN IMMEDIATE")
-            migrate(database)
+            migrate(database, MIGRATIONS)
             yield cls(database)
 
 

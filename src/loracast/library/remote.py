@@ -11,6 +11,7 @@ from getpass import getpass
 from pathlib import Path
 from typing import Any
 
+from loracast.base.embedded import HUB_IDS
 from loracast.errors import AdapterError, PackageError
 from loracast.library.adapter import Adapter, layout
 from loracast.library.library import Library
@@ -24,8 +25,6 @@ _MAX_MANIFEST_BYTES = 10_000_000
 _MAX_SIGNATURE_BYTES = 10_000
 _MAX_INDEX_BYTES_PER_TOKEN = 1_000
 _SLACK_BYTES = 10_000_000
-_BASES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Hub ids of embedded bases."""
 
 
 def push_adapter(adapter: Adapter, where: str, *, private: bool = True, signing_key: Path | None = None) -> None:
@@ -122,7 +121,7 @@ def _url(where: str) -> str:
 def model_card(adapter: Adapter) -> str:
     """The README of an adapter, as the hub shows it."""
     m = adapter.manifest
-    base = _BASES.get(m.made_for.base, m.made_for.base)
+    base = HUB_IDS.get(m.made_for.base, m.made_for.base)
     made = {"document": "cast from a document", "task": "cast from the description of a task"}.get(m.kind, m.kind)
     return f"""---
 base_model: {base}

@@ -82,20 +82,19 @@ def save_rows(
     library.recover()
     with library.work("new") as folder:
         index(folder / INDEX, chunks)
-        changes: dict[str, Any] = dict.fromkeys(("factors_sha256", "static_sha256"), "")
-        changes["chunks_sha256"] = file_sha256(folder / INDEX)
         if manifest.storage == "text":
             progress(len(chunks), len(chunks))
         else:
             _write_factors(folder / FACTORS, manifest, {**layout(manifest), **optional}, batches, progress)
-            changes["factors_sha256"] = file_sha256(folder / FACTORS)
             if static:
                 # Equal numbers are equal bytes, whatever adapter they belong to.
                 write_atomically(folder / STATIC_FILE, save(_packed(manifest, static)))
-                changes["static_sha256"] = file_sha256(folder / STATIC_FILE)
-        changes["learn_s"] = round(manifest.learn_s if seconds is None else seconds(), 4)
+        files = {"chunks_sha256": INDEX, "factors_sha256": FACTORS, "static_sha256": STATIC_FILE}
+        paths = {key: folder / name for key, name in files.items()}
+        hashes: dict[str, Any] = {key: file_sha256(path) if path.is_file() else "" for key, path in paths.items()}
+        learn_s = round(manifest.learn_s if seconds is None else seconds(), 4)
         check()
-        whole = with_changes(manifest, **changes)
+        whole = with_changes(manifest, learn_s=learn_s, **hashes)
         whole.write(folder / MANIFEST)
         sync_folder(folder)
         return library.add(whole.name, folder, whole, replace=replace)

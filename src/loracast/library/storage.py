@@ -149,7 +149,7 @@ class LibraryStorage:
         is_ready = self.make_ready()
         if is_ready:
             self.refresh()
-        with Register.reading(self.register_file) if is_ready else Register.empty() as register:
+        with Register.reading(self.register_file) if is_ready else Register.writing(Path(FILE), "memory") as register:
             yield register
 
     def changing(self, names: Sequence[str] | None, change: Callable[[Register], _Result]) -> _Result:
@@ -243,7 +243,7 @@ class LibraryStorage:
         """Register adapters that lie in their homes, each under the name that it was made under, the newest last."""
         for manifest in sorted(manifests, key=lambda m: (m.created, m.version)):
             home = self.home(manifest.version)
-            register.add_version(manifest, size_of(home), texts_unless_damaged(home))
+            register.add_version(manifest, size_of(home), texts_in(home))
             register.name_version(manifest.name, manifest.version)
 
     def recover(self) -> None:
@@ -367,7 +367,7 @@ class LibraryStorage:
                     manifest = Manifest.read(folder / MANIFEST)
                     if manifest.version != version:
                         raise AdapterError(f"the version {version[:12]} at {store.url} is damaged")
-                    new.append((manifest, n_bytes, texts_unless_damaged(folder)))
+                    new.append((manifest, n_bytes, texts_in(folder)))
                 except AdapterError as error:
                     missing.add(version)
                     _log.warning("%s", error)
@@ -498,14 +498,9 @@ def fetch_whole(store: Store, version: str, folder: Path) -> Adapter:
 
 
 def texts_in(folder: Path) -> list[tuple[str, str]]:
-    """Heading and text of each chunk of the adapter in a folder. Raises AdapterError where the index is damaged."""
-    return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / INDEX)]
-
-
-def texts_unless_damaged(folder: Path) -> list[tuple[str, str]]:
-    """As `texts_in`; none where the index is damaged, of which `verify` speaks."""
+    """Heading and text of each chunk of the adapter in a folder; none where the index is damaged: `verify` says so."""
     try:
-        return texts_in(folder)
+        return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / INDEX)]
     except AdapterError:
         return []
 

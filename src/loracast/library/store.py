@@ -81,11 +81,10 @@ class Store:
             return
         with self._at(version) as (fs, place):
             fs.makedirs(place, exist_ok=True)
-            for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
-                if path.name == MANIFEST:
-                    write(fs, f"{place}/{MANIFEST}", path.read_bytes())
-                else:
+            for path in folder.iterdir():
+                if path.name != MANIFEST:
                     fs.put_file(str(path), f"{place}/{path.name}")
+            write(fs, f"{place}/{MANIFEST}", (folder / MANIFEST).read_bytes())
 
     def fetch(self, version: str, folder: Path, only: Collection[str] | None = None) -> int:
         """Copy the files of a version into a folder; bytes of all its files but the static LoRA, as in `size_of`.

@@ -132,14 +132,14 @@ class Journal:
 
         Whatever a kill then interrupts, the next run knows what the folder made.
         """
-        before: dict[str, list[str]] = {name: [] for name in names}
-        for name in before.keys() & self.kept.keys():
-            versions = [one.version for one in self.library.versions_of(name)] if name not in self.before else []
-            before[name] = self.before.get(name, versions)
-        is_known = all(self.before.get(name) == versions for name, versions in before.items())
-        self._taken = set(before)
-        self.before.update(before)
-        if not is_known:
+        known = dict(self.before)
+        for name in names:
+            if name not in self.kept:
+                self.before[name] = []
+            elif name not in known:
+                self.before[name] = [one.version for one in self.library.versions_of(name)]
+        self._taken = set(names)
+        if self.before != known:
             self.write()
 
     def forget(self, path: str) -> None:

@@ -55,14 +55,9 @@ def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     return values * scale  # bf16 holds every int8, and multiplies in fp32 before it rounds
 
 
-def storage_of(storage: Storage, in_memory: bool) -> Storage:
-    """How an adapter of a storage keeps the rows of a module kind, which may be that of an associative memory."""
-    return "int8" if storage == "int4" and in_memory else storage
-
-
-def static_storage(storage: Storage) -> Storage:
-    """How an adapter of a storage keeps its static LoRA, which a hypernetwork's file holds in a byte a number too."""
-    return "int8" if storage in ("int8", "int4") else "bf16"
+def storage_of(storage: Storage, in_bytes: bool) -> Storage:
+    """How an adapter of a storage keeps factors; those of a memory and of the static LoRA take a byte at least."""
+    return "int8" if storage == "int4" and in_bytes else storage
 
 
 def pack(rows: Tensor, storage: Storage) -> dict[str, Tensor]:

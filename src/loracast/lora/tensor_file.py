@@ -25,10 +25,7 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, 
 """Bytes of one number, by safetensors' name of its type; other types occur in no adapter."""
 MAX_ABS = 1e4
 """Largest number in a factor: no training makes larger ones, and their products in bf16 are no weights."""
-_TORCH_NAMES = {
-    "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "F16": "float16", "BF16": "bfloat16",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+_TORCH_NAMES = {"BF16": "bfloat16", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of all that our adapters hold
 
 
 def in_one_order(saved: bytes) -> bytes:
@@ -52,6 +49,9 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int = field(default=0, compare=False)
     """Where its numbers begin in the file, in bytes."""
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
 
     @property
     def n_bytes(self) -> int:
