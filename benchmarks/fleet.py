@@ -67,11 +67,9 @@ class Fleet:
     chunk_bytes: tuple[tuple[str, float], ...] = (
         ("text", 2.7e3), ("int4", 0.669e6), ("int8", 0.669e6), ("bf16", 1.33e6),
     )  # fmt: skip
-    """Bytes of one chunk in each storage: the table of docs/library.md."""
-    static_bytes: tuple[tuple[str, float], ...] = (("text", 0), ("int4", 1.93e6), ("int8", 1.93e6), ("bf16", 3.78e6))
-    """Bytes of the static LoRA in an adapter of each storage: docs/library.md."""
+    """Bytes of one chunk in each storage: the table of docs/library.md; a server keeps the static LoRA once."""
     tokens_per_chunk: float = 168.5
-    """Tokens of a chunk: 24,601 tokens in 146 chunks (25,590 of another text in 152: docs/library.md)."""
+    """Tokens of a chunk: 24,601 tokens in 146 chunks (27,072 of another text in 160: docs/library.md)."""
     route: int = 2
     """Chunks that a question gets: what was timed."""
     lengths: tuple[float, ...] = (
@@ -119,8 +117,7 @@ class Fleet:
     def bytes_of(self, tokens: Numbers) -> dict[str, Numbers]:
         """Bytes of documents in each storage, and of their keys and values in bf16."""
         chunks = np.ceil(tokens / self.tokens_per_chunk)
-        static = dict(self.static_bytes)
-        adapters = {name: (chunks * size + static[name]).astype(np.int64) for name, size in self.chunk_bytes}
+        adapters = {name: (chunks * size).astype(np.int64) for name, size in self.chunk_bytes}
         return {**adapters, CACHED[1]: self.flops.cache_bytes(tokens)}
 
     def draw_lengths(self, rng: np.random.Generator) -> Numbers:

@@ -237,7 +237,14 @@ def test_all_faults_of_ours_are_told_at_once(tmp_path):
     change_tensors(adapter.folder / "factors.safetensors", damage)
     change_config(adapter.folder / "adapter.json", n_chunks=2)
     faults = "; ".join(Adapter(adapter.folder).faults())
-    for fault in ("hash differs", "says 2", "q_proj.b is missing", "is F32 [", "x is unknown", "not [2, 2, 2, 48]"):
+    for fault in (
+        "hash differs",
+        "says 2",
+        "q_proj.b is missing",
+        "is F32 [",
+        "x is unknown",
+        "not BF16 [2, 2, 2, 48]",
+    ):
         assert fault in faults
 
 
