@@ -61,7 +61,7 @@ def row_lengths(b: Tensor) -> Tensor:
     """The length of each row of one chunk's B [..., r, out] in all modules together: [r], on the CPU."""
     import torch
 
-    return torch.linalg.vector_norm(b.float(), dim=[*range(b.ndim - 2), -1]).cpu()
+    return torch.linalg.vector_norm(b, dim=[*range(b.ndim - 2), -1], dtype=torch.float32).cpu()
 
 
 def row_weights(
