@@ -92,7 +92,7 @@ def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):
     save_file(stored, small.folder / "factors.safetensors")
     with pytest.raises(AdapterError) as caught:
         Adapter(small.folder).lora()
-    for fault in ("q_proj.a is BF16 [", "q_proj.b.scale is F32", "down_proj.a.scale is missing"):
+    for fault in ("q_proj.a is BF16 [", "], not I8 [", "q_proj.b.scale is F32", "down_proj.a.scale is missing"):
         assert fault in str(caught.value)
 
 

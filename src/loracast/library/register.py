@@ -215,7 +215,8 @@ class Register:
         return [name for (name,) in self._db.execute("SELECT name FROM names ORDER BY name")]
 
     def newest(self, name: str) -> Entry | None:
-        return next(iter(self.versions_of(name)), None)
+        row = self._db.execute(f"{_ENTRY} WHERE names.name = ? AND {_NEWEST}", (name,)).fetchone()
+        return None if row is None else _entry(row)
 
     def versions_of(self, name: str) -> list[Entry]:
         """The versions of a name, each once, newest first."""
