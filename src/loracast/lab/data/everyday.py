@@ -14,13 +14,14 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 
 from loracast.answering.answers import NOT_SAID
+from loracast.documents.read import Document
 from loracast.lab.data.facts import Split, expand, fill, make_entity, pick_alternatives
 from loracast.lab.data.rows import read_content
 
@@ -61,6 +62,7 @@ class EverydayDocument:
     """A text with questions; `genre` is its name in the content.
 
     `unasked` are the span facts of its list that are left over, so that all values of the document are known.
+    `rows` are the characters of the text at which lines begin that are rows of tables.
     """
 
     genre: str
@@ -68,6 +70,11 @@ class EverydayDocument:
     text: str
     facts: tuple[EverydayFact, ...]
     unasked: tuple[EverydayFact, ...] = ()
+    rows: tuple[int, ...] = ()
+
+    def as_document(self) -> Document:
+        """The document as `read_document` gives it."""
+        return replace(Document.from_text(self.text, self.title), rows=self.rows)
 
 
 @dataclass(frozen=True)
