@@ -113,7 +113,7 @@ def make_table(
     chosen = rng.choice([one for one in themes if one.split == split and theme in (None, one.name)])
     while True:
         n = n_rows or round(math.exp(rng.uniform(math.log(MIN_ROWS), math.log(MAX_ROWS))))
-        drawn: Form = form or rng.choice(FORMS)
+        drawn: Form = rng.choice(FORMS) if form is None else form
         if document := _Draft(rng, chosen, phrases[split], n, drawn).finish():
             return document
 
@@ -194,7 +194,7 @@ class _Draft:
             (facts if len(facts) < MAX_ASKED else unasked).append(fact)
         facts += self.ask_missing(text)
         return TableDocument(
-            f"table of {self.theme.name}", title, text, tuple(facts), tuple(unasked), places, self.form, source
+            f"table: {self.theme.name}", title, text, tuple(facts), tuple(unasked), places, self.form, source
         )
 
     def ways(self, i: int, j: int) -> Iterator[str]:
