@@ -1,9 +1,9 @@
 """Draw texts that correct themselves and chats in which facts change, with questions whose newest answer is right.
 
-`content/corrections.toml` has topics, each of one split, with the facts of a topic: how one is stated, changed and asked
-for. A notice fills a layout, whose marks are `<say>` for the next fact, `<change>` and `<Change>` for a change (with a
-small or a capital letter) and `<filler>`. A chat has lines of named speakers, or of a user and an assistant; there a
-change may also be proposed and rejected. Some facts of the topic are told by nobody, and asked for all the same.
+`content/corrections.toml` has topics, each of one split, with the facts of a topic: how one is stated, changed and
+asked for. A notice fills a layout, whose marks are `<say>` for the next fact, `<change>` and `<Change>` for a change
+(with a small or a capital letter) and `<filler>`. A chat has lines of named speakers, or of a user and an assistant;
+there a change may also be proposed and rejected. Some facts of the topic nobody tells, and they are asked for, too.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def load_topics() -> tuple[Sequence[Topic], Mapping[Split, Phrases]]:
 def make_correction(rng: random.Random, split: Split, *, is_chat: bool | None = None) -> EverydayDocument:
     """Draw a notice or a chat, or either, with questions for facts that changed, that did not, and that nobody told.
 
-    The answer to a question for a changed fact is the newest value; `options` has the older and rejected ones behind it.
+    The answer to a question for a changed fact is the newest value; `options` has the older and rejected ones after it.
     """
     topics, phrases = load_topics()
     topic = rng.choice([one for one in topics if one.split == split])
@@ -94,7 +94,7 @@ def make_correction(rng: random.Random, split: Split, *, is_chat: bool | None = 
 
 
 class _Draft:
-    """A text that is being drawn: its facts in order, and for each the values it has had and where the newest stands."""
+    """A text that is being drawn: for each fact the values that it has had, and the statement of the newest."""
 
     def __init__(self, rng: random.Random, topic: Topic, phrases: Phrases):
         self.rng, self.topic, self.phrases = rng, topic, phrases

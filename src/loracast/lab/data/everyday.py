@@ -55,6 +55,7 @@ class EverydayFact:
     value_at: int | None = None  # offset of the answer in the statement
     options: tuple[str, ...] = ()  # the answers to choose between, one of which is right
     rule: str = ""  # of a question whether a rule holds: the sentences that state it, verbatim
+    also_right: tuple[str, ...] = ()  # further answers that count as right
 
 
 @dataclass(frozen=True)
