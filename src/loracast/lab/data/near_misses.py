@@ -21,6 +21,7 @@ from loracast.documents.units import sentence_spans
 from loracast.lab.data.everyday import EverydayDocument, EverydayFact
 from loracast.lab.data.questions import STOP_WORDS, find_answer
 from loracast.lab.data.rows import QuestionedDocument
+from loracast.lab.data.tables import TableDocument
 from loracast.text import terms_of
 
 Why = Literal["other name", "taken out", "other part"]
@@ -76,11 +77,10 @@ def swap_names(
         if not found or len(swapped) == MAX_SWAPPED:
             continue
         before, name, shape = rng.choice(sorted(found))
-        alike = sorted(one for other, one, its_shape in names if its_shape == shape and other == before)
-        alike = alike or sorted(one for _, one, its_shape in names if its_shape == shape)
+        alike = sorted(one for its_before, one, its_shape in names if (its_before, its_shape) == (before, shape))
         for other in rng.sample(alike, min(N_TRIES, len(alike))):
-            if not terms_of(other) & known:
-                question = other.join(re.split(rf"(?<!\w){re.escape(name)}(?!\w)", fact.question))
+            question = other.join(re.split(rf"(?<!\w){re.escape(name)}(?!\w)", fact.question))
+            if not terms_of(other) & known and all(question != one.question for one in swapped):
                 swapped.append(_not_said(replace(fact, subject=other, question=question), "other name"))
                 break
     return replace(document, facts=(*document.facts, *swapped)) if swapped else None
@@ -101,7 +101,9 @@ def keep_part(rng: random.Random, document: EverydayDocument) -> EverydayDocumen
     """The first or the last part of the document; None if every question that it does not answer might be answered."""
     units = sentence_spans(document.text, document.rows)
     cut = rng.randint(len(units) // 4, len(units) * 3 // 4)
-    return _left(document, range(cut) if rng.random() < 0.5 else range(cut, len(units)), units, "other part")
+    needs_header = isinstance(document, TableDocument) and document.form == "aligned"
+    is_first = needs_header or rng.random() < 0.5
+    return _left(document, range(cut) if is_first else range(cut, len(units)), units, "other part")
 
 
 def _left(
@@ -157,10 +159,10 @@ class _Piece(NamedTuple):
 
 
 def _may_answer(piece: _Piece, fact: EverydayFact) -> bool:
-    """Whether a piece of a text might answer: it has all words of a right answer, or a name or number of it."""
+    """Whether a piece of a text might answer: it has all words of a right or an older answer, or a name of it."""
     return any(
         answer.lower() in piece.lowered or _words(answer) <= piece.words or _telling(answer) & piece.words
-        for answer in (fact.answer, *fact.also_right)
+        for answer in (fact.answer, *fact.also_right, *fact.options)
     )
 
 
@@ -176,7 +178,7 @@ def _telling(answer: str) -> frozenset[str]:
 
 
 def _names(question: str, document: EverydayDocument) -> Iterator[tuple[str, str, str]]:
-    """The names and numbers of a question that stand in its document: the word before each, it, and its shape.
+    """The names and numbers of a question that stand in its document: the word or digit before it, it, and its shape.
 
     The shape of a name is how many words it has, of a number its letters and digits. A word that the document also has
     in small letters is no name.
@@ -187,7 +189,8 @@ def _names(question: str, document: EverydayDocument) -> Iterator[tuple[str, str
             name = found["name"].removesuffix("'s").removesuffix("’s")
             shape = re.sub(r"\d", "0", re.sub(r"[A-Za-z]", "A", name)) if pattern is _NUMBER else f"{name.count(' ')}"
             if name in text and (pattern is _NUMBER or not _has_word(text, name.lower())):
-                yield "".join(re.findall(r"\w+", question[: found.start("name")])[-1:]).lower(), name, shape
+                before = re.findall(r"[^\W\d]+|\d", question[: found.start("name")])[-1:]
+                yield re.sub(r"\d", "0", "".join(before)).lower(), name, shape
 
 
 def _has_word(text: str, word: str) -> bool:
