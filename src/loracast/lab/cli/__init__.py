@@ -21,8 +21,9 @@ _eval = typer.Typer(
     help="Measure adapters beside baselines: answers about documents, tasks, images, cost, side effects.",
     no_args_is_help=True,
 )
-_DOCUMENTS = "qa needle facts everyday capacity library gate interference teacher_forced ablations"
-add(_eval, _PACKAGE, *(f"eval:{name}" for name in _DOCUMENTS.split()), panel="Documents")
+_GENERATED = ("needle", "facts", "everyday", "tables", "corrections", "near_misses", "capacity")
+_DOCUMENTS = ("qa", *_GENERATED, "library", "gate", "interference", "teacher_forced", "ablations")
+add(_eval, _PACKAGE, *(f"eval:{name}" for name in _DOCUMENTS), panel="Documents")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in ("tasks", "refining", "overlap", "harness")), panel="Tasks")
 add(_eval, _PACKAGE, "eval:image", panel="Images")
 add(_eval, _PACKAGE, "eval:latency", "eval:memory", "eval:cost", panel="Cost")

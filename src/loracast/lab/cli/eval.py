@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from loracast.lab.evaluation.query_cost import CostConfig
     from loracast.lab.evaluation.refining import RefiningConfig
     from loracast.lab.evaluation.report import Report
-    from loracast.lab.evaluation.synthetic import EverydayConfig, FactsConfig, NeedleConfig
+    from loracast.lab.evaluation.synthetic import (
+        CorrectionsConfig,
+        EverydayConfig,
+        FactsConfig,
+        NearMissesConfig,
+        NeedleConfig,
+        TablesConfig,
+    )
     from loracast.lab.evaluation.tasks import TasksConfig, TaskSetup
     from loracast.lab.evaluation.whole_library import LibraryConfig
 
@@ -92,6 +99,30 @@ def everyday(config: EverydayConfig, models: Models, results: Results) -> None:
     from loracast.lab.evaluation.synthetic import evaluate_everyday
 
     results.of("documents", evaluate_everyday, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.synthetic")
+def tables(config: TablesConfig, models: Models, results: Results) -> None:
+    """Tables in all formats, of themes that no training has seen: cells by row and column, and what is not there."""
+    from loracast.lab.evaluation.synthetic import evaluate_tables
+
+    results.of("tables", evaluate_tables, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.synthetic")
+def corrections(config: CorrectionsConfig, models: Models, results: Results) -> None:
+    """Notices that correct themselves and chats in which facts change: is the newest value the answer?"""
+    from loracast.lab.evaluation.synthetic import evaluate_corrections
+
+    results.of("documents", evaluate_corrections, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.synthetic")
+def near_misses(config: NearMissesConfig, models: Models, results: Results) -> None:
+    """Questions that a document nearly answers: for another name, a sentence that was taken out, its other part."""
+    from loracast.lab.evaluation.synthetic import evaluate_near_misses
+
+    results.of("documents", evaluate_near_misses, open_model(models), config)
 
 
 @config_from("loracast.lab.evaluation.capacity")

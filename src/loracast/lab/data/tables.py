@@ -192,6 +192,8 @@ class _Draft:
             at = self.offsets(self.rows[i], statements[i])[j]
             fact = EverydayFact("span", self.keys[i], self.name(self.columns[j]), question, answer, statements[i], at)
             (facts if len(facts) < MAX_ASKED else unasked).append(fact)
+        if not facts:
+            return None  # no column is clear without a header
         facts += self.ask_missing(text)
         return TableDocument(
             f"table: {self.theme.name}", title, text, tuple(facts), tuple(unasked), places, self.form, source

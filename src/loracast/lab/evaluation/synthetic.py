@@ -1,8 +1,9 @@
-"""`loracast eval needle`, `facts` and `everyday`: generated documents, in wordings and with entities of no training.
+"""`loracast eval needle`, `facts`, `everyday`, `tables`, `corrections` and `near-misses`: generated documents.
 
-A needle is a sentence hidden in prose. Sheets state facts about invented entities. Everyday documents are e-mails,
-contracts, recipes, price lists and others, with questions that a reader has; there an answer is right where it contains
-the right one. All baselines answer all questions about a document, which is cast once.
+Their wordings and entities are of no training. A needle is a sentence hidden in prose. Sheets state facts about
+invented entities. Everyday documents are e-mails, contracts, recipes, price lists and others, with questions that a
+reader has; tables are asked for cells, and texts that correct themselves for what is newest. In these an answer is
+right where it contains the right one. All baselines answer all questions about a document, which is cast once.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from loracast.answering.model import ASK_SYSTEM_TURN, Model
 from loracast.base.chat import ChatFormat, encode_with_offsets
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import find_value, has_value, is_exact
-from loracast.lab.data.everyday import KINDS, EverydayFact, load_genres, make_document
+from loracast.lab.data.corrections import CHANGED, make_correction
+from loracast.lab.data.everyday import KINDS, EverydayDocument, EverydayFact, load_genres, make_document
 from loracast.lab.data.facts import Fact, make_sheet
+from loracast.lab.data.near_misses import Why, make_near_misses
 from loracast.lab.data.needles import Haystack, Needle, make_needles
 from loracast.lab.data.rows import read_content, read_texts
+from loracast.lab.data.tables import Missing, make_table
 from loracast.lab.evaluation import documents, report, runner
 from loracast.lab.evaluation.documents import MAX_NEW_TOKENS, Answers, DocumentBaseline, DocumentCase, DocumentSetup
 from loracast.lab.evaluation.report import Column, Progress, Report, columns, no_progress
 from loracast.lab.evaluation.runner import Answered, Baseline, Request
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
+from loracast.reading.routing import route_adapter
 
 N_TIMED = 5
 """Questions that a baseline is asked one at a time, for the time that an answer takes; the others come in batches."""
@@ -320,15 +325,6 @@ def _by_sheet(answered: Answers) -> dict[str, Any]:
 _NOT_SAID = ("not say", "not said", "not mention", "not state", "not specif", "no information", "not give")
 _COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
-EVERYDAY_COLUMNS = (
-    *columns(document_tokens=("tokens", 0), chunks=("chunks", 1)),
-    *ANSWER_COLUMNS[:2],
-    *columns(right=("right %", "%"), cluster_low=("95 % by document", "interval")),
-    *columns(**{kind: (f"{kind} %", "%") for kind in KINDS}),
-    *columns(exact=("exact %", "%")),
-    *ANSWER_COLUMNS[5:],
-)
-
 
 @dataclass(frozen=True)
 class EverydayConfig(SyntheticConfig):
@@ -336,38 +332,195 @@ class EverydayConfig(SyntheticConfig):
 
     POSITIVE = ("documents", "questions", "route")
     documents: int = 60
-    """Documents, of all genres alike."""
+    """Documents, of all kinds alike."""
     questions: int = 8
-    """Most questions about one document, drawn from all that its genre has."""
+    """Most questions about one document, drawn from all that were generated."""
 
 
 def evaluate_everyday(model: Model, config: EverydayConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; tables and answers are in `out` after every few documents."""
-
-    def score(a: Answered[DocumentCase]) -> dict[str, Any]:
-        return {"exact": answers_exactly(a), "kind": a.case.about.kind, "right": is_right(a.text, a.case.about)}
-
-    setup, writer = config.started(model, out, "everyday", EVERYDAY_COLUMNS)
-    parts = [_everyday_documents(setup, config)]
-    return _evaluate(setup, config, writer, "documents", parts, _by_kind, progress, score)
-
-
-def _everyday_documents(setup: DocumentSetup, config: EverydayConfig) -> documents.Part:
-    """The documents of all genres in turn, each with some of its questions."""
     genres = list(load_genres(config.split))
 
-    def draw(i: int) -> list[DocumentCase]:
-        rng = random.Random(f"{config.seed}/everyday/{i}")
-        drawn = make_document(rng, split=config.split, genre=genres[i % len(genres)])
-        facts = rng.sample(drawn.facts, min(config.questions, len(drawn.facts)))
-        document = setup.keep(drawn.text, drawn.title)
-        chunks = [None if f.value_at is None else document.chunk_of(f.statement, f.value_at) for f in facts]
-        return [
-            DocumentCase(document, fact.question, (fact.answer,), chunk, about=fact)
-            for fact, chunk in zip(facts, chunks, strict=True)
-        ]
+    def draw(rng: random.Random, i: int) -> EverydayDocument:
+        return make_document(rng, split=config.split, genre=genres[i % len(genres)])
 
-    return documents.Part(config.documents, config.documents, _DOCUMENTS_PER_GROUP, draw)
+    kinds = _Kinds("everyday", "documents", KINDS, lambda fact: fact.kind)
+    return kinds.evaluate(model, config, {config.documents: draw}, config.documents, out, progress)
+
+
+@dataclass(frozen=True)
+class TablesConfig(SyntheticConfig):
+    """Settings of `loracast eval tables`."""
+
+    POSITIVE = ("rows", "tables", "questions", "route")
+    rows: tuple[int, ...] = (20, 200)
+    """Rows of a table, a size each."""
+    tables: int = 30
+    """Tables of each size, of all themes and formats."""
+    questions: int = 8
+    """Most questions about one table."""
+
+
+def evaluate_tables(model: Model, config: TablesConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Run the evaluation; tables and answers are in `out` after every few documents."""
+
+    def of_size(n_rows: int) -> Draw:
+        return lambda rng, _: make_table(rng, config.split, n_rows)
+
+    names = ("cell", *get_args(Missing))
+    kinds = _Kinds("tables", "rows", names, lambda fact: "cell" if fact.kind == "span" else _first_words(fact))
+    return kinds.evaluate(model, config, {n: of_size(n) for n in config.rows}, config.tables, out, progress)
+
+
+@dataclass(frozen=True)
+class CorrectionsConfig(EverydayConfig):
+    """Settings of `loracast eval corrections`."""
+
+
+def evaluate_corrections(
+    model: Model, config: CorrectionsConfig, out: Path, progress: Progress = no_progress
+) -> Report:
+    """Run the evaluation; tables and answers are in `out` after every few documents."""
+
+    def draw(rng: random.Random, i: int) -> EverydayDocument:
+        return make_correction(rng, config.split, is_chat=i % 2 == 1)
+
+    def kind_of(fact: EverydayFact) -> str:
+        return (
+            fact.kind if fact.kind == "not said" else "changed" if fact.attribute.startswith(CHANGED) else "unchanged"
+        )
+
+    kinds = _Kinds("corrections", "documents", ("changed", "unchanged", "not said"), kind_of)
+    return kinds.evaluate(model, config, {config.documents: draw}, config.documents, out, progress)
+
+
+_OTHERS = 8  # documents of the same kind from which a near miss takes names
+_NEAR_TABLE_ROWS = 20
+
+
+@dataclass(frozen=True)
+class NearMissesConfig(EverydayConfig):
+    """Settings of `loracast eval near-misses`."""
+
+
+def evaluate_near_misses(model: Model, config: NearMissesConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Run the evaluation; tables and answers are in `out` after every few documents."""
+    genres = list(load_genres(config.split))
+
+    def draw(rng: random.Random, i: int) -> EverydayDocument:
+        genre = rng.choice(genres)
+        makers: list[Callable[[], EverydayDocument]] = [
+            lambda: make_document(rng, split=config.split, genre=genre),
+            lambda: make_table(rng, config.split, _NEAR_TABLE_ROWS),
+            lambda: make_correction(rng, config.split),
+        ]
+        while True:
+            document, *others = [makers[i % len(makers)]() for _ in range(_OTHERS + 1)]
+            if made := make_near_misses(rng, document, others):
+                return rng.choice(made)
+
+    names = ("answered", *get_args(Why), "not said")
+    kinds = _Kinds("near misses", "documents", names, lambda fact: _near_kind(fact, names))
+    return kinds.evaluate(model, config, {config.documents: draw}, config.documents, out, progress)
+
+
+def _first_words(fact: EverydayFact) -> str:
+    return fact.attribute.partition(":")[0]
+
+
+def _near_kind(fact: EverydayFact, names: Sequence[str]) -> str:
+    if fact.kind != "not said":
+        return "answered"
+    return why if (why := _first_words(fact)) in names else "not said"
+
+
+Draw = Callable[[random.Random, int], EverydayDocument]
+"""Draws the i-th document."""
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """An evaluation on generated documents with several kinds of questions, each of which has a column."""
+
+    name: str
+    size: str
+    """What a size is called in the rows."""
+    kinds: Sequence[str]
+    kind_of: Callable[[EverydayFact], str]
+
+    def evaluate(
+        self,
+        model: Model,
+        config: EverydayConfig | TablesConfig,
+        draws: Mapping[int, Draw],
+        n: int,
+        out: Path,
+        progress: Progress,
+    ) -> Report:
+        """Ask about `n` documents of each size."""
+        is_sized = len(draws) > 1
+        setup, writer = config.started(model, out, self.name, self.columns(is_sized))
+
+        def part(size: int, draw: Draw) -> documents.Part:
+            name = f"{self.name}/{size}" if is_sized else self.name
+
+            def cases(i: int) -> list[DocumentCase]:
+                """By seed, name and i alone."""
+                rng = random.Random(f"{config.seed}/{name}/{i}")
+                drawn = draw(rng, i)
+                facts = rng.sample(drawn.facts, min(config.questions, len(drawn.facts)))
+                document = setup.keep(drawn.as_document())
+                chunks = [None if f.value_at is None else document.chunk_of(f.statement, f.value_at) for f in facts]
+                return [
+                    DocumentCase(document, fact.question, (fact.answer,), chunk, about=fact)
+                    for fact, chunk in zip(facts, chunks, strict=True)
+                ]
+
+            return documents.Part(size, n, _DOCUMENTS_PER_GROUP, cases)
+
+        parts = [part(size, draw) for size, draw in draws.items()]
+        return _evaluate(setup, config, writer, self.size, parts, self.by_kind, progress, self.score)
+
+    def columns(self, is_sized: bool) -> tuple[Column, ...]:
+        return (
+            *columns(**{self.size: (self.size, 0)} if is_sized else {}),
+            *columns(document_tokens=("tokens", 0), chunks=("chunks", 1)),
+            *ANSWER_COLUMNS[:2],
+            *columns(right=("right %", "%"), cluster_low=("95 % by document", "interval")),
+            *columns(**{kind: (f"{kind} %", "%") for kind in self.kinds}),
+            *columns(refused=("refused %", "%"), unit=("best unit %", "%"), exact=("exact %", "%")),
+            *ANSWER_COLUMNS[5:],
+        )
+
+    def score(self, a: Answered[DocumentCase]) -> dict[str, Any]:
+        fact = a.case.about
+        scores = {"exact": answers_exactly(a), "kind": self.kind_of(fact), "right": is_right(a.text, fact)}
+        scores["refused"] = None if fact.kind == "not said" else says_not_said(a.text)
+        return {**scores, "unit": None if a.found is None else finds_unit(a.case)}
+
+    def by_kind(self, answered: Answers) -> dict[str, Any]:
+        """The share of right answers with its interval over documents, and by kind of question."""
+        clusters = by_document(answered, "right")
+        right, low, high = report.mean_with_interval(clusters)
+        found: dict[str, Any] = {"documents": len(clusters), "right": right, "cluster_low": low, "cluster_high": high}
+        for kind in self.kinds:
+            some = [a.scores["right"] for a in answered if a.scores["kind"] == kind]
+            found |= {kind: report.mean_if_any(some), f"n {kind}": len(some)}
+        for name in ("refused", "unit"):
+            found[name] = report.mean_if_any([a.scores[name] for a in answered if a.scores[name] is not None])
+        return found
+
+
+def finds_unit(case: DocumentCase) -> bool:
+    """Whether the unit of the document that weighs most for the question holds the answer that was meant."""
+    fact, document = case.about, case.document
+    route = route_adapter(document.adapter, case.question, threshold=0.0)
+    chunks = range(len(document.chunks)) if route.chunks is None else route.chunks
+    weights = route.sentences or [[1.0] * len(document.chunks[i].units) for i in chunks]
+    _, i, j = max((w, -k, -n) for k, own in zip(chunks, weights, strict=True) for n, w in enumerate(own))
+    chunk = document.chunks[-i]
+    unit = chunk.prompt[slice(*chunk.units[-j])]
+    return fact.answer in unit and (unit in fact.statement or fact.statement in unit)
 
 
 def says_not_said(answer: str) -> bool:
@@ -391,14 +544,3 @@ def is_right(answer: str, fact: EverydayFact) -> bool:
     if "how many" in fact.question.lower():
         return has_value(answer, fact.answer.split()[0])
     return has_value(answer, fact.answer)
-
-
-def _by_kind(answered: Answers) -> dict[str, Any]:
-    """The share of right answers with its interval over documents, and by kind of question."""
-    clusters = by_document(answered, "right")
-    right, low, high = report.mean_with_interval(clusters)
-    found: dict[str, Any] = {"documents": len(clusters), "right": right, "cluster_low": low, "cluster_high": high}
-    for kind in KINDS:
-        some = [a.scores["right"] for a in answered if a.scores["kind"] == kind]
-        found |= {kind: report.mean_if_any(some), f"n {kind}": len(some)}
-    return found
