@@ -70,10 +70,10 @@ def swap_names(
     """The document with some questions asked anew for a name or number of another one; None if none can be."""
     known = terms_of(_whole(document))
     some = rng.sample(others, min(N_OTHERS, len(others)))
-    names = {name for other in some for fact in other.facts for name in _names(fact.question, other)}
+    names = {name for other in some for fact in other.facts for name in _names(fact, other)}
     swapped: list[EverydayFact] = []
     for fact in rng.sample(spans := _spans(document), len(spans)):
-        found = list(_names(fact.question, document))
+        found = list(_names(fact, document))
         if not found or len(swapped) == MAX_SWAPPED:
             continue
         before, name, shape = rng.choice(sorted(found))
@@ -177,18 +177,19 @@ def _telling(answer: str) -> frozenset[str]:
     return terms_of(" ".join(re.findall(r"\b[A-Z]\S*|\S*\d\S*", answer))) - STOP_WORDS
 
 
-def _names(question: str, document: EverydayDocument) -> Iterator[tuple[str, str, str]]:
+def _names(fact: EverydayFact, document: EverydayDocument) -> Iterator[tuple[str, str, str]]:
     """The names and numbers of a question that stand in its document: the word or digit before it, it, and its shape.
 
     The shape of a name is how many words it has, of a number its letters and digits. A word that the document also has
-    in small letters is no name.
+    in small letters is no name, nor is that of a column, which other documents may call otherwise.
     """
-    text = _whole(document)
+    text, question = _whole(document), fact.question
     for pattern in (_NAME, _NUMBER):
         for found in pattern.finditer(question):
             name = found["name"].removesuffix("'s").removesuffix("’s")
             shape = re.sub(r"\d", "0", re.sub(r"[A-Za-z]", "A", name)) if pattern is _NUMBER else f"{name.count(' ')}"
-            if name in text and (pattern is _NUMBER or not _has_word(text, name.lower())):
+            is_name = pattern is _NUMBER or not (_has_word(text, name.lower()) or name in fact.attribute)
+            if name in text and is_name:
                 before = re.findall(r"[^\W\d]+|\d", question[: found.start("name")])[-1:]
                 yield re.sub(r"\d", "0", "".join(before)).lower(), name, shape
 

@@ -137,7 +137,6 @@ class _Draft:
         self.rows = [[self.cell(column, key, p_empty) for column in self.columns] for key in self.keys]
         self.named = [i for i, column in enumerate(self.columns) if self.has_header or column.is_clear]
         self.times = Counter(cell for row in self.rows for cell in row)
-        self.facts: list[EverydayFact] = []
 
     def name(self, column: Column) -> str:
         return self.names[self.theme.columns.index(column)]
@@ -250,16 +249,16 @@ class _Draft:
             for lines in (self.phrases.above, self.phrases.below)
         )
         if self.form == "html":
-            tags = ["th" if self.has_header and i == 0 else "td" for i in range(len(rows))]
-            lines = [
-                "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+            tags = ["th"] * self.has_header + ["td"] * len(self.rows)
+            cells = (
+                "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
                 for tag, row in zip(tags, rows, strict=True)
-            ]
+            )
+            lines = [f"<tr>{row}</tr>" for row in cells]
             above, below = ([f"<p>{line}</p>" for line in some] for some in (above, below))
             return "\n".join(["<!DOCTYPE html>", "<body>", *above, "<table>", *lines, "</table>", *below, "</body>"])
         if self.form == "md":
-            lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *self.rows)]
-            blocks = ["\n".join(lines)]
+            blocks = ["\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *self.rows))]
         elif self.form == "records":
             blocks = [self.statement(row) for row in self.rows]
         else:

@@ -344,8 +344,9 @@ def evaluate_everyday(model: Model, config: EverydayConfig, out: Path, progress:
     def draw(rng: random.Random, i: int) -> EverydayDocument:
         return make_document(rng, split=config.split, genre=genres[i % len(genres)])
 
-    kinds = _Kinds("everyday", "documents", KINDS, lambda fact: fact.kind)
-    return kinds.evaluate(model, config, {config.documents: draw}, config.documents, out, progress)
+    return _Kinds("everyday", "documents", KINDS).evaluate(
+        model, config, {config.documents: draw}, config.documents, out, progress
+    )
 
 
 @dataclass(frozen=True)
@@ -367,8 +368,7 @@ def evaluate_tables(model: Model, config: TablesConfig, out: Path, progress: Pro
     def of_size(n_rows: int) -> Draw:
         return lambda rng, _: make_table(rng, config.split, n_rows)
 
-    names = ("cell", *get_args(Missing))
-    kinds = _Kinds("tables", "rows", names, lambda fact: "cell" if fact.kind == "span" else _first_words(fact))
+    kinds = _Kinds("tables", "rows", ("span", *get_args(Missing)))
     return kinds.evaluate(model, config, {n: of_size(n) for n in config.rows}, config.tables, out, progress)
 
 
@@ -385,12 +385,7 @@ def evaluate_corrections(
     def draw(rng: random.Random, i: int) -> EverydayDocument:
         return make_correction(rng, config.split, is_chat=i % 2 == 1)
 
-    def kind_of(fact: EverydayFact) -> str:
-        return (
-            fact.kind if fact.kind == "not said" else "changed" if fact.attribute.startswith(CHANGED) else "unchanged"
-        )
-
-    kinds = _Kinds("corrections", "documents", ("changed", "unchanged", "not said"), kind_of)
+    kinds = _Kinds("corrections", "documents", ("span", CHANGED.removesuffix(": "), "not said"))
     return kinds.evaluate(model, config, {config.documents: draw}, config.documents, out, progress)
 
 
@@ -419,19 +414,8 @@ def evaluate_near_misses(model: Model, config: NearMissesConfig, out: Path, prog
             if made := make_near_misses(rng, document, others):
                 return rng.choice(made)
 
-    names = ("answered", *get_args(Why), "not said")
-    kinds = _Kinds("near misses", "documents", names, lambda fact: _near_kind(fact, names))
+    kinds = _Kinds("near misses", "documents", ("span", *get_args(Why), "not said"))
     return kinds.evaluate(model, config, {config.documents: draw}, config.documents, out, progress)
-
-
-def _first_words(fact: EverydayFact) -> str:
-    return fact.attribute.partition(":")[0]
-
-
-def _near_kind(fact: EverydayFact, names: Sequence[str]) -> str:
-    if fact.kind != "not said":
-        return "answered"
-    return why if (why := _first_words(fact)) in names else "not said"
 
 
 Draw = Callable[[random.Random, int], EverydayDocument]
@@ -446,7 +430,7 @@ class _Kinds:
     size: str
     """What a size is called in the rows."""
     kinds: Sequence[str]
-    kind_of: Callable[[EverydayFact], str]
+    """Kinds of facts, and what attributes begin with before a colon, which goes before the kind."""
 
     def evaluate(
         self,
@@ -491,6 +475,10 @@ class _Kinds:
             *columns(refused=("refused %", "%"), unit=("best unit %", "%"), exact=("exact %", "%")),
             *ANSWER_COLUMNS[5:],
         )
+
+    def kind_of(self, fact: EverydayFact) -> str:
+        first, colon, _ = fact.attribute.partition(":")
+        return first if colon and first in self.kinds else fact.kind
 
     def score(self, a: Answered[DocumentCase]) -> dict[str, Any]:
         fact = a.case.about
