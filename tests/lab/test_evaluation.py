@@ -335,6 +335,56 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
     assert "95 % by document" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds", "settings", "sizes"),
+    [
+        ("tables", {"span", "missing row", "missing column", "empty cell"}, {"rows": (5, 12), "tables": 2}, [5, 12]),
+        ("corrections", {"span", "changed", "not said"}, {"documents": 4}, [4]),
+        ("near_misses", {"span", "other name", "taken out", "other part", "not said"}, {"documents": 4}, [4]),
+    ],
+)
+def test_generated_documents_count_right_answers_by_kind(model, tmp_path, monkeypatch, name, kinds, settings, sizes):
+    from loracast.answering.answers import NOT_SAID
+    from loracast.lab.evaluation import synthetic
+
+    short(monkeypatch)
+    monkeypatch.setattr("loracast.answering.model.Model.copy_bias", lambda self, prepared: None)
+    config_class = getattr(synthetic, f"{name.title().replace('_', '')}Config")
+    config = config_class(questions=3, chunk_tokens=128, split="dev", baselines=("routed", "strict"), **settings)
+    getattr(synthetic, f"evaluate_{name}")(model, config, tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    size = "rows" if name == "tables" else "documents"
+    assert [(row[size], row["baseline"]) for row in rows] == [(n, one) for n in sizes for one in config.baselines]
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert {answer["kind"] for answer in answers} <= kinds
+    for row in rows:
+        mine = [a for a in answers if (a["baseline"], a[size]) == (row["baseline"], row[size])]
+        assert row["n"] == len(mine) == 3 * row["documents"]
+        assert row["right"] == pytest.approx(sum(answer["right"] for answer in mine) / len(mine))
+        assert all(row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine) for kind in kinds)
+        answerable = [answer["answer"] == NOT_SAID for answer in mine if answer["kind"] in ("span", "changed")]
+        assert row["refused"] == pytest.approx(sum(answerable) / len(answerable))
+        assert (row["baseline"] == "strict") == any(answerable)  # a random base is sure of nothing
+
+
+def test_the_best_unit_is_the_one_that_weighs_most(model, monkeypatch):
+    from loracast.lab.evaluation import synthetic
+    from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup
+    from loracast.reading.routing import Route
+
+    document = DocumentSetup(model).keep("The fair is on 3 May. The hall is B7.\n\nUpdate: the hall is C9.")
+    (chunk,) = document.chunks
+    units = [chunk.prompt[slice(*unit)] for unit in chunk.units]
+    about = SimpleNamespace(answer="C9", statement="the hall is C9")
+    case = DocumentCase(document, "Which hall?", about=about)
+    for best, unit in enumerate(units):
+        weights = tuple(1.0 if i == best else 0.5 for i in range(len(units)))
+        route = Route((0,), (1.0,), (1.0,), (weights,))
+        monkeypatch.setattr(synthetic, "route_adapter", lambda *_, route=route, **__: route)
+        assert synthetic.finds_unit(case) == (unit == "Update: the hall is C9.")
+    assert len(units) == 3
+
+
 def test_latency_compares_the_three(model, texts, tmp_path):
     from loracast.lab.evaluation.cost import LatencyConfig, evaluate_latency
 
