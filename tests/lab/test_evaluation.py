@@ -383,6 +383,14 @@ def test_the_best_unit_is_the_one_that_weighs_most(model, monkeypatch):
         monkeypatch.setattr(synthetic, "route_adapter", lambda *_, route=route, **__: route)
         assert synthetic.finds_unit(case) == (unit == "Update: the hall is C9.")
     assert len(units) == 3
+    line, other = (
+        "Sum of all the sales by Ada Olsen in the far north  C9",
+        "Sum of all the sales by Kim Novak in the south  D4",
+    )
+    about = SimpleNamespace(answer="C9", statement=line)
+    case = DocumentCase(DocumentSetup(model).keep(f"{line}\n{other}"), "Which hall?", about=about)
+    monkeypatch.setattr(synthetic, "route_adapter", lambda *_, **__: Route((0,), (1.0,), (1.0,), ((1.0,),)))
+    assert not synthetic.finds_unit(case)  # both lines are one unit
 
 
 def test_latency_compares_the_three(model, texts, tmp_path):

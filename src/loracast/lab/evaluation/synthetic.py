@@ -500,7 +500,10 @@ class _Kinds:
 
 
 def finds_unit(case: DocumentCase) -> bool:
-    """Whether the unit of the document that weighs most for the question holds the answer that was meant."""
+    """Whether the unit of the document that weighs most for the question holds the answer that was meant.
+
+    Several lines that are taken for one sentence, such as columns aligned by spaces, tell no row from another.
+    """
     fact, document = case.about, case.document
     route = route_adapter(document.adapter, case.question, threshold=0.0)
     chunks = range(len(document.chunks)) if route.chunks is None else route.chunks
@@ -508,7 +511,8 @@ def finds_unit(case: DocumentCase) -> bool:
     _, i, j = max((w, -k, -n) for k, own in zip(chunks, weights, strict=True) for n, w in enumerate(own))
     chunk = document.chunks[-i]
     unit = chunk.prompt[slice(*chunk.units[-j])]
-    return fact.answer in unit and (unit in fact.statement or fact.statement in unit)
+    is_one = unit in fact.statement or (fact.statement in unit and "\n" not in unit)
+    return fact.answer in unit and is_one
 
 
 def says_not_said(answer: str) -> bool:
