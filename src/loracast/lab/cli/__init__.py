@@ -14,7 +14,7 @@ _train = typer.Typer(
 )
 add(_train, _PACKAGE, "train:doc", "train:text", "train:image", panel="Hypernetworks")
 add(_train, _PACKAGE, "train:oracle", "train:multitask", "train:window", panel="LoRAs to compare with")
-add(_train, _PACKAGE, "train:export", "train:relevance", "train:words", panel="To ship")
+add(_train, _PACKAGE, "train:export", "train:reader", "train:relevance", "train:words", panel="To ship")
 
 _eval = typer.Typer(
     cls=CommandGroup,
@@ -22,7 +22,7 @@ _eval = typer.Typer(
     no_args_is_help=True,
 )
 _GENERATED = ("needle", "facts", "everyday", "tables", "corrections", "near_misses", "capacity")
-_DOCUMENTS = ("qa", *_GENERATED, "library", "gate", "interference", "teacher_forced", "ablations")
+_DOCUMENTS = ("qa", *_GENERATED, "reader", "library", "gate", "interference", "teacher_forced", "ablations")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in _DOCUMENTS), panel="Documents")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in ("tasks", "refining", "overlap", "harness")), panel="Tasks")
 add(_eval, _PACKAGE, "eval:image", panel="Images")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loracast.lab.evaluation.overlap import OverlapConfig
     from loracast.lab.evaluation.qa import QaConfig
     from loracast.lab.evaluation.query_cost import CostConfig
+    from loracast.lab.evaluation.reader import ReaderEvalConfig
     from loracast.lab.evaluation.refining import RefiningConfig
     from loracast.lab.evaluation.report import Report
     from loracast.lab.evaluation.synthetic import (
@@ -131,6 +132,14 @@ def capacity(config: CapacityConfig, models: Models, results: Results) -> None:
     from loracast.lab.evaluation.capacity import evaluate_capacity
 
     results.of("documents", evaluate_capacity, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.reader")
+def reader(config: ReaderEvalConfig, models: Models, results: Results) -> None:
+    """The reader beside BM25 and word vectors: is the right unit first, and is what a document does not say refused?"""
+    from loracast.lab.evaluation.reader import evaluate_reader
+
+    results.of("documents", evaluate_reader, open_model(models), config)
 
 
 @config_from("loracast.lab.evaluation.gate")

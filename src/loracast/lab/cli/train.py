@@ -14,7 +14,7 @@ import typer
 from loracast.base.load import load_base
 from loracast.cli.commands import seconds
 from loracast.cli.options import BaseChoice, Json
-from loracast.cli.terminal import advice, print_result, print_table, say
+from loracast.cli.terminal import advice, print_result, print_table, progress_bar, say
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
 _TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
@@ -195,6 +195,36 @@ def window(run: Run, *, documents: Annotated[list[str], _DOCUMENTS]) -> None:
 
     settings = run.settings(WindowRecipe(), documents=documents)
     _say_lora(run, _train(run, "window", train_window, settings))
+
+
+def reader(
+    run: Run,
+    *,
+    documents: Annotated[list[str], _DOCUMENTS],
+    hypernetwork: Annotated[
+        str | None, "The hypernetwork of documents beside which it stands; the shipped one."
+    ] = None,
+) -> None:
+    """Train the reader, which finds the units of a document that answer a question, or that nothing there does."""
+    from loracast.cast.load import load_caster, shipped_hypernetwork
+    from loracast.hypernets.reader import READER_FILE
+    from loracast.lab.data.rows import read_questioned
+    from loracast.lab.training.loop import keep_freed_memory
+    from loracast.lab.training.reader import ReaderRecipe, train_reader
+
+    keep_freed_memory()
+    recipe = run.settings(ReaderRecipe())
+    base = load_base(run.base, **run.how)
+    beside: Any = load_caster(hypernetwork or shipped_hypernetwork(base, "document"), "document", base).hypernetwork
+    people = read_questioned(documents, recipe.data.sources)
+    command = run.command("reader", {"documents": documents})
+    with progress_bar("tokens") as progress, advice(_STOPPED):
+        found = train_reader(
+            base, recipe, beside, people, run.out, command=command, progress=progress,
+            on_metrics=partial(_show, recipe.training.steps, run.out.name),
+        )  # fmt: skip
+    where = run.out / READER_FILE
+    print_result(run.as_json, {"out": str(where), "refusing": found.refusing.item()}, f"the reader is in {where}")
 
 
 def relevance(

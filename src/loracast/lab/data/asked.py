@@ -1,0 +1,227 @@
+"""Draw documents with questions for the reader: where each answer begins, that it stands nowhere, or small talk.
+
+Sources are people's questions about texts and tables (files of `read_questioned`), everyday documents, sheets of facts,
+tables, corrections and near misses. What a document does not say is asked for, too: by the generated documents' own
+questions, and by questions in which a name or a number is swapped for one that the document does not have.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from loracast.documents import Document
+from loracast.lab.data.corrections import make_correction
+from loracast.lab.data.everyday import EverydayDocument, EverydayFact, load_genres, make_document
+from loracast.lab.data.facts import Split, make_sheet
+from loracast.lab.data.near_misses import make_near_misses
+from loracast.lab.data.questions import find_answer
+from loracast.lab.data.rows import QuestionedDocument, read_content
+from loracast.lab.data.tables import Form, make_table
+
+MAX_QUESTIONS = 12
+"""About one document."""
+_MAX_CHARACTERS = 9000  # of a text
+_P_SWAPPED = 0.35  # of an answered question: a swapped one comes along
+_P_LOWER = 0.15  # of a question: it is written in lower case, as many people write
+_FORMS: tuple[Form, ...] = ("csv", "md", "html", "tsv", "records")
+_MAX_OTHERS = 12  # documents from which names and values of near misses come
+TABLES = "wikitablequestions"
+"""The source whose texts are rows of cells between bars."""
+
+_CAPITAL = r"[A-Z][\w'’.-]*\w"
+_NAME = re.compile(rf"(?<=[\w,] ){_CAPITAL}(?: (?:of |the |and |de )*{_CAPITAL})*")
+_NUMBER = re.compile(r"\b\d[\d.,:-]*\b")
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """A question put to a document."""
+
+    text: str
+    place: tuple[int, int] | None = None
+    """The characters in the document's text of the answer, or of the statement that decides it; None: nowhere."""
+    is_copied: bool = True
+    """Whether the answer begins with the first character of `place`; else the place only says which unit decides it."""
+
+
+@dataclass(frozen=True)
+class AskedDocument:
+    """A document and the questions put to it."""
+
+    source: str
+    group: str
+    """Documents of one group are about the same: paragraphs of an article, sections of a story."""
+    document: Document
+    questions: tuple[AskedQuestion, ...]
+
+
+def small_talk(split: Split) -> list[str]:
+    """What people say to an assistant that is meant for no document."""
+    return list(read_content("small_talk")[split])
+
+
+def draw_people(documents: Sequence[QuestionedDocument], seed: int) -> Iterator[AskedDocument]:
+    """People's questions about texts, those whose answers stand in the text word for word."""
+    rng = random.Random(f"{seed}/people")
+    for given in documents:
+        document = (_table if given.source == TABLES else _text)(given)
+        asked = [question for question in given.questions if question.is_span]
+        found = list[AskedQuestion]()
+        for one in rng.sample(asked, min(MAX_QUESTIONS, len(asked))):
+            find = _find_in_rows if given.source == TABLES else _find
+            if place := find(document, one.question, one.answers):
+                found.append(AskedQuestion(one.question, place))
+        if found:
+            yield AskedDocument(given.source, given.title or given.doc_id, document, tuple(found))
+
+
+def _text(given: QuestionedDocument) -> Document:
+    return Document.from_text(given.text[:_MAX_CHARACTERS], "")
+
+
+def _table(given: QuestionedDocument) -> Document:
+    """A text of rows with cells between bars, under its title, as a table."""
+    lines = [line for line in given.text[:_MAX_CHARACTERS].split("\n") if " | " in line]
+    width = lines[0].count(" | ") + 1 if lines else 1
+    text = "\n".join([lines[0], "|".join(["---"] * max(2, width)), *lines[1:]]) if lines else given.text
+    return Document.from_text(text, given.title)
+
+
+def _find(document: Document, question: str, answers: Sequence[str]) -> tuple[int, int] | None:
+    found = find_answer(document.text, question, answers)
+    if found is None:
+        return None
+    start = document.text.index(found.value, document.text.index(found.statement) + (found.value_at or 0))
+    return start, start + len(found.value)
+
+
+def _find_in_rows(document: Document, question: str, answers: Sequence[str]) -> tuple[int, int] | None:
+    """The cell that answers a question, in the only row that has it and a cell that the question names."""
+    asked, found = question.lower(), list[tuple[int, int]]()
+    for start in document.rows:
+        line = document.text[start : end if (end := document.text.find("\n", start)) >= 0 else None]
+        cells = [*re.findall(r": (.+?)(?=\. |\.?$)", line), line.partition(",")[0]]
+        at = next(
+            (match.start() for one in answers for match in [re.search(rf": {re.escape(one)}\b", line)] if match), -1
+        )
+        named = [cell for cell in cells if len(cell) > 2 and cell.lower() in asked and cell not in answers]
+        if at >= 0 and named:
+            found.append((start + at + 2, start + at + 2 + len(answers[0])))
+    return found[0] if len(found) == 1 else None
+
+
+def draw_everyday(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
+    """Everyday documents, with questions for what they do not say."""
+    genres = list(load_genres(split))
+    for i in range(n):
+        rng = random.Random(f"{seed}/everyday/{i}")
+        yield from of_facts("everyday", i, make_document(rng, split=split, genre=genres[i % len(genres)]), rng)
+
+
+def draw_sheets(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
+    """Sheets of facts."""
+    for i in range(n):
+        rng = random.Random(f"{seed}/sheet/{i}")
+        sheet = make_sheet(rng, rng.choice((5, 10, 20)), split=split)
+        facts = [
+            EverydayFact(
+                "span", fact.subject, fact.attribute, fact.question, fact.answer, fact.statement,
+                fact.statement.index(fact.answer),
+            )
+            for fact in sheet.facts
+        ]  # fmt: skip
+        yield from of_facts("sheet", i, EverydayDocument("sheet", sheet.title, sheet.text, tuple(facts)), rng)
+
+
+def draw_tables(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
+    """Tables, in the forms whose rows are read as rows."""
+    for i in range(n):
+        rng = random.Random(f"{seed}/table/{i}")
+        n_rows = rng.choice((5, 8, 12, 20, 30)) if split == "train" else 20
+        yield from of_facts("table", i, make_table(rng, split, n_rows, form=rng.choice(_FORMS)), rng)
+
+
+def draw_corrections(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
+    """Notices that correct themselves, and chats in which facts change."""
+    for i in range(n):
+        rng = random.Random(f"{seed}/corr/{i}")
+        yield from of_facts("correction", i, make_correction(rng, split), rng)
+
+
+def draw_near_misses(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
+    """Everyday documents and tables that lack what is asked for; `n` of the former, a quarter as many tables."""
+    genres, whole = list(load_genres(split)), list[EverydayDocument]()
+    for i in range(n):
+        whole.append(make_document(random.Random(f"{seed}/near/{i}"), split=split, genre=genres[i % len(genres)]))
+    rng = random.Random(seed)
+    for _ in range(n // 4):
+        whole.append(make_table(rng, split, rng.choice((5, 10, 15)), form=rng.choice(_FORMS[:3])))
+    by_genre = defaultdict[str, list[EverydayDocument]](list)
+    for one in whole:
+        by_genre[one.genre].append(one)
+    for i, one in enumerate(whole):
+        rng = random.Random(f"{seed}/nearq/{i}")
+        others = [other for other in by_genre[one.genre] if other is not one][:_MAX_OTHERS]
+        for near in make_near_misses(rng, one, others):
+            yield from of_facts("near", i, near, rng)
+
+
+def of_facts(source: str, number: int, drawn: EverydayDocument, rng: random.Random) -> Iterator[AskedDocument]:
+    """A generated document with at most MAX_QUESTIONS questions for its facts, if it has any."""
+    document, found = drawn.as_document(), list[AskedQuestion]()
+    for fact in rng.sample(drawn.facts, min(MAX_QUESTIONS, len(drawn.facts))):
+        if fact.kind == "not said":
+            found.append(AskedQuestion(fact.question))
+        elif (statement := fact.statement or fact.rule) and (at := document.text.find(statement)) >= 0:
+            is_copied = fact.kind == "span"
+            start = at + (fact.value_at or 0) if is_copied else at
+            end = start + len(fact.answer if is_copied else statement)
+            found.append(AskedQuestion(fact.question, (start, end), is_copied))
+    if found:
+        yield AskedDocument(source, f"{source}/{number}", document, tuple(found))
+
+
+def with_near_misses(drawn: Iterable[AskedDocument], seed: int) -> Iterator[AskedDocument]:
+    """Add questions with a name or number swapped, and write some in lower case.
+
+    The new name is one of a question to another document of the source, and stands nowhere in this one.
+    """
+    rng, seen = random.Random(f"{seed}/swapped"), defaultdict[tuple[str, bool], list[str]](list)
+    for one in drawn:
+        more = list[AskedQuestion]()
+        for question in one.questions:
+            if question.place is not None and rng.random() < _P_SWAPPED:
+                pools = [seen[one.source, is_number] for is_number in (False, True)]
+                text = swapped(rng, question.text, one.document.text, pools)
+                more += [AskedQuestion(text)] if text else []
+        for question in one.questions:
+            for is_number, pattern in enumerate((_NAME, _NUMBER)):
+                seen[one.source, bool(is_number)] += pattern.findall(question.text)
+        questions = [
+            AskedQuestion(q.text.lower(), q.place, q.is_copied) if rng.random() < _P_LOWER else q
+            for q in (*one.questions, *more)
+        ]
+        yield AskedDocument(one.source, one.group, one.document, tuple(questions))
+
+
+def swapped(rng: random.Random, question: str, text: str, pools: Sequence[Sequence[str]]) -> str | None:
+    """A question with one of its names or numbers swapped for one that the text does not have; None where it cannot be.
+
+    Args:
+        pools: the names to choose from, and the numbers.
+    """
+    found = [
+        (match, bool(kind)) for kind, pattern in enumerate((_NAME, _NUMBER)) for match in pattern.finditer(question)
+    ]
+    if not found:
+        return None
+    match, is_number = rng.choice(found)
+    others = pools[is_number]
+    for other in rng.choices(others, k=8) if others else []:
+        if not set(re.findall(r"\w+", other.lower())) & set(re.findall(r"\w+", text.lower())):
+            return question[: match.start()] + other + question[match.end() :]
+    return None

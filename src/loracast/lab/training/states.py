@@ -1,0 +1,172 @@
+"""Read documents and questions once with a base, for a training that then needs no base: states in a file.
+
+A document's chunks are read as in learning, with the hypernetwork's encoder LoRA; a question by the plain base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loracast.base.chat import encode_text, encode_with_offsets
+from loracast.base.forward import pad_right
+from loracast.base.load import Base
+from loracast.cast.document import TOKENS_PER_BATCH, split_document
+from loracast.documents import Chunk
+from loracast.documents.units import token_sentences
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.encoders import HiddenStatesEncoder
+from loracast.hypernets.reader import ReaderConfig
+from loracast.lab.data.asked import AskedDocument, AskedQuestion
+
+NOWHERE, FOREIGN = -1, -2
+"""In place of a unit: the answer stands nowhere in the document; the question is meant for none."""
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text whose states lie in the file."""
+
+    ids: tuple[int, ...]
+    row: int
+    """Of its first token's state."""
+
+
+@dataclass(frozen=True)
+class ReadChunk(ReadText):
+    """A chunk of a document."""
+
+    chunk: Chunk
+    units: tuple[int, ...]
+    """The unit of each token, from 0 on."""
+    n_units: int
+
+
+@dataclass(frozen=True)
+class ReadQuestion(ReadText):
+    """A question, and where its answer is."""
+
+    text: str
+    chunk: int = NOWHERE
+    """Of its document; `NOWHERE`, or `FOREIGN`."""
+    unit: int = NOWHERE
+    """Of the chunk."""
+    token: int = -1
+    """Of the chunk, with which the answer begins; -1 where it is not copied."""
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class ReadDocument:
+    """A document with questions."""
+
+    source: str
+    group: str
+    chunks: tuple[ReadChunk, ...]
+    questions: tuple[ReadQuestion, ...]
+
+
+class ReadFile:
+    """The documents and questions of a training, and their states [tokens, d] in fp16, which memory maps."""
+
+    def __init__(
+        self,
+        path: Path,
+        base: Base,
+        hypernetwork: DocToLoRA,
+        config: ReaderConfig,
+        asked: Sequence[AskedDocument],
+        foreign: Sequence[str] = (),
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ):
+        """
+        Args:
+            path: the file of states; if it is there, it is that of the same documents.
+            foreign: questions that are meant for no document.
+            progress: called with the tokens that are read, and all.
+        """
+        tokenizer = base.tokenizer
+        split = [split_document(base, one.document, hypernetwork.chunk_tokens) for one in asked]
+        chunks = [chunk for of_one in split for chunk in of_one]
+        questions = [question.text for one in asked for question in one.questions]
+        ids = [tuple(encode_text(tokenizer, text)) for text in (*(c.prompt for c in chunks), *questions, *foreign)]
+        rows = np.cumsum([0, *map(len, ids)]).tolist()
+        shape = rows[-1], config.d_state
+        if not path.is_file():
+            part = path.with_suffix(".part")
+            states = np.memmap(part, np.float16, "w+", shape=shape)
+            as_text = HiddenStatesEncoder(
+                base.model, [config.layer], prefix=config.prefix, lora=hypernetwork.encoder_lora_batch
+            )
+            as_question = HiddenStatesEncoder(base.model, [config.layer], prefix=config.prefix)
+            n, n_read = len(chunks), 0
+            for encoder, numbers in ((as_text, range(n)), (as_question, range(n, len(ids)))):
+                for batch in _batches(ids, numbers):
+                    tokens, mask = pad_right([ids[i] for i in batch], base.pad_id)
+                    with torch.inference_mode():
+                        found = encoder(tokens.to(base.device), mask).states.half().cpu().numpy()
+                    for i, of_one in zip(batch, found, strict=True):
+                        states[rows[i] : rows[i + 1]] = of_one[: len(ids[i])]
+                    n_read += sum(len(ids[i]) for i in batch)
+                    progress(n_read, rows[-1])
+            states.flush()
+            part.rename(path)
+        self._states = np.memmap(path, np.float16, "r", shape=shape)
+        self._embeddings = base.model.get_input_embeddings().weight.detach()
+        texts = iter(zip(ids, rows, strict=False))
+        read = [[_read_chunk(base, chunk, *next(texts)) for chunk in of_one] for of_one in split]
+        self.documents: list[ReadDocument] = []
+        for one, of_one in zip(asked, read, strict=True):
+            found_questions = [_read_question(base, question, of_one, *next(texts)) for question in one.questions]
+            known = tuple(question for question in found_questions if question is not None)
+            self.documents.append(ReadDocument(one.source, one.group, tuple(of_one), known))
+        self.foreign = [ReadQuestion(*next(texts), text, FOREIGN, FOREIGN) for text in foreign]
+
+    def tokens(self, texts: Iterable[ReadText]) -> tuple[Tensor, Tensor]:
+        """States and input embeddings of texts, one after the other [t, d] each."""
+        texts = list(texts)
+        states = np.concatenate([self._states[text.row : text.row + len(text.ids)] for text in texts])
+        ids = torch.tensor([i for text in texts for i in text.ids])
+        return torch.from_numpy(states), self._embeddings[ids.to(self._embeddings.device)].cpu()
+
+
+def _batches(ids: Sequence[Sequence[int]], numbers: Iterable[int]) -> list[list[int]]:
+    """Numbers of texts of similar length, those of a batch with at most TOKENS_PER_BATCH tokens."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(numbers, key=lambda i: len(ids[i])):
+        if batches[-1] and (len(batches[-1]) + 1) * len(ids[i]) > TOKENS_PER_BATCH:
+            batches.append([])
+        batches[-1].append(i)
+    return [batch for batch in batches if batch]
+
+
+def _read_chunk(base: Base, chunk: Chunk, ids: tuple[int, ...], row: int) -> ReadChunk:
+    spans = chunk.units
+    units = token_sentences(spans, encode_with_offsets(base.tokenizer, chunk.prompt)[1])
+    return ReadChunk(ids, row, chunk, tuple(units), len(spans))
+
+
+def _read_question(
+    base: Base, question: AskedQuestion, chunks: Sequence[ReadChunk], ids: tuple[int, ...], row: int
+) -> ReadQuestion | None:
+    """A question with the place of its answer; None where no chunk holds all of it."""
+    if question.place is None:
+        return ReadQuestion(ids, row, question.text)
+    start, end = question.place
+    for number, read in enumerate(chunks):
+        chunk = read.chunk
+        if chunk.start <= start and end <= chunk.end:
+            at = start - chunk.start + len(chunk.prompt) - len(chunk.text)
+            offsets: Any = encode_with_offsets(base.tokenizer, chunk.prompt)[1]
+            token = next((i for i, (_, stop) in enumerate(offsets) if stop > at), None)
+            if token is not None:
+                answer = chunk.text[start - chunk.start : end - chunk.start]
+                begin = token if question.is_copied else -1
+                return ReadQuestion(ids, row, question.text, number, read.units[token], begin, answer)
+    return None
