@@ -14,7 +14,7 @@ from loracast.cast.vision import load_features
 from loracast.errors import ConfigError
 from loracast.files import write_with
 from loracast.lab.data.labelled import Labelled
-from loracast.lab.evaluation.report import Progress, no_progress
+from loracast.library.save import Progress
 
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # scikit-learn's C, the probe's only setting
 _PARTS = 5  # of the images, each of which is held back once to choose the strength
@@ -28,7 +28,7 @@ def train_labels(
     *,
     device: str | None = None,
     say: Say = lambda text: None,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, total: None,
 ) -> float:
     """Fit the labels of a set of images, and write them to the file `out`, which `load_vision` reads.
 
