@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import docx
+import fpdf
 import numpy as np
 import pytest
 import torch
 from transformers import pipeline
 from typer.testing import CliRunner
 
+import loracast
 from loracast.answering.model import load
 from loracast.base import embedded
 from loracast.cast.vision import load_vision
@@ -18,6 +21,7 @@ from loracast.cli import app
 from loracast.documents.images import read_image_file
 from loracast.documents.labels import Labels
 from loracast.errors import EncoderError
+from loracast.library.index import read_chunks
 from tiny import gradient, make_tokenizer
 
 VIT = {
@@ -182,3 +186,38 @@ def test_the_commands_learn_and_show_a_photo(home, tiny_folder, tiny_hypernet_fo
     received = json.loads(run("learn", photo, *models, *where, "--replace", "--json").stdout)
     assert received["name"] == "our-red-lamp" and received["n_bytes"] > 0
     assert "%)" in run("show", "our-red-lamp", *where).output
+
+
+@pytest.mark.parametrize("kind", ["pdf", "docx"])
+def test_what_the_pictures_of_a_document_show_is_learned_with_it(
+    kind, tiny_folder, tiny_hypernet_folder, classifier, tmp_path
+):
+    path, photo = tmp_path / f"report.{kind}", tmp_path / "photo.png"
+    gradient(40, 40).save(photo)
+    if kind == "pdf":
+        pdf = fpdf.FPDF()
+        pdf.add_page()
+        pdf.set_font("helvetica", size=12)
+        pdf.cell(text="The lamp on the desk was made in the north.")
+        pdf.image(photo, y=40, w=60)
+        pdf.output(str(path))
+    else:
+        word = docx.Document()
+        word.add_paragraph("The lamp on the desk was made in the north.")
+        word.add_picture(str(photo))
+        word.save(str(path))
+    seen = pipeline("image-classification", str(classifier), top_k=1)(gradient(40, 40))[0]
+    assert seen["score"] > 0.5
+    model = load(
+        tiny_folder, tiny_hypernet_folder, image_encoder=str(classifier), library=tmp_path / "library", device="cpu"
+    )
+    plain, both = model.learn(path, "plain"), model.learn(loracast.read_document(path, photos=True), "both")
+    texts = ["\n".join(chunk.text for chunk in read_chunks(one.index)) for one in (plain, both)]
+    assert texts[1] == f"{texts[0]}\n\nThe picture shows a {seen['label'].split(', ')[0]}."
+    assert plain.manifest.source_sha256 != both.manifest.source_sha256
+    done = CliRunner().invoke(
+        app,
+        ["learn", str(path), "--photos", "--encoder", str(classifier), "--base", str(tiny_folder), "--hypernetwork",
+         str(tiny_hypernet_folder), "--library", str(tmp_path / "library"), "--name", "third"],
+    )  # fmt: skip
+    assert done.exit_code == 0 and model.library.open("third").manifest.source_sha256 == both.manifest.source_sha256

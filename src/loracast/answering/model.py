@@ -200,6 +200,8 @@ class Model:
         return learn_document(self.documents, self.base, in_words, self.library, name, **options)
 
     def _in_words(self, read: Document | ImageFile | Labels) -> Document | Labels:
+        if isinstance(read, Document):
+            return self.vision.in_words(read) if read.photos else read
         return self.vision(read) if isinstance(read, ImageFile) else read
 
     @cached_property

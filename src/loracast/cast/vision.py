@@ -9,9 +9,10 @@ squeeze-and-excitation) with the 1,000 names of ImageNet, whose weights are in a
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, Say, embedded, pull, quiet_transformers
-from loracast.documents.images import ImageFile
+from loracast.documents import Document
+from loracast.documents.images import ImageFile, read_image_file
 from loracast.documents.labels import Labels
-from loracast.errors import EncoderError
+from loracast.errors import DocumentError, EncoderError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +48,19 @@ class VisionModel:
         """What an image file shows; its name, made readable, is words about it, too."""
         (row,) = self.probabilities([image.image])
         return Labels(self.named(row), title=image.title, file_name=image.file_name, sha256=image.sha256, kind="image")
+
+    def in_words(self, document: Document) -> Document:
+        """A document with what its pictures show at its end, where a name is likelier than all others together."""
+        found = []
+        for data in document.photos:
+            try:
+                seen = self(read_image_file(io.BytesIO(data)))
+            except DocumentError:  # a drawing of Word, or a format that nothing here reads
+                continue
+            found += [seen.sentence.format(name) for name, p in seen.likeliest.items() if p > 0.5]
+        text = "\n\n".join([document.text, *dict.fromkeys(found)])
+        sha256 = hashlib.sha256(f"{document.sha256}{found}".encode()).hexdigest()
+        return replace(document, text=text, sha256=sha256 if found else document.sha256, photos=())
 
     def named(self, probabilities: Tensor) -> dict[str, float]:
         """The probabilities of one image [labels] by name; those of labels with one name are added up."""

@@ -301,8 +301,8 @@ class Learner:
     The models of this process are loaded with the first document that it learns.
     """
 
-    def __init__(self, learning: Learning, *, local: bool = False, seeing: Seeing = Seeing()):
-        self.learning, self._is_local, self._seeing = learning, local, seeing
+    def __init__(self, learning: Learning, *, local: bool = False, seeing: Seeing = Seeing(), photos: bool = False):
+        self.learning, self._is_local, self._seeing, self._photos = learning, local or photos, seeing, photos
 
     @cached_property
     def _model(self) -> Model:
@@ -322,7 +322,7 @@ class Learner:
                     lambda client: client.upload("/v1/adapters", fields, file_name or "file", content), progress,
                 ):  # fmt: skip
                     return made
-        document = read_image_file(file) if is_image_file(file) else read_document(file)
+        document = read_image_file(file) if is_image_file(file) else read_document(file, photos=self._photos)
         name = naming.checked(how.library, name_for(document), document.sha256)
         model = self._model
         with progress_bar("chunks", title, is_shown=shows_progress) as progress:

@@ -132,6 +132,7 @@ def learn(
     again: options.Again = False,
     learning: options.Learning,
     seeing: options.Seeing,
+    photos: Annotated[bool, "Learn what the pictures of a PDF or Word file show, too."] = False,
     local: options.Local = False,
     folders: Folders,
     as_json: options.Json = False,
@@ -154,7 +155,9 @@ def learn(
         learn_files(FolderLearner(Path(file), learning, again=again, local=local), as_json=as_json)
         return
     started = time.perf_counter()
-    adapter = Learner(learning, local=local or file == "-", seeing=seeing).learn(file, naming, shows_progress=True)
+    adapter = Learner(learning, local=local or file == "-", seeing=seeing, photos=photos).learn(
+        file, naming, shows_progress=True
+    )
     for warning in adapter.manifest.warnings:
         terminal.warn(warning)
     total_s = round(time.perf_counter() - started, 3)
