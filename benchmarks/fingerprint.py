@@ -39,7 +39,7 @@ from loracast.reading.routing import Route, route_adapter
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "fingerprint.json"
 CONTENT = ROOT / "src" / "loracast" / "reading"
-SHIPPED = {"document": "doc-smollm2-135m", "task": "text-smollm2-135m", "image": "image-smollm2-135m"}
+SHIPPED = {"document": "doc-smollm2-135m", "task": "text-smollm2-135m"}
 """By what a measurement depends on, the shipped hypernetwork."""
 EVERYDAY, SHEETS, QUESTIONS = 30, 10, 5
 """Documents of each kind, and questions about each: 200 in all."""
@@ -111,7 +111,6 @@ def behaviour(model: Model) -> dict[str, dict[str, str]]:
         "none": {"answers": digest(said)},
         "gate": {"probabilities": digest(gate)},
         "task": {"answers": digest(of_tasks(model))},
-        "image": {},
     }
 
 
@@ -139,7 +138,6 @@ def of_files(model: Model) -> dict[str, dict[str, str]]:
     return {
         "document": {"weights": weights["document"], "words": words, "dtype": dtype},
         "task": {"weights": weights["task"], "dtype": dtype},
-        "image": {"weights": weights["image"], "dtype": dtype},
         "gate": {"words": data("relevance.toml")},
         "none": {"weights": model.base.fingerprint.norms, "dtype": dtype},
     }

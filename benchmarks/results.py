@@ -58,7 +58,7 @@ class Measurement:
     command: str
     """As a user types it, with DATA and RUNS for folders, without --out."""
     depends: str
-    """What decides the figures: the hypernetwork of a `document`, `task` or `image`, the `gate`, or none."""
+    """What decides the figures: the hypernetwork of a `document` or `task`, the `gate`, or none."""
     minutes: float
     """About how long it takes on one core."""
     label: str = "{label}"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loracast.base.load import load_base as load_base
     from loracast.documents import Document as Document
     from loracast.documents import read_document as read_document
+    from loracast.documents.labels import Labels as Labels
     from loracast.hypernets.protocol import Hypernetwork as Hypernetwork
     from loracast.library.adapter import Adapter as Adapter
     from loracast.library.library import Library as Library
@@ -27,6 +28,7 @@ _HOMES = {
     "Document": "loracast.documents",
     "Hypernetwork": "loracast.hypernets.protocol",
     "Library": "loracast.library.library",
+    "Labels": "loracast.documents.labels",
     "LoRA": "loracast.lora.algebra",
     "Model": "loracast.answering.model",
     "Sampling": "loracast.base.generate",

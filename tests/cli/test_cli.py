@@ -320,11 +320,8 @@ def test_a_broken_row_is_named_by_file_and_line(run, tiny_folder, tmp_path):
         result = run("train", "doc", "--out", tmp_path / "run", option, rows, "--base", tiny_folder, "--budget", "1s")
         number = 2 if option == "--texts" else 1  # there the first row lacks its questions
         assert result.exit_code == 1 and f"{rows}, line {number}: " in result.stderr, result.output
-    (tmp_path / "images" / "cat").mkdir(parents=True)
-    (tmp_path / "images" / "cat" / "1.png").write_bytes(b"")
-    (tmp_path / "images" / "classes.json").write_text('{"cat": ')
-    result = run("train", "image", "--images", tmp_path / "images", "--out", tmp_path / "run", "--base", tiny_folder)
-    assert result.exit_code == 1 and "classes.json" in result.stderr and result.stderr.count("\n") == 1
+    result = run("train", "labels", tmp_path / "images", "--out", tmp_path / "labels.safetensors")
+    assert result.exit_code == 1 and "no images at" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_verbose_shows_the_traceback(run):

@@ -276,12 +276,13 @@ def test_format_1_opens_and_remembers_its_former_id(make, tmp_path):
 
 
 def test_each_modality_takes_its_own_hypernetworks_only(make, base, tmp_path):
-    image = make_hypernet(base, encoder="lenses", encoder_fingerprint="e" * 16)
-    for modality, hypernet in (("document", make("document")), ("task", make("task")), ("image", image)):
-        hypernet.save_pretrained(tmp_path / modality)
-        for wanted in {"document", "task", "image"} - {modality}:
-            with pytest.raises(HypernetworkError, match=f"casts {modality}s, and {wanted}s are wanted"):
-                load_caster(tmp_path / modality, wanted, base)
+    for modality, wanted in (("document", "task"), ("task", "document")):
+        make(modality).save_pretrained(tmp_path / modality)
+        with pytest.raises(HypernetworkError, match=f"casts {modality}s, and {wanted}s are wanted"):
+            load_caster(tmp_path / modality, wanted, base)
+    make_hypernet(base, encoder="lenses", encoder_fingerprint="e" * 16).save_pretrained(tmp_path / "image")
+    with pytest.raises(HypernetworkError, match="this hypernetwork reads images, which become words"):
+        load_caster(tmp_path / "image", "document", base)
     assert load_caster(tmp_path / "document", "document", base).hypernetwork.modality == "document"
 
 

@@ -49,7 +49,7 @@ def parts(adapter: Adapter) -> dict[str, LoRA]:
     found = {"whole": adapter.lora(dense=False)}
     if adapter.manifest.n_chunks > 1:
         found["weighed"] = adapter.lora({0: 1.0, 2: 0.25}, dense=False)
-    if adapter.manifest.memory_kinds:
+    if adapter.manifest.memory_kinds and adapter.manifest.kind == "document":
         weighed = route_adapter(adapter, QUESTION).sentence_weights
         assert weighed
         # Weights of the test's own: how a question weighs sentences may change, what weighing them gives may not.

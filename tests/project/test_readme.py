@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 import loracast
 from loracast.cli import app
-from pictures import PICTURES
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -73,10 +72,9 @@ def learned(tmp_path_factory, load_embedded_base) -> Path:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, learned, one_embedded_base) -> Path:
-    """A folder with the examples, a photograph of a goldfish and a library, where commands and blocks run."""
+    """A folder with the examples and a library, where commands and blocks run."""
     shutil.copytree(learned, tmp_path / "library")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    PICTURES["goldfish"]().save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

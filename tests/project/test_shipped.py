@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 
 import loracast
@@ -19,7 +20,6 @@ from loracast.base.generate import Sampling
 from loracast.lab.data.answer_metrics import is_exact
 from loracast.lab.data.facts import make_sheet
 from loracast.lora.algebra import LoRA
-from pictures import PICTURES
 
 pytestmark = pytest.mark.base("efficientnet-lite0")
 
@@ -31,7 +31,7 @@ N_DIRECTIONS = 4
 
 
 def learn_all(folder: Path, base: str | None = None) -> tuple[loracast.Model, dict[str, loracast.Adapter]]:
-    """The shipped model and adapters of the note, the manual, two tasks and the pictures."""
+    """The shipped model and adapters of the note, the manual, two tasks and two photos."""
     model = loracast.load(base, library=folder / "library", device="cpu")
     adapters = {
         "note": model.learn(EXAMPLES / "note.txt", "note", storage="bf16"),
@@ -39,9 +39,8 @@ def learn_all(folder: Path, base: str | None = None) -> tuple[loracast.Model, di
         "sentiment": model.task(SENTIMENT, "sentiment", storage="bf16"),
         "opposite": model.task(OPPOSITE, "opposite"),
     }
-    for name, draw in PICTURES.items():
-        draw().save(folder / f"{name}.png")
-        adapters[name] = model.learn(folder / f"{name}.png")
+    photos = Path(sklearn.datasets.__file__).parent / "images"
+    adapters |= {name: model.learn(photos / f"{name}.jpg", storage="bf16") for name in ("flower", "china")}
     return model, adapters
 
 
@@ -69,7 +68,7 @@ def learned(tmp_path_factory):
     return learn_all(tmp_path_factory.mktemp("shipped"))
 
 
-@pytest.mark.parametrize("name", ["note", "manual", "sentiment", "goldfish"])
+@pytest.mark.parametrize("name", ["note", "manual", "sentiment", "flower"])
 def test_factors_are_those_of_the_file(learned, name):
     """Processors add up products of bfloat16 in different orders; in float32 all is off by 0.01 and 0.05 at most.
 
@@ -89,7 +88,8 @@ ASKED = [
     ("sentiment", "I loved every minute", "positive"),
     ("sentiment", "The battery died after an hour.", "negative"),
     ("opposite", "hot", "cold"),
-    *((name, "What does the picture show?", name) for name in PICTURES),
+    ("flower", "What does the picture show?", "a daisy"),
+    ("china", "What does the picture show?", "a palace"),
 ]
 
 
@@ -116,5 +116,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         _, made = learn_all(Path(folder))
-        golden = {name: summary(made[name].lora([0])) for name in ("note", "manual", "sentiment", "goldfish")}
+        golden = {name: summary(made[name].lora([0])) for name in ("note", "manual", "sentiment", "flower")}
         GOLDEN.write_text(json.dumps(golden) + "\n")

@@ -1,4 +1,4 @@
-"""The public Python API: a base that learns documents, tasks and images as LoRAs, and answers with them.
+"""The public Python API: a base that learns documents, tasks, images and labels as LoRAs, and answers with them.
 
     model = loracast.load()
     manual = model.learn("manual.pdf")
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -23,7 +23,8 @@ from loracast.base.embedded import Say
 from loracast.base.fingerprint import check
 from loracast.base.generate import OnText, Sampling, answers, pieces
 from loracast.base.load import Base, load_base
-from loracast.cast.document import CachedRecast, Keeping, cast_document, cast_image, learn_document, learn_image
+from loracast.cast.document import CachedRecast, Keeping, cast_document, learn_document
+from loracast.cast.labels import cast_labels, learn_labels
 from loracast.cast.load import (
     Found,
     check_default_base,
@@ -34,8 +35,10 @@ from loracast.cast.load import (
 )
 from loracast.cast.memory import Memory
 from loracast.cast.task import TaskCaster, TaskOptions
+from loracast.cast.vision import VisionModel, load_vision
 from loracast.documents import Document
 from loracast.documents.images import ImageFile
+from loracast.documents.labels import Labels
 from loracast.documents.task_spec import ExampleLike
 from loracast.errors import AdapterError, ConfigError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork
@@ -66,6 +69,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_MOST_SENTENCES = 128
+"""Sentences about labels whose rows are kept in memory, 1.3 MB each for the shipped hypernetwork."""
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
 
@@ -86,20 +91,23 @@ class Model:
         library: Library | str | Path,
         hypernetwork: str | Path | Found | Hypernetwork | None = None,
         task_hypernetwork: str | Path | Found | Hypernetwork | None = None,
-        image_hypernetwork: str | Path | Found | Hypernetwork | None = None,
+        image_encoder: str | None = None,
+        image_labels: str | Path | None = None,
+        say: Say = lambda text: None,
     ):
         """
         Args:
-            hypernetwork, task_hypernetwork, image_hypernetwork: hypernetworks, or their folders or hub repositories;
-                the shipped ones if None.
+            hypernetwork, task_hypernetwork: hypernetworks, or their folders or hub repositories; the shipped ones if
+                None.
+            image_encoder, image_labels, say: what says what images show, once one is learned (`load_vision`).
         """
         self.base, self.library = base, Library.of(library)
         self._kept = factors_in_memory()  # of all adapters, under one budget
         self._hypernetworks: dict[Modality, str | Path | Found | Hypernetwork | None] = {
             "document": hypernetwork,
             "task": task_hypernetwork,
-            "image": image_hypernetwork,
         }
+        self._vision = partial(load_vision, image_encoder, image_labels, say=say)
 
     def _load(self, modality: Modality) -> Caster:
         where = self._hypernetworks[modality] or shipped_hypernetwork(self.base, modality)
@@ -152,7 +160,7 @@ class Model:
     @overload
     def cast(self, source: Sequence[Readable], *, max_chunk_tokens: int | None = ...) -> list[LoRA]: ...
     def cast(self, source: Any, *, max_chunk_tokens: int | None = None) -> LoRA | list[LoRA]:
-        """Cast a document or an image into a LoRA and keep nothing; a list of them into one LoRA each.
+        """Cast a document, an image or labels into a LoRA and keep nothing; a list of them into one LoRA each.
 
             lora = model.cast("manual.pdf")
             lora = model.cast(Document.from_text("The warranty is 24 months."))
@@ -164,9 +172,9 @@ class Model:
         """
         if isinstance(source, (list, tuple)):
             return [self.cast(one, max_chunk_tokens=max_chunk_tokens) for one in source]
-        read = read_source(source)
-        if isinstance(read, ImageFile):
-            return cast_image(self.images, read)
+        read = self._in_words(read_source(source))
+        if isinstance(read, Labels):
+            return cast_labels(self._sentences, read)
         return cast_document(self.documents, self.base, read, max_chunk_tokens)
 
     @overload
@@ -178,10 +186,11 @@ class Model:
         self, source: Sequence[Readable], name: Sequence[str] | None = None, **options: Unpack[Keeping]
     ) -> list[Adapter]: ...
     def learn(self, source: Any, name: Any = None, **options: Unpack[Keeping]) -> Adapter | list[Adapter]:
-        """Cast a document or an image into an adapter and keep it; a list of them into one adapter each.
+        """Cast a document, an image or labels into an adapter and keep it; a list of them into one adapter each.
 
         Args:
-            source: a path, "-" for standard input, a binary stream, a Document or an ImageFile; or a list of those.
+            source: a path, "-" for standard input, a binary stream, a Document, an ImageFile or Labels; or a list of
+                those.
             name: of the adapter; made from the file's name or the document's title if None. A list for a list.
             options: as in `Keeping`.
 
@@ -198,17 +207,28 @@ class Model:
             raise AdapterError(f"{len(names)} names for {len(documents)} documents: give one for each, or none")
         return [self._learn(*pair, **options) for pair in zip(documents, names, strict=True)]
 
-    def _learn(self, read: Document | ImageFile, name: str | None, **options: Unpack[Keeping]) -> Adapter:
-        name = name or name_for(read)
-        if isinstance(read, ImageFile):
-            return learn_image(self.images, read, self.library, name, replace=options.get("replace", False))
-        check_storage(options.get("storage", DEFAULT_STORAGE))
-        return learn_document(self.documents, self.base, read, self.library, name, **options)
+    def _learn(self, read: Document | ImageFile | Labels, name: str | None, **options: Unpack[Keeping]) -> Adapter:
+        name, storage = name or name_for(read), options.get("storage", DEFAULT_STORAGE)
+        check_storage(storage)
+        in_words = self._in_words(read)
+        if isinstance(in_words, Labels):
+            replace = options.get("replace", False)
+            return learn_labels(self._sentences, in_words, self.library, name, storage=storage, replace=replace)
+        return learn_document(self.documents, self.base, in_words, self.library, name, **options)
+
+    def _in_words(self, read: Document | ImageFile | Labels) -> Document | Labels:
+        if isinstance(read, Document):
+            return self.vision.in_words(read) if read.photos else read
+        return self.vision(read) if isinstance(read, ImageFile) else read
 
     @cached_property
-    def images(self) -> Caster:
-        """The caster of images. Raises HypernetworkError if none was given and none ships for the base."""
-        return self._load("image")
+    def _sentences(self) -> CachedRecast:
+        return CachedRecast(self.documents, self.base, most=_MOST_SENTENCES)
+
+    @cached_property
+    def vision(self) -> VisionModel:
+        """The vision model that says what images show. Raises EncoderError if it cannot be loaded."""
+        return self._vision()
 
     @cached_property
     def described(self) -> TaskCaster:
@@ -436,7 +456,8 @@ def load(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     task_hypernetwork: str | Path | Hypernetwork | None = None,
-    image_hypernetwork: str | Path | Hypernetwork | None = None,
+    image_encoder: str | None = None,
+    image_labels: str | Path | None = None,
     library: Library | str | Path | None = None,
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
@@ -456,7 +477,9 @@ def load(
         model, tokenizer, device, device_map, dtype, quantize, revision, chat_template: the base and how it is
             loaded (`load_base`); the chat template is the one that the hypernetwork was trained with if None.
         hypernetwork: a hypernetwork, its folder or hub repository; the shipped one if None.
-        task_hypernetwork, image_hypernetwork: the same for `Model.task` and for images in `Model.learn`.
+        task_hypernetwork: the same for `Model.task`.
+        image_encoder, image_labels: the vision model that says what an image shows, by folder or hub id, and a file of
+            labels for it (`load_vision`); EfficientNet-lite0 with the names of ImageNet if None.
         library: where adapters are kept; the user's own library if None.
         eager: read the hypernetwork for documents at once, so that a wrong one is refused now; False for a model that
             answers and does not learn.
@@ -466,14 +489,15 @@ def load(
         BaseModelError, HypernetworkError: the base or the hypernetwork for documents cannot be read, or does not fit.
         ConfigError: options contradict each other.
     """
-    given = [find_hypernetwork(one) for one in (hypernetwork, task_hypernetwork, image_hypernetwork)]
+    given = [find_hypernetwork(one) for one in (hypernetwork, task_hypernetwork)]
     if model is None:
         check_default_base(given)
     base = load_base(
         model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype, quantize=quantize,
         revision=revision, chat_template=chat_template or trained_template(given), say=say,
     )  # fmt: skip
-    loaded = Model(base, Library.of(library), *given)
+    sees: dict[str, Any] = {"image_encoder": image_encoder, "image_labels": image_labels, "say": say}
+    loaded = Model(base, Library.of(library), given[0], given[1], **sees)
     if eager:
         _ = loaded.documents
     return loaded

@@ -11,13 +11,14 @@ from loracast.base.chat import Message
 from loracast.base.generate import Sampling
 from loracast.documents import Document, read_document
 from loracast.documents.images import MAGIC_BYTES, ImageFile, image_format, is_image_file, read_image_file
+from loracast.documents.labels import Labels
 from loracast.errors import DocumentError
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
 
-Readable = str | Path | BinaryIO | Document | ImageFile
-"""A path, "-" for standard input, an open binary stream, or a Document or ImageFile. A string is always a path: pass
-text as `Document.from_text(text)`."""
+Readable = str | Path | BinaryIO | Document | ImageFile | Labels
+"""A path, "-" for standard input, an open binary stream, or a Document, ImageFile or Labels. A string is always a path:
+pass text as `Document.from_text(text)`."""
 Question = str | Sequence[Message]
 """A question, or the messages of a chat, the last one the user's."""
 Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
@@ -48,9 +49,9 @@ class Asking(TypedDict, total=False):
     """How tokens are chosen; greedily by default."""
 
 
-def read_source(source: Readable) -> Document | ImageFile:
-    """A document or an image, read unless it has been read already."""
-    if isinstance(source, (Document, ImageFile)):
+def read_source(source: Readable) -> Document | ImageFile | Labels:
+    """A document or an image, read unless it has been read already; or labels as they are."""
+    if isinstance(source, (Document, ImageFile, Labels)):
         return source
     if isinstance(source, str) and ("\n" in source or max(map(len, Path(source).parts), default=0) > _LONGEST_NAME):
         raise DocumentError("this is text, not a path: pass Document.from_text(text)")

@@ -35,12 +35,14 @@ class PackagedModel:
     """What it is for: "base", "text encoder" or "image encoder"."""
     convert: Callable[[Path, Path], object] = os.rename
     """Turns the folder of unpacked files into the model's folder (unpacked, built)."""
+    conversion: str = ""
+    """What tells the folder from that of an earlier release, which was converted otherwise."""
 
     @property
     def digest(self) -> str:
         """The first 12 hex digits of a hash of all pinned files (of a single file, its own); names the folder."""
         if len(self.files) == 1:
-            return next(iter(self.files.values()))[:12]
+            return next(iter(self.files.values()))[:12] + self.conversion
         whole = "".join(f"{path}:{sha256}\n" for path, sha256 in sorted(self.files.items()))
         return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
@@ -127,8 +129,8 @@ _TIMM_NAME = "tf_efficientnet_lite0"
 _CONFIG = {
     "model_type": "timm_wrapper",
     "architecture": _TIMM_NAME,
-    "architectures": ["TimmWrapperModel"],
-    "num_classes": 0,
+    "architectures": ["TimmWrapperForImageClassification"],
+    "num_classes": 1000,
     "pretrained_cfg": {
         "architecture": _TIMM_NAME,
         "input_size": [3, 224, 224],
@@ -137,7 +139,7 @@ _CONFIG = {
         "crop_mode": "center",
         "mean": [127 / 255] * 3,  # (x - 127) / 128, as its authors ask
         "std": [128 / 255] * 3,
-        "num_classes": 0,
+        "num_classes": 1000,
     },
 }
 
@@ -178,13 +180,12 @@ def _convert_pickle(unpacked: Path, built: Path) -> None:
     from safetensors.torch import save_file
 
     stored = torch.load(unpacked / _PICKLE, map_location="cpu", weights_only=True)
-    kept = [value for name, value in stored.items() if not name.startswith("_fc.")]
-    expected = timm.create_model(_TIMM_NAME, num_classes=0).state_dict()
+    expected = timm.create_model(_TIMM_NAME).state_dict()
     # Both have the same layers in the same order under other names.
-    if [v.shape for v in kept] != [v.shape for v in expected.values()]:
+    if [v.shape for v in stored.values()] != [v.shape for v in expected.values()]:
         raise EncoderError(f"this version of timm builds another {_TIMM_NAME}: install timm 1.x")
     built.mkdir()
-    tensors = {name: value.contiguous() for name, value in zip(expected, kept, strict=True)}
+    tensors = {name: value.contiguous() for name, value in zip(expected, stored.values(), strict=True)}
     save_file(tensors, built / "model.safetensors", metadata={"format": "pt"})
     (built / "config.json").write_text(json.dumps(_CONFIG, indent=1), encoding="utf-8")
 
@@ -224,6 +225,7 @@ EMBEDDED = {
             licence="Apache-2.0",
             what="image encoder",
             convert=_convert_pickle,
+            conversion="-labels",
         ),
     )
 }

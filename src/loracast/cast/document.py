@@ -1,7 +1,4 @@
-"""Casts a document, or an image, into an adapter: text, chunks, features, rows, disk.
-
-Memory stays flat in the document's length. An image needs no base.
-"""
+"""Casts a document into an adapter: text, chunks, features, rows, disk. Memory stays flat in the document's length."""
 
 from __future__ import annotations
 
@@ -19,14 +16,13 @@ from torch import Tensor
 from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
-from loracast.documents.images import ImageFile
 from loracast.documents.units import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import Manifest
-from loracast.library.save import ChunkBatch, Progress, check_finite, save_rows, save_single, tensors_of
+from loracast.library.save import ChunkBatch, Progress, save_rows, tensors_of
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, storage_of
 from loracast.reading.outline import write_document_index
@@ -49,7 +45,7 @@ class Keeping(TypedDict, total=False):
     max_chunk_tokens: int | None
     """Longest chunk, the hypernetwork's own by default: 192 for the shipped one, trained with up to 256."""
     storage: Storage
-    """How a document's factors are kept (lora/quantize.py), "int4" by default; an image's are in bf16."""
+    """How factors are kept (lora/quantize.py), "int4" by default."""
     replace: bool
     """Whether an adapter of that name is replaced."""
     progress: Progress
@@ -293,35 +289,3 @@ class _IndexWriter:
     def add(self, read: Sequence[ReadChunk]) -> None:
         write_vectors(self.path, self.reader_id, list(enumerate(read, self.n_read)))
         self.n_read += len(read)
-
-
-def cast_image(caster: Caster, image: ImageFile) -> LoRA:
-    """Cast an image into a LoRA and keep nothing."""
-    return caster.loras_of(caster.encode([image.image])).row(0).to(dtype=torch.bfloat16)
-
-
-def learn_image(caster: Caster, image: ImageFile, library: Library, name: str, *, replace: bool = False) -> Adapter:
-    """Cast an image into an adapter and keep it under `name`.
-
-    Raises:
-        AdapterError: the name is taken or not allowed, or the factors are not finite; nothing is kept then.
-    """
-    started = time.perf_counter()
-    hypernetwork = caster.hypernetwork
-    rows = caster.cast(caster.encode([image.image])).rows
-    check_finite(tensors_of(rows), "this image")
-    return save_single(
-        rows,
-        hypernetwork.config.target,
-        library,
-        name,
-        static=hypernetwork.static_rows(),
-        kind="image",
-        title=image.title,
-        source=image.file_name,
-        source_sha256=image.sha256,
-        made_for=caster.made_for,
-        hypernetwork=caster.id,
-        learn_s=time.perf_counter() - started,
-        replace=replace,
-    )

@@ -1,4 +1,4 @@
-"""Loads a hypernetwork, checks what it casts, and binds it to a base; documents, tasks and images all come this way.
+"""Loads a hypernetwork, checks what it casts, and binds it to a base; documents and tasks both come this way.
 
 Checkpoints that SakanaAI's Doc-to-LoRA and Text-to-LoRA published are found, converted once, and kept. They are
 pickles, which are read once and without running their code (hypernets/published.py); what is kept is a hypernetwork of
@@ -166,10 +166,9 @@ def _text_settings(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 SHIPPED: dict[Modality, str] = {
     "document": "doc-smollm2-135m",
     "task": "text-smollm2-135m",
-    "image": "image-smollm2-135m",
 }
 """Hypernetworks inside this package, all for the embedded base."""
-_TRAINED_BY: dict[Modality, str] = {"document": "doc", "task": "text", "image": "image"}
+_TRAINED_BY: dict[Modality, str] = {"document": "doc", "task": "text"}
 """The training command for each modality."""
 
 

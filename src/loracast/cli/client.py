@@ -14,9 +14,20 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli.options import Answering, BaseChoice, Learning, Naming, base_of, open_base, open_model, what_loads
+from loracast.cli.options import (
+    Answering,
+    BaseChoice,
+    Learning,
+    Naming,
+    Seeing,
+    base_of,
+    open_base,
+    open_model,
+    what_loads,
+)
 from loracast.cli.terminal import progress_bar, say
 from loracast.documents import Limits
+from loracast.documents.images import is_image_file, read_image_file
 from loracast.documents.read import read_bytes, read_document
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
 from loracast.library.manifest import marked_name, name_for, name_for_task, name_from
@@ -265,36 +276,43 @@ class ServedMemory:
 
 
 def _server_for(
-    choice: BaseChoice, library: Library, modality: Modality, hypernetwork: str | None, *, local: bool
+    choice: BaseChoice,
+    library: Library,
+    modality: Modality,
+    hypernetwork: str | None,
+    seeing: Seeing | None = None,
+    *,
+    local: bool,
 ) -> Running | None:
-    """A running server with the same base, library and hypernetwork; None where there is none, and with `local`."""
+    """A running server with the same base, library, hypernetwork and, if given, vision model; None where there is none,
+    and with `local`."""
     if local:
         return None
     from loracast.serving.client import find
 
-    return find(what_loads(choice, library, {modality: hypernetwork}))
+    return find(what_loads(choice, library, {modality: hypernetwork, **(seeing.options if seeing else {})}))
 
 
 # ---- learning
 
 
 class Learner:
-    """Learns documents: a running server does it, or this process where there is none or it refuses, and with `local`.
+    """Learns documents and images: a running server does it, or this process where there is none, and if `local`.
 
     The models of this process are loaded with the first document that it learns.
     """
 
-    def __init__(self, learning: Learning, *, local: bool = False):
-        self.learning, self._is_local = learning, local
+    def __init__(self, learning: Learning, *, local: bool = False, seeing: Seeing = Seeing(), photos: bool = False):
+        self.learning, self._is_local, self._seeing, self._photos = learning, local or photos, seeing, photos
 
     @cached_property
     def _model(self) -> Model:
-        return open_model(self.learning, self.learning.library)
+        return open_model(self.learning, self.learning.library, **self._seeing.options)
 
     def learn(self, file: str | Path, naming: Naming, *, shows_progress: bool = False) -> Adapter:
-        """Learn a document. Raises DocumentError, AdapterError and others as `Model.learn` does."""
+        """Learn a document or an image. Raises DocumentError, AdapterError and others as `Model.learn` does."""
         how, title = self.learning, f"learning {file}"
-        if server := _server_for(how, how.library, "document", how.hypernetwork, local=self._is_local):
+        if server := _server_for(how, how.library, "document", how.hypernetwork, self._seeing, local=self._is_local):
             content, file_name, _ = read_bytes(file, None, Limits())
             fields = {"replace": str(naming.replace).lower(), "storage": how.document_storage}
             fields |= {"name": naming.name} if naming.name else {}
@@ -305,7 +323,7 @@ class Learner:
                     lambda client: client.upload("/v1/adapters", fields, file_name or "file", content), progress,
                 ):  # fmt: skip
                     return made
-        document = read_document(file)
+        document = read_image_file(file) if is_image_file(file) else read_document(file, photos=self._photos)
         name = naming.checked(how.library, name_for(document), document.sha256)
         model = self._model
         with progress_bar("chunks", title, is_shown=shows_progress) as progress:

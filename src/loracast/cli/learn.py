@@ -25,7 +25,7 @@ from loracast.cli.folder import FolderLearner, exit_unless_all_done, learn_files
 from loracast.cli.options import open_model
 from loracast.cli.terminal import plural, print_json, print_result, print_table, printable, progress_bar, say, size
 from loracast.files import library_dir
-from loracast.library.manifest import name_for
+from loracast.library.index import read_chunks
 from loracast.lora.quantize import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def learn(
     naming: options.Naming,
     again: options.Again = False,
     learning: options.Learning,
+    seeing: options.Seeing,
+    photos: Annotated[bool, "Learn what the pictures of a PDF or Word file show, too."] = False,
     local: options.Local = False,
     folders: Folders,
     as_json: options.Json = False,
@@ -152,31 +154,14 @@ def learn(
             raise typer.BadParameter("adapters of a folder are named after its files", param_hint="--name")
         learn_files(FolderLearner(Path(file), learning, again=again, local=local), as_json=as_json)
         return
-    from loracast.documents.images import is_image_file
-
     started = time.perf_counter()
-    if is_image_file(file):
-        adapter = _learn_image(file, naming, learning)
-    else:
-        adapter = Learner(learning, local=local or file == "-").learn(file, naming, shows_progress=True)
-        for warning in adapter.manifest.warnings:
-            terminal.warn(warning)
+    adapter = Learner(learning, local=local or file == "-", seeing=seeing, photos=photos).learn(
+        file, naming, shows_progress=True
+    )
+    for warning in adapter.manifest.warnings:
+        terminal.warn(warning)
     total_s = round(time.perf_counter() - started, 3)
     print_result(as_json, {**report(adapter), "total_s": total_s}, summary(adapter, learning.library))
-
-
-def _learn_image(file: str, naming: options.Naming, learning: options.Learning) -> Adapter:
-    """Learn an image with an image encoder and a hypernetwork; the base is not loaded."""
-    from loracast.cast.document import learn_image
-    from loracast.cast.load import load_caster, shipped_hypernetwork
-    from loracast.documents.images import read_image_file
-
-    if learning.storage not in (None, "bf16"):
-        raise typer.BadParameter("an image's adapter is kept in bf16", param_hint="--storage")
-    image = read_image_file(file)
-    name = naming.checked(learning.library, name_for(image), image.sha256)
-    where = learning.hypernetwork or shipped_hypernetwork(learning.base or DEFAULT_BASE, "image")
-    return learn_image(load_caster(where, "image", say=say), image, learning.library, name, replace=naming.replace)
 
 
 def task(
@@ -263,7 +248,8 @@ def summary(adapter: Adapter, library: Library) -> str:
     if manifest.kind == "task":
         made, use = "cast", "use"
     elif manifest.kind == "image":
-        facts, question = ["an image", *facts], "What does the picture show?"
+        likeliest = read_chunks(adapter.index)[0].text.partition("\n")[0]
+        facts, question = [likeliest, *facts], "What does the picture show?"
     else:
         read = f"{manifest.n_tokens:,} tokens in {plural(manifest.n_chunks, 'chunk')}"
         facts = [read, *facts[:2], f"{manifest.learn_s:.1f} s"]

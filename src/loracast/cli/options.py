@@ -175,6 +175,24 @@ class Learning(Models):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seeing:
+    """What says what images show."""
+
+    encoder: Annotated[
+        str | None,
+        "Vision model for images: folder or hub id; EfficientNet-lite0, or what the labels are for, by default.",
+    ] = None
+    labels: Annotated[
+        str | None, "Labels for images: a file that `train labels` wrote, or for CLIP or SigLIP text, a name a line."
+    ] = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same as `loracast.load` takes it."""
+        return {"image_encoder": self.encoder, "image_labels": self.labels}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answering(BaseChoice):
     """Which adapters answer, and how the answer is generated."""
 

@@ -46,7 +46,7 @@ def serve(
     ] = None,
     models: options.Models,
     task_hypernetwork: Annotated[str | None, "Folder or hub id of the hypernetwork for tasks."] = None,
-    image_hypernetwork: Annotated[str | None, "Folder or hub id of the hypernetwork for images."] = None,
+    seeing: options.Seeing,
     library: options.Library,
     background: Annotated[bool, "Run in the background; return when ready. `loracast stop` ends it."] = False,
     status: Annotated[bool, "Say which servers of the library are running; exits with 1 if there are none."] = False,
@@ -62,7 +62,7 @@ def serve(
         return
     if as_json:
         raise typer.BadParameter("it needs --status", param_hint="--json")
-    given = {"document": models.hypernetwork, "task": task_hypernetwork, "image": image_hypernetwork}
+    given = {"document": models.hypernetwork, "task": task_hypernetwork, **seeing.options}
     loaded = what_loads(models, library, given)
     if background:
         _serve_in_background()
@@ -82,7 +82,7 @@ def serve(
         from loracast.serving.app import create_app, make_engine, run
         from loracast.serving.resolve import served_name
 
-        others = {"task_hypernetwork": task_hypernetwork, "image_hypernetwork": image_hypernetwork}
+        others = {"task_hypernetwork": task_hypernetwork, **seeing.options}
         model = open_model(models, library, eager=False, **others)
         engine = make_engine(model.base, settings)
         if not settings.is_loopback:

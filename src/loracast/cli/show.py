@@ -31,7 +31,7 @@ def list_(
     *,
     tag: Annotated[str, "Only adapters with this tag."] = "",
     owner: Annotated[str, "Only adapters of this owner."] = "",
-    kind: Annotated[str, "Only adapters of a kind: document, task, image, combined or imported."] = "",
+    kind: Annotated[str, "Only adapters of a kind: document, task, image, labels, combined or imported."] = "",
     page: Annotated[options.Count, "Which page."] = 1,
     per_page: Annotated[options.Count, "Adapters on a page."] = 100,
     library: options.Library,
@@ -132,6 +132,8 @@ def show(
             facts["examples"] = f"{manifest.n_examples}{', refined on them' if manifest.is_refined else ''}"
     elif manifest.kind != "document":
         facts[manifest.kind] = f"{manifest.created}{f', from {manifest.source}' if manifest.source else ''}"
+        said = " ".join(chunk.text.replace("\n", " ") for chunk in read_chunks(adapter.index))
+        facts |= {"labels": said} if said != manifest.title else {}
     else:
         in_chunks = f"{plural(manifest.n_chunks, 'chunk')} of at most {manifest.max_chunk_tokens}"
         facts |= {

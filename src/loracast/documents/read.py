@@ -6,6 +6,7 @@ the caller down.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ class Document:
     n_pages: int | None = None  # PDF only
     warnings: tuple[str, ...] = ()  # what may be missing from the text (an unread page, say), one sentence each
     rows: tuple[int, ...] = ()  # the characters of the text at which lines begin that are rows of tables
+    photos: tuple[bytes, ...] = ()  # the pictures inside a PDF or Word file, if they were asked for
 
     @classmethod
     def from_text(cls, text: str, title: str = "") -> Document:
@@ -61,7 +63,7 @@ def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed
     """The parsed text of `data`. Raises DocumentError for any failure.
 
     Args:
-        kind: "pdf", "docx", "html" or "message", the module that parses it.
+        kind: "pdf", "docx", "html", "message" or "photos", the module that parses it.
     """
     # -P: without it the current folder comes first on the path, and a stray pypdf.py there would be run.
     command = [sys.executable, "-P", "-m", "loracast.documents.worker", kind, json.dumps(asdict(limits)), label]
@@ -95,9 +97,13 @@ def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed
 
 
 def read_document(
-    source: str | Path | BinaryIO, *, file_name: str | None = None, limits: Limits | None = None
+    source: str | Path | BinaryIO,
+    *,
+    file_name: str | None = None,
+    limits: Limits | None = None,
+    photos: bool = False,
 ) -> Document:
-    """Reads `source`, a path, an open binary stream, or "-" for standard input.
+    """Reads `source`, a path, an open binary stream, or "-" for standard input; with `photos` its pictures, too.
 
     `file_name` stands in for the name of a stream, or of a path that is a temporary file: its extension decides where
     the content does not (md, csv, html without a doctype), and its stem is the title where the document has none.
@@ -121,7 +127,9 @@ def read_document(
         raise DocumentError(f"{label} holds more than {_mega(limits.max_text_bytes)} of text: split it into parts")
     text, rows = take_marks(parsed.text)
     title, sha256 = sensible_title(parsed.title) or readable_stem(file_name), hashlib.sha256(data).hexdigest()
-    return Document(title, text, file_name, MEDIA_TYPES[kind], sha256, len(data), parsed.n_pages, parsed.warnings, rows)
+    found = parse_in_child("photos", data, label, limits).text.split() if photos and kind in ("pdf", "docx") else ()
+    facts = (MEDIA_TYPES[kind], sha256, len(data), parsed.n_pages, parsed.warnings, rows)
+    return Document(title, text, file_name, *facts, tuple(map(base64.b64decode, found)))
 
 
 def read_bytes(source: str | Path | BinaryIO, file_name: str | None, limits: Limits) -> tuple[bytes, str | None, str]:

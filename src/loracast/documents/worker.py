@@ -24,6 +24,7 @@ _DAMAGED = {
     "docx": ("a truncated or damaged Word file", "download it again, or open it in Word and save it again"),
     "html": ("a damaged page", "save it again from a browser"),
     "message": ("a damaged e-mail", "save its text in a file"),
+    "photos": ("a file whose pictures cannot be read", "learn it without them"),
 }
 """What a file is that its parser fails at, and what to do."""
 _WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -7,7 +7,7 @@
 
 A hypernetwork may have the memory alone, and nothing of the first three lines.
 
-The chunks of a document are merged by joining their factors along the rank. An image is cast as one chunk of patches.
+The chunks of a document are merged by joining their factors along the rank.
 This module knows shapes, never a base's weights.
 """
 
@@ -26,7 +26,7 @@ from loracast.base.load import Base
 from loracast.errors import EncoderError, HypernetworkError
 from loracast.hypernets.associative_memory import AssociativeMemory, MemoryWrites
 from loracast.hypernets.config import DocToLoRAConfig
-from loracast.hypernets.encoders import Features, HiddenStatesEncoder, check_encoder, load_image_encoder
+from loracast.hypernets.encoders import Features, HiddenStatesEncoder
 from loracast.hypernets.perceiver import FactorHead, Perceiver, Queries, StaticLoRAs, ValuePointer, shapes_by_kind
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import Modality
@@ -44,7 +44,7 @@ class RankCodes(NamedTuple):
 
 
 class DocToLoRA(Hypernetwork):
-    """The hypernetwork for documents and images. Initialised as an exact no-op: every B scaler starts at zero."""
+    """The hypernetwork for documents. Initialised as an exact no-op: every B scaler starts at zero."""
 
     config_class: ClassVar[Any] = DocToLoRAConfig
     feature_mean: Tensor
@@ -78,16 +78,11 @@ class DocToLoRA(Hypernetwork):
 
     @property
     def modality(self) -> Modality:
-        return "document" if self.needs_base else "image"
+        return "document"
 
     def hidden_states_encoder(self, base: Base, reader_layer: int | None = None) -> HiddenStatesEncoder:
-        """The base as the encoder of documents, and for a reader if a layer is given.
-
-        Raises HypernetworkError for a hypernetwork of another modality.
-        """
+        """The base as the encoder of documents, and for a reader if a layer is given."""
         c = self.config
-        if not self.needs_base:
-            raise HypernetworkError("this hypernetwork reads images: give one that `loracast train doc` made")
         return HiddenStatesEncoder(
             base.model,
             c.reader_layers,
@@ -102,29 +97,26 @@ class DocToLoRA(Hypernetwork):
         )
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
-        if self.needs_base:
-            if base is None or encoder is not None:
-                raise EncoderError("this hypernetwork reads documents with its base: give it, and no other encoder")
-            read = self.hidden_states_encoder(base, None if self.reader is None else self.reader.config.layer)
-            pad_id, device = base.pad_id, base.device
-            if read.d_features != self.config.d_features:
-                raise HypernetworkError(
-                    f"the hypernetwork reads {self.config.d_features} features a token, and this base gives "
-                    f"{read.d_features}: give the base that it was made for"
-                )
+        if not self.needs_base:
+            raise HypernetworkError(
+                "this hypernetwork reads images, which become words for that of documents now: give one that `loracast "
+                "train doc` made"
+            )
+        if base is None or encoder is not None:
+            raise EncoderError("this hypernetwork reads documents with its base: give it, and no other encoder")
+        read = self.hidden_states_encoder(base, None if self.reader is None else self.reader.config.layer)
+        pad_id, device = base.pad_id, base.device
+        if read.d_features != self.config.d_features:
+            raise HypernetworkError(
+                f"the hypernetwork reads {self.config.d_features} features a token, and this base gives "
+                f"{read.d_features}: give the base that it was made for"
+            )
 
-            def encode(token_rows: Sequence[Sequence[int]]) -> Features:
-                ids, mask = pad_right(token_rows, pad_id)
-                return read(ids.to(device), mask.to(device))
+        def encode(token_rows: Sequence[Sequence[int]]) -> Features:
+            ids, mask = pad_right(token_rows, pad_id)
+            return read(ids.to(device), mask.to(device))
 
-            return encode
-        device_type = None if base is None else base.device.type
-        try:
-            images = load_image_encoder(encoder or self.config.encoder, device_type, say)
-        except EncoderError as error:
-            raise EncoderError(f"the hypernetwork needs its image encoder: {error}") from error
-        check_encoder(self.config.encoder, self.config.encoder_fingerprint, self.config.d_features, images)
-        return images
+        return encode
 
     def standard(self, states: Tensor) -> Tensor:
         """States [..., d_features] in the hypernetwork's units."""
@@ -218,7 +210,7 @@ class DocToLoRA(Hypernetwork):
         return rows, writes
 
     def cast(self, features: Features) -> Cast:
-        """Features of n chunks or images -> their rows, and for rows of a memory the token that each belongs to."""
+        """Features of n chunks -> their rows, and for rows of a memory the token that each belongs to."""
         rows, writes = self.cast_and_write(features, folds=True)
         if writes is None or writes.tokens is None:
             return Cast(rows)

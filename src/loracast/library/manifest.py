@@ -25,6 +25,7 @@ from loracast.lora.target import KINDS, Target, TargetModule
 if TYPE_CHECKING:
     from loracast.documents import Document
     from loracast.documents.images import ImageFile
+    from loracast.documents.labels import Labels
 
 
 FACTORS, STATIC_FILE, INDEX, MANIFEST = "factors.safetensors", "static.safetensors", "chunks.sqlite", "adapter.json"
@@ -34,8 +35,9 @@ READING = 2
 """Of how files are read and split into units: adapters of another one are no copies of what is learned now."""
 VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
-AdapterKind = Literal["document", "task", "image", "combined", "imported"]
-"""What an adapter was made from: a document, a task's description, an image, other adapters, another tool's LoRA."""
+AdapterKind = Literal["document", "task", "image", "labels", "combined", "imported"]
+"""What an adapter was made from: a document, a task's description, an image, labels with probabilities, other adapters,
+another tool's LoRA."""
 MEMORY_SOURCE = "(chat)"
 """The source of a document that is what a user said in chats (cast/memory.py)."""
 _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_ridges"}
@@ -234,6 +236,6 @@ def marked_name(name: str, mark: str) -> str:
     return f"{name[: LONGEST_NAME - 9]}-{digest}"
 
 
-def name_for(document: Document | ImageFile) -> str:
-    """The default name of a document's or image's adapter: made from the file's name, or else from the title."""
+def name_for(document: Document | ImageFile | Labels) -> str:
+    """The default name of an adapter, of whatever is learned: made from the file's name, or else from the title."""
     return name_from(Path(document.file_name).stem if document.file_name else document.title)

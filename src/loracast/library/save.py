@@ -24,7 +24,7 @@ from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder, tidy, write_atomically
-from loracast.library.adapter import STATIC, Adapter, layout, tensor_storage
+from loracast.library.adapter import SENTENCE, STATIC, Adapter, layout, tensor_storage
 from loracast.library.index import write_index
 from loracast.library.library import Library
 from loracast.library.manifest import FACTORS, FORMAT, INDEX, MANIFEST, STATIC_FILE, Manifest, check_name
@@ -164,6 +164,7 @@ def save_single(
     name: str,
     *,
     title: str,
+    text: str | None = None,
     static: Rows | None = None,
     replace: bool = False,
     **about: Any,
@@ -172,6 +173,7 @@ def save_single(
 
     Args:
         title: for people: a task's description, or what was combined.
+        text: of the chunk; the title if None.
         about: other fields of the manifest. `kind` and `made_for` have to be given; by default the source is the title
             and no hypernetwork made it.
 
@@ -181,8 +183,10 @@ def save_single(
     ranks = {kind: rows[kind][0].shape[2] for kind in target.kinds}
     about = {"source_sha256": source_of(title)} | about
     manifest = Manifest(name=name, title=title, modules=target.rows, ranks=ranks, n_chunks=1, **about)
-    only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
+    text = title if text is None else text
+    only = Chunk(text=text, start=0, end=len(text), heading="", n_tokens=0)
     tensors, shared = tensors_of(rows), tensors_of(static or {}, STATIC)
+    tensors |= {f"{kind}{SENTENCE}": torch.zeros(1, ranks[kind], dtype=torch.int16) for kind in manifest.memory_kinds}
     return save_rows(library, manifest, [only], [tensors], shared, replace=replace)
 
 

@@ -5,7 +5,6 @@ A folder that is there is never written again. The expected values are then reco
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 import tempfile
@@ -15,16 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "lab"))
-
-from test_modality import make_vision
 
 import loracast
 from loracast.base.load import Base, load_base
+from loracast.documents.labels import Labels
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.encoders import ImageEncoder
 from loracast.lora.target import target_from_config
-from tiny import gradient, make_attention_delta, make_hypernet, make_tokenizer
+from tiny import make_attention_delta, make_hypernet, make_tokenizer
 
 GOLDEN = Path(__file__).resolve().parent
 MANUAL = (GOLDEN / "manual.md").read_text(encoding="utf-8")
@@ -59,19 +55,6 @@ def document_hypernetwork(base: Base) -> DocToLoRA:
     return hypernet
 
 
-def image_hypernetwork(base: Base, vision: Path) -> DocToLoRA:
-    encoder = ImageEncoder(str(vision), vision)
-    config = dataclasses.replace(
-        make_hypernet(base, reader_layers=(0,)).config,
-        d_features=encoder.d_features, encoder=encoder.name, encoder_fingerprint=encoder.fingerprint,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    hypernet = DocToLoRA(config)
-    hypernet.head("down_proj").scaler_b.data.fill_(0.5)
-    hypernet.made_for = base.fingerprint
-    return hypernet
-
-
 def make(folder: Path, work: Path) -> None:
     """The hypernetworks for documents and tasks, and an adapter of each modality."""
     loaded = load_base(GOLDEN / "base", device="cpu", dtype="float32")
@@ -81,19 +64,16 @@ def make(folder: Path, work: Path) -> None:
     bank = {"task_bank_rank": 2, "task_bank_width": 3, "bank_sizes": (2, 1)}
     tasks = make_attention_delta(base, ("q_proj", "o_proj"), rank=4, shared_rank=2, **bank)
     tasks.save_pretrained(folder / "task-hypernetwork")
-    image_hypernetwork(base, make_vision(work / "vision")).save_pretrained(work / "image-hypernetwork")
-    gradient().save(work / "gradient.png")
     model = loracast.Model(
         base,
         work / "library",
         folder / "document-hypernetwork",
         folder / "task-hypernetwork",
-        work / "image-hypernetwork",
     )
     adapters = {
         "document": model.learn(loracast.Document.from_text(MANUAL, title="Manual"), "document", max_chunk_tokens=48),
         "task": model.task(TASK, "task"),
-        "image": model.learn(work / "gradient.png", "image"),
+        "image": model.learn(Labels({"lamp": 0.6, "kettle": 0.2}, kind="image"), "image"),
     }
     for name, adapter in adapters.items():
         shutil.make_archive(str(folder / name), "gztar", adapter.folder)  # SQLite's pages are mostly empty

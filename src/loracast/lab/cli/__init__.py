@@ -12,9 +12,10 @@ _PANEL = "Research"
 _train = typer.Typer(
     cls=CommandGroup, help="Train hypernetworks, and the LoRAs that they are compared with.", no_args_is_help=True
 )
-add(_train, _PACKAGE, "train:doc", "train:text", "train:image", panel="Hypernetworks")
+add(_train, _PACKAGE, "train:doc", "train:text", panel="Hypernetworks")
 add(_train, _PACKAGE, "train:oracle", "train:multitask", "train:window", panel="LoRAs to compare with")
 add(_train, _PACKAGE, "train:export", "train:reader", "train:relevance", "train:words", panel="To ship")
+add(_train, _PACKAGE, "train:labels", panel="Images")
 
 _eval = typer.Typer(
     cls=CommandGroup,
@@ -25,7 +26,7 @@ _GENERATED = ("needle", "facts", "everyday", "tables", "corrections", "near_miss
 _DOCUMENTS = ("qa", *_GENERATED, "reader", "library", "gate", "interference", "teacher_forced", "ablations")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in _DOCUMENTS), panel="Documents")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in ("tasks", "refining", "overlap", "harness")), panel="Tasks")
-add(_eval, _PACKAGE, "eval:image", panel="Images")
+add(_eval, _PACKAGE, "eval:images", panel="Images")
 add(_eval, _PACKAGE, "eval:latency", "eval:memory", "eval:cost", panel="Cost")
 
 

@@ -11,20 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loracast.cli.commands import config_from, seconds
-from loracast.cli.options import BaseChoice, Encoder, Json, Library, Models, loading, open_base, open_model
+from loracast.cli.options import BaseChoice, Json, Library, Models, Seeing, loading, open_base, open_model
 from loracast.cli.terminal import print_json, progress_bar, say, stdout
 
 if TYPE_CHECKING:
-    from loracast.base.load import Base
-    from loracast.hypernets.protocol import Caster
-    from loracast.hypernets.store import Modality
     from loracast.lab.evaluation.ablations import AblationConfig
     from loracast.lab.evaluation.capacity import CapacityConfig
     from loracast.lab.evaluation.cost import LatencyConfig, MemoryConfig
     from loracast.lab.evaluation.gate import GateConfig, InterferenceConfig
     from loracast.lab.evaluation.harness import HarnessConfig
+    from loracast.lab.evaluation.images import ImagesConfig
     from loracast.lab.evaluation.likelihood import TeacherForcedConfig
-    from loracast.lab.evaluation.modality import ModalityEvalConfig
     from loracast.lab.evaluation.overlap import OverlapConfig
     from loracast.lab.evaluation.qa import QaConfig
     from loracast.lab.evaluation.query_cost import CostConfig
@@ -280,18 +277,10 @@ def cost(config: CostConfig, models: Models, results: Results) -> None:
     results.of("tasks", evaluate_cost, _task_setup(models), config)
 
 
-def _caster(models: Models, modality: Modality, base: Base | None = None, encoder: str | None = None) -> Caster:
-    """Load what casts descriptions or images."""
-    from loracast.base.embedded import DEFAULT_BASE
-    from loracast.cast.load import load_caster, shipped_hypernetwork
-
-    where = models.hypernetwork or shipped_hypernetwork(base or models.base or DEFAULT_BASE, modality)
-    return load_caster(where, modality, base, encoder=encoder, say=say)
-
-
 def _task_setup(models: Models, needs_caster: bool = True, **compared: Path | None) -> TaskSetup:
     """Load the base, the hypernetwork for tasks, and by the names of `TaskSetup` what answers are compared with."""
     from loracast.base.embedded import DEFAULT_BASE
+    from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.cast.task import TaskCaster
     from loracast.lab.evaluation.tasks import TaskSetup
     from loracast.lab.training.loras import read_multitask
@@ -301,7 +290,10 @@ def _task_setup(models: Models, needs_caster: bool = True, **compared: Path | No
     given: dict[str, Any] = {name: path for name, path in compared.items() if path is not None}
     for name in given.keys() - {"oracles"}:
         given[name] = read_multitask(given[name], base.fingerprint, name == "multitask_described")
-    return TaskSetup(base, TaskCaster(_caster(models, "task", base)) if has_caster else None, **given)
+    if not has_caster:
+        return TaskSetup(base, None, **given)
+    caster = load_caster(models.hypernetwork or shipped_hypernetwork(base, "task"), "task", base, say=say)
+    return TaskSetup(base, TaskCaster(caster), **given)
 
 
 @config_from("loracast.lab.evaluation.harness")
@@ -324,26 +316,18 @@ def overlap(config: OverlapConfig, results: Results) -> None:
     results.of("tasks" if config.tasks else "documents", evaluate_overlap, config)
 
 
-@config_from("loracast.lab.evaluation.modality")
-def image(
-    *,
+@config_from("loracast.lab.evaluation.images")
+def images(
     images: Annotated[Path, "Images to measure on: a folder or zip file with a folder for each class."],
-    trained_on: Annotated[Path, "Images of the training, from which the linear probe learns."],
-    encoder: Encoder = None,
-    config: ModalityEvalConfig,
+    *,
+    seeing: Seeing,
+    config: ImagesConfig,
     models: Models,
     results: Results,
 ) -> None:
-    """Images that were never trained on: does the text-only base say what they show?
-
-    A linear probe on the same features is the baseline.
-    """
-    from loracast.base.fingerprint import check
+    """What the text-only base says of images whose labels became its LoRA, beside the vision model itself."""
     from loracast.lab.data.labelled import read_images
-    from loracast.lab.evaluation.modality import evaluate_modality
+    from loracast.lab.evaluation.images import evaluate_images
 
-    known, test = read_images(trained_on), read_images(images)
-    caster = _caster(models, "image", encoder=encoder)
-    base = open_base(models)
-    check(caster.made_for, base.fingerprint, "the hypernetwork")
-    results.of("answers", evaluate_modality, base, caster, known, test, config)
+    labelled = read_images(images)
+    results.of("images", evaluate_images, open_model(models, **seeing.options), labelled, config)

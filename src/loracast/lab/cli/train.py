@@ -13,8 +13,8 @@ import typer
 
 from loracast.base.load import load_base
 from loracast.cli.commands import seconds
-from loracast.cli.options import BaseChoice, Json
-from loracast.cli.terminal import advice, print_result, print_table, progress_bar, say
+from loracast.cli.options import BaseChoice, Device, Json
+from loracast.cli.terminal import advice, plural, print_result, print_table, progress_bar, say
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
 _TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
@@ -115,35 +115,6 @@ def text(
 
     files = {"oracles": oracles, "shared_from": shared_from}
     _train_hypernetwork(run, "text", train_text, run.settings(TextRecipe()), read_tasks(tasks), **files)
-
-
-def image(
-    run: HypernetworkRun,
-    *,
-    images: Annotated[Path, "Folder or zip file with a folder of images for each class."],
-    encoder: Annotated[
-        str | None, "Embedded image encoder, or folder or hub id of a vision model; EfficientNet-lite0 by default."
-    ] = None,
-    unrelated: Unrelated = None,
-) -> None:
-    """Train Doc-to-LoRA to see: one image becomes one LoRA, and the text-only base says what it shows.
-
-    The features of all images are computed once and kept in the cache. It saves, stops and resumes as `train doc` does.
-    """
-    from loracast.base.embedded import DEFAULT_IMAGE_ENCODER
-    from loracast.hypernets.encoders import load_image_encoder
-    from loracast.lab.data.labelled import read_images
-    from loracast.lab.training.modality import ModalityRecipe, train_modality
-
-    labelled = read_images(images)
-    sees = load_image_encoder(encoder or DEFAULT_IMAGE_ENCODER, run.device, say)
-    settings = run.settings(ModalityRecipe(), unrelated=unrelated)
-
-    def say_encoded(done: int, total: int) -> None:
-        if done == total or done % 512 == 0:
-            say(f"encoded {done:,} of {total:,} images")
-
-    _train_hypernetwork(run, "image", train_modality, settings, labelled, sees, on_encoded=say_encoded)
 
 
 def oracle(
@@ -280,6 +251,25 @@ def words(
     say(f"{out.stat().st_size / 1e3:.0f} kB in {out}")
     rows = [(name, x.n, f"{x.sentence:.1%}", f"{x.bm25:.1%}", f"{x.place:.1%}") for name, x in found.items()]
     print_table(("documents", ">questions", ">right sentence first", ">by BM25 alone", ">right word first"), rows)
+
+
+def labels(
+    images: Annotated[Path, "Folder or zip file with a folder of images for each name."],
+    *,
+    out: Annotated[Path, "File to write, LABELS.safetensors, which `learn --labels` reads."],
+    encoder: Annotated[str | None, "Vision model: folder or hub id; EfficientNet-lite0 by default."] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Fit labels of your own for images: a linear probe on a vision model's features. No base is loaded."""
+    from loracast.lab.data.labelled import read_images
+    from loracast.lab.training.labels import train_labels
+
+    with progress_bar("images", is_kept=True) as progress:
+        found = read_images(images)
+        right = train_labels(found, out, encoder, device=device, say=say, progress=progress)
+    text = f"{plural(len(found.names), 'name')} in {out}; of images held back {right:.1%} are named rightly"
+    print_result(as_json, {"out": str(out), "names": found.names, "right": right}, text)
 
 
 def export(
