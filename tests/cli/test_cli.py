@@ -391,7 +391,7 @@ def test_document_warnings_go_to_standard_error(run, learning, manual, monkeypat
     from loracast import documents
 
     document = dataclasses.replace(documents.read_document(manual), warnings=("page 2 \x1b[31mhas no text",))
-    monkeypatch.setattr("loracast.cli.client.read_document", lambda path: document)
+    monkeypatch.setattr("loracast.cli.client.read_document", lambda path, **how: document)
     result = run("learn", manual, "--json", *learning)
     assert result.stderr == "warning: page 2 [31mhas no text\n"
     assert only_json(result)["warnings"] == list(document.warnings)
@@ -456,7 +456,9 @@ def test_two_versions_of_a_name_are_both_reported_and_each_is_routed_once(
     second = Library(lanterns).open("lanterns").version
     routed, route = [], routing.route_adapter
     monkeypatch.setattr(
-        routing, "route_adapter", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
+        routing,
+        "route_adapter",
+        lambda adapter, *more, **how: routed.append(adapter.version) or route(adapter, *more, **how),
     )
     question = ("ask", "What is the code of the blue kettle?", "--json", "--max-tokens", "4", "--route", "2", *tiny)
     report = only_json(run(*question, "-a", first, "-a", "lanterns", "-a", second))

@@ -123,7 +123,7 @@ class Model:
         """Finds the units of documents that answer a question; None where the hypernetwork has no reader beside it."""
         where = self._hypernetworks["document"]
         try:
-            where = where or shipped_hypernetwork(self.base)
+            where = where or shipped_hypernetwork(self.base, "document")
         except HypernetworkError:  # of a base for which none ships; adapters of tasks need none
             return None
         if isinstance(where, (str, Path)) and Path(where).is_dir():  # no hypernetwork is read to answer

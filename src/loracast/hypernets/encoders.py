@@ -44,10 +44,10 @@ class Features:
     """[n, t, d_values]: values that begin an answer with the token; for a memory."""
     keys: Tensor | None = None
     """[n, modules, t, d_in]: inputs of the modules that hold a memory."""
-    read: Tensor | None = None
-    """[n, t, 2 * d]: states and input embeddings for a reader (hypernets/reader.py)."""
     mask: Tensor | None = None
     """[n, t] bool, true where a token is real; None: all are. `cast` gives padding rows of zero."""
+    read: Tensor | None = None
+    """[n, t, 2 * d]: states and input embeddings for a reader (hypernets/reader.py)."""
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Features:
         """The same on a device, their numbers in another type if one is given."""
@@ -165,7 +165,7 @@ class HiddenStatesEncoder:
             if not self.key_modules:
                 return Features(features, read=read, mask=mask)
             starts = self.values(self._start_ids(input_ids)).to(features.dtype)
-            return Features(features, starts, torch.stack([keys[name] for name in self.key_modules], dim=1), read, mask)
+            return Features(features, starts, torch.stack([keys[name] for name in self.key_modules], dim=1), mask, read)
 
     def _modules(self) -> tuple[Any, Any]:
         """The model and decoder with which this thread reads: another may begin to read while it gives way."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, islice
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unicodedata import normalize
 
 import torch
@@ -29,7 +30,6 @@ from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.reader import Found, Reader
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences
-from loracast.lora.algebra import LoRABatch
 from loracast.reading.matching import Candidate, Matches
 from loracast.reading.search import sentence_scores
 
@@ -71,17 +71,20 @@ class QuestionReader:
             hypernetwork: gives the one of documents, whose encoder LoRA the base carries while it reads a document.
         """
         self.reader, self.base = reader, base
-        layers, prefix = [reader.config.layer], reader.config.prefix
-
-        def encoder_lora() -> LoRABatch | None:
-            beside: Any = hypernetwork()
-            return beside.encoder_lora_batch()
-
-        self._as_text = HiddenStatesEncoder(base.model, layers, prefix=prefix, lora=encoder_lora)
-        self._as_question = HiddenStatesEncoder(base.model, layers, prefix=prefix)
+        self._hypernetwork = hypernetwork
         self._read: LRUCache[str, ReadChunk] = LRUCache(_CHUNKS_IN_MEMORY)
         self._asked: LRUCache[str, Tensor] = LRUCache(64)
         self._changing = Lock()
+
+    @cached_property
+    def _as_question(self) -> HiddenStatesEncoder:
+        c = self.reader.config
+        return HiddenStatesEncoder(self.base.model, [c.layer], prefix=c.prefix)
+
+    @cached_property
+    def _as_text(self) -> HiddenStatesEncoder:
+        c, beside = self.reader.config, cast(Any, self._hypernetwork())
+        return HiddenStatesEncoder(self.base.model, [c.layer], prefix=c.prefix, lora=beside.encoder_lora_batch)
 
     def match(self, index: Index, question: str) -> Matches | None:
         """What a document has for a question; None for an index from before sentences were kept."""
