@@ -40,8 +40,9 @@ from loracast.documents import Document
 from loracast.documents.images import ImageFile
 from loracast.documents.labels import Labels
 from loracast.documents.task_spec import ExampleLike
-from loracast.errors import AdapterError, ConfigError
+from loracast.errors import AdapterError, ConfigError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork
+from loracast.hypernets.reader import READER_FILE, Reader
 from loracast.hypernets.store import Modality
 from loracast.library.adapter import Adapter, factors_in_memory
 from loracast.library.library import Library
@@ -50,6 +51,7 @@ from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage
 from loracast.reading.matching import candidates_together
 from loracast.reading.outline import Overview, overview
+from loracast.reading.questions import QuestionReader
 from loracast.reading.routing import (
     DEFAULT_ROUTE,
     Route,
@@ -115,6 +117,21 @@ class Model:
     def documents(self) -> Caster:
         """The caster of documents. Raises HypernetworkError if none was given and none ships for the base."""
         return self._load("document")
+
+    @cached_property
+    def reader(self) -> QuestionReader | None:
+        """Finds the units of documents that answer a question; None where the hypernetwork has no reader beside it."""
+        where = self._hypernetworks["document"]
+        try:
+            where = where or shipped_hypernetwork(self.base)
+        except HypernetworkError:  # of a base for which none ships; adapters of tasks need none
+            return None
+        if isinstance(where, (str, Path)) and Path(where).is_dir():  # no hypernetwork is read to answer
+            file = Path(where) / READER_FILE
+            reader = Reader.read(file) if file.is_file() else None
+        else:
+            reader = self.documents.hypernetwork.reader
+        return None if reader is None else QuestionReader(reader, self.base, lambda: self.documents.hypernetwork)
 
     @cached_property
     def _recast(self) -> CachedRecast:
@@ -352,7 +369,7 @@ class Model:
         route: int | None = DEFAULT_ROUTE,
         tag: str = "",
         always: bool = False,
-        strict: bool = False,
+        strict: bool | None = None,
         scales: Mapping[str, float] = {},
         check: Callable[[Sequence[int]], object] = lambda prompt: None,
         outlines: bool = True,
@@ -379,18 +396,23 @@ class Model:
                               "give one of them")  # fmt: skip
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         for query in queries(asked[-1], asked[:-1]):
-            routed = self._route(query, adapter, route, tag, always, strict)
+            routed = self._route(query, adapter, route, tag, always, bool(strict))
             if not all(route.is_empty for route in routes_of_documents(routed)):
                 break
         routed = scaled(routed, scales)
         documents = routes_of_documents(routed)
-        if strict and not documents and not patterns_in(listed(adapter), tag):
+        searches = bool(patterns_in(listed(adapter), tag))
+        if strict and not documents and not searches:
             raise ConfigError("a strict answer comes from documents: choose one with -a NAME, or all with --all")
+        only_documents = len(documents) == len(routed)
+        if strict is None:  # where documents alone are named, a reader refuses what they do not say
+            is_foreign = any(route.is_foreign for route in documents)
+            strict = self.reader is not None and bool(documents) and only_documents and not searches and not is_foreign
         if strict and all(route.is_empty for route in documents):
             return without_model(NOT_SAID, "refusal", routed=routed)
-        may_copy = outlines and len(documents) == len(routed)  # a task's adapter beside them may want other words
+        may_copy = outlines and only_documents  # a task's adapter beside them may want other words
         candidates = candidates_together([route.candidates for route in documents]) if may_copy else ()
-        least = least_confidence([route for _, route in routed]) if strict else 0.0
+        least = least_confidence([route for _, route in routed]) if strict and self.reader is None else 0.0
         return Prepared(prompt, routed, sources(routed), candidates=candidates, least_confidence=least)
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
@@ -418,7 +440,7 @@ class Model:
         chosen = listed(adapter)
         if isinstance(adapter, LoRA) or any(isinstance(one, LoRA) for one in chosen):  # a static LoRA would come twice
             raise AdapterError("a LoRA answers alone: keep it with `learn` to answer with several adapters")
-        return route_adapters(self.library, question, chosen, k, tag, self.adapter, always, strict)
+        return route_adapters(self.library, question, chosen, k, tag, self.adapter, always, strict, self.reader)
 
     def lora_of(self, routed: Sequence[tuple[Adapter, Route]]) -> LoRA | None:
         """The LoRA of the chunks that were picked from adapters, on the base's device; None if none were."""

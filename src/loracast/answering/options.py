@@ -34,11 +34,12 @@ class Asking(TypedDict, total=False):
     tag: str
     """Choose among the documents with this tag."""
     always: bool
-    """Answer with the documents' adapters even where the question is not about them at all; otherwise the plain base
-    answers then (reading/relevance.py)."""
-    strict: bool
-    """Answer from the documents alone: where the question is about none of them, or the model is less sure of its
-    answer than `least_confidence`, the answer is `NOT_SAID`. It comes as a whole, also from `stream`."""
+    """Answer with the documents' adapters even where the question is not about them at all."""
+    strict: bool | None
+    """Whether a question that no chosen document answers is answered with `NOT_SAID`, before the model says anything
+    (True), or by the plain base (False). None, the default: so where documents alone are named, and small talk goes to
+    the base. Without a reader beside the hypernetwork the default is False, and a strict answer comes as a whole, since
+    it is refused where the model is less sure of it than `least_confidence`."""
     route: int | None
     """Number of chunks that are merged for the question, of each document that is named and of all that a pattern or a
     tag stands for; None merges all of those that are named. 2 by default."""

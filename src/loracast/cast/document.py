@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from threading import Lock
 from typing import TypedDict
 
@@ -26,6 +26,7 @@ from loracast.library.save import ChunkBatch, Progress, save_rows, tensors_of
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, storage_of
 from loracast.reading.outline import write_document_index
+from loracast.reading.questions import ReadChunk, write_vectors
 
 TOKENS_PER_BATCH = 1024
 """Tokens encoded at once on a CPU: as quick as 4,096 there, and whoever generates meanwhile waits for less. Other
@@ -84,19 +85,32 @@ def token_batches(base: Base, prompts: Sequence[str]) -> Iterator[list[list[int]
             batch = []
 
 
-def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str], sentences: Sequence[Spans]) -> Iterator[ChunkBatch]:
+def cast_chunks(
+    caster: Caster,
+    base: Base,
+    prompts: Sequence[str],
+    sentences: Sequence[Spans],
+    read: Callable[[Sequence[ReadChunk]], object] = lambda chunks: None,
+) -> Iterator[ChunkBatch]:
     """The rows of chunks, in order, a batch at a time, and the sentences of those that belong to tokens.
 
     Args:
         sentences: of each chunk.
+        read: receives what the hypernetwork's reader keeps of the chunks of each batch, if it has one.
     """
     places = zip(prompts, sentences, strict=True)
     for batch in token_batches(base, prompts):
-        cast = caster.cast(caster.encode(batch))
+        features = caster.encode(batch)
+        cast = caster.cast(features)
         owners = [
             token_sentences(spans, encode_with_offsets(base.tokenizer, prompt)[1])
             for prompt, spans in islice(places, len(batch))
         ]
+        reader = caster.hypernetwork.reader
+        if reader is not None and features.read is not None:
+            vectors = reader.kept(reader.vectors(reader.standardised(features.read))).cpu()
+            of_tokens = zip(vectors, owners, strict=True)
+            read([ReadChunk(of_one[: len(units)].clone(), tuple(units)) for of_one, units in of_tokens])
         of_each = cast.tokens or {}
         ranks = {kind: cast.rows[kind][0].shape[2] for kind in of_each}
         of_rows = {f"{k}{SENTENCE}": _row_sentences(of_each[k].cpu(), owners, ranks[k]) for k in ranks}
@@ -245,7 +259,9 @@ def learn_document(
         return library.give_name(name, version, replace=replace)
     if not replace:
         library.check_free(name)  # now, not after the work
-    batches = cast_chunks(caster, base, [chunk.prompt for chunk in chunks], [chunk.units for chunk in chunks])
+    index = _IndexWriter(document.title, "" if hypernetwork.reader is None else hypernetwork.reader.id)
+    prompts, units = [chunk.prompt for chunk in chunks], [chunk.units for chunk in chunks]
+    batches = cast_chunks(caster, base, prompts, units, index.add)
     return save_rows(
         library,
         manifest,
@@ -253,7 +269,23 @@ def learn_document(
         batches,
         tensors_of(hypernetwork.static_rows(), STATIC),
         seconds=lambda: time.perf_counter() - started,
-        index=partial(write_document_index, title=document.title),
+        index=index,
         replace=replace,
         progress=progress,
     )
+
+
+class _IndexWriter:
+    """Writes the index of a document, and then, batch by batch, what a reader keeps of its chunks."""
+
+    def __init__(self, title: str, reader_id: str):
+        self.title, self.reader_id, self.n_read = title, reader_id, 0
+        self.path = Path()
+
+    def __call__(self, path: Path, chunks: Sequence[Chunk]) -> None:
+        write_document_index(path, chunks, self.title)
+        self.path = path
+
+    def add(self, read: Sequence[ReadChunk]) -> None:
+        write_vectors(self.path, self.reader_id, list(enumerate(read, self.n_read)))
+        self.n_read += len(read)

@@ -235,7 +235,7 @@ class Client:
             [*turns], [one if one in patterns else self._open_here(one) for one in chosen], on_text,
             sampling=Sampling(given.max_tokens, 0, given.temperature, given.top_p, given.seed),
             system=given.system or "", route=given.route, tag=tag_for(given, chosen), always=given.always,
-            strict=given.strict,
+            strict=given.strict or None,
         )  # fmt: skip
         used = tuple(Used.of(one.version, one.manifest.n_chunks, vars(route)) for one, route in said.routed)
         figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)
@@ -243,13 +243,14 @@ class Client:
 
     def _body(self, server: Running, turns: Sequence[Message], chosen: Sequence[str]) -> dict[str, Any]:
         given = self._answering
-        options = ("route", "always", "strict", "max_tokens", "temperature", "top_p", "seed")
+        options = ("route", "always", "max_tokens", "temperature", "top_p", "seed")
         return {
             "model": server.model,
             "messages": [{"role": "system", "content": given.system or ""}, *turns],
             "adapters": [{"id": one} for one in chosen],
             "tag": tag_for(given, chosen),
             **{option: getattr(given, option) for option in options},
+            "strict": given.strict or None,
             "stream": True,
             "stream_options": {"include_usage": True},
         }

@@ -199,8 +199,10 @@ class Answering(BaseChoice):
     adapters: Adapters = None
     all_documents: Annotated[bool, "Answer from whichever documents of the library match the question."] = False
     tag: Annotated[str, "Answer from whichever documents with this tag match the question."] = ""
-    always: Annotated[bool, "Answer with the documents even where the question is not about them."] = False
-    strict: Annotated[bool, "Where they are not about the question, or the answer is unsure, say so."] = False
+    always: Annotated[
+        bool, typer.Option("--always", "--free", help="Answer with the documents whatever the reader says.")
+    ] = False
+    strict: Annotated[bool, "Say so where no document answers, also where a pattern or --all chooses them."] = False
     route: Route = DEFAULT_ROUTE
     max_tokens: MaxTokens = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0

@@ -80,8 +80,8 @@ class DocToLoRA(Hypernetwork):
     def modality(self) -> Modality:
         return "document"
 
-    def hidden_states_encoder(self, base: Base) -> HiddenStatesEncoder:
-        """The base as the encoder of documents."""
+    def hidden_states_encoder(self, base: Base, reader_layer: int | None = None) -> HiddenStatesEncoder:
+        """The base as the encoder of documents, and for a reader if a layer is given."""
         c = self.config
         return HiddenStatesEncoder(
             base.model,
@@ -93,6 +93,7 @@ class DocToLoRA(Hypernetwork):
             fingerprint=base.fingerprint.matrices,
             lora=self.encoder_lora_batch,
             with_final_norm=getattr(c, "with_final_norm", False),
+            reader_layer=reader_layer,
         )
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
@@ -103,7 +104,8 @@ class DocToLoRA(Hypernetwork):
             )
         if base is None or encoder is not None:
             raise EncoderError("this hypernetwork reads documents with its base: give it, and no other encoder")
-        read, pad_id, device = self.hidden_states_encoder(base), base.pad_id, base.device
+        read = self.hidden_states_encoder(base, None if self.reader is None else self.reader.config.layer)
+        pad_id, device = base.pad_id, base.device
         if read.d_features != self.config.d_features:
             raise HypernetworkError(
                 f"the hypernetwork reads {self.config.d_features} features a token, and this base gives "

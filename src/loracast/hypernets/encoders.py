@@ -44,6 +44,8 @@ class Features:
     """[n, t, d_values]: values that begin an answer with the token; for a memory."""
     keys: Tensor | None = None
     """[n, modules, t, d_in]: inputs of the modules that hold a memory."""
+    read: Tensor | None = None
+    """[n, t, 2 * d]: states and input embeddings for a reader (hypernets/reader.py)."""
     mask: Tensor | None = None
     """[n, t] bool, true where a token is real; None: all are. `cast` gives padding rows of zero."""
 
@@ -94,6 +96,7 @@ class HiddenStatesEncoder:
         fingerprint: str = "",
         lora: Callable[[], LoRABatch | None] = lambda: None,
         with_final_norm: bool = False,
+        reader_layer: int | None = None,
     ):
         """
         Args:
@@ -109,6 +112,7 @@ class HiddenStatesEncoder:
             fingerprint: the base's own, of its weights.
             lora: gives the encoder LoRA, which the base carries while it reads, or None; with one, features are
                 differentiable.
+            reader_layer: the block after which states are read for a reader.
             with_final_norm: the states after the last of `layers` pass the base's final norm, as the last one of
                 transformers' `hidden_states` does.
         """
@@ -129,7 +133,8 @@ class HiddenStatesEncoder:
         layer_of = {id(module): layer for layer, block in enumerate(decoder.layers) for module in block.modules()}
         holding = {name: layer_of.get(id(modules.get(name)), -1) for name in key_modules}
         self.key_modules = sorted(holding, key=holding.__getitem__)
-        depth = max(*self.layers, *(layer + 1 for layer in holding.values()), 0)
+        self._reader_layers = () if reader_layer is None else (reader_layer,)
+        depth = max(*self.layers, *self._reader_layers, *(layer + 1 for layer in holding.values()), 0)
         self._final_norm = decoder.norm if with_final_norm else nn.Identity()
         self._model, self._depth = model, depth
         self._own = threading.local()
@@ -149,14 +154,18 @@ class HiddenStatesEncoder:
             with inject(model, lora) if lora is not None else nullcontext():
                 states, keys = self._read(model, decoder, input_ids)
             features = torch.stack([states[n] for n in self.layers], dim=1)  # [n, layers, t, d]
+            read = None
+            for layer in self._reader_layers:
+                embedded = decoder.get_input_embeddings()(input_ids)
+                read = torch.cat([states[layer], embedded.to(states[layer])], -1)
             if self._embeddings is not None:
                 values = self.values(input_ids).to(features.dtype)[:, None].expand_as(features)
                 features = torch.cat([features, values], dim=-1)
             features = features[:, 0] if len(self.layers) == 1 else features
             if not self.key_modules:
-                return Features(features, mask=mask)
+                return Features(features, read=read, mask=mask)
             starts = self.values(self._start_ids(input_ids)).to(features.dtype)
-            return Features(features, starts, torch.stack([keys[name] for name in self.key_modules], dim=1), mask)
+            return Features(features, starts, torch.stack([keys[name] for name in self.key_modules], dim=1), read, mask)
 
     def _modules(self) -> tuple[Any, Any]:
         """The model and decoder with which this thread reads: another may begin to read while it gives way."""
@@ -180,13 +189,13 @@ class HiddenStatesEncoder:
         read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
         embedded = decoder.get_input_embeddings()(read)
         # The state after a block is what enters the next one; after the last, the norm.
-        after = {n: "norm" if n == n_blocks else f"layers.{n}" for n in self.layers}
+        after = {n: "norm" if n == n_blocks else f"layers.{n}" for n in (*self.layers, *self._reader_layers)}
         blocks = list(after.values())
         with capture_inputs(decoder, blocks) as inputs, capture_inputs(model, self.key_modules) as keys:
             decoder(inputs_embeds=embedded, use_cache=False)
         # A device map spreads the blocks over devices: what they give is gathered on the first one.
         states = {n: inputs[name].to(self.device) for n, name in after.items()}
-        states[max(states)] = self._final_norm(states[max(states)])
+        states[max(self.layers)] = self._final_norm(states[max(self.layers)])
         kept = {name: rows[:, n_prefix:].to(self.device) for name, rows in keys.items()}
         return {n: rows[:, n_prefix:] for n, rows in states.items()}, kept
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from loracast.base.load import Base
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import HypernetworkError
 from loracast.hypernets.encoders import OF_THE_BASE, Features
+from loracast.hypernets.reader import Reader
 from loracast.hypernets.store import Pretrained
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.factors import Factors, Rows
@@ -46,6 +48,11 @@ class Hypernetwork(Pretrained):
     def needs_base(self) -> bool:
         """Whether its encoder is the base itself, as `config.encoder` says."""
         return self.config.encoder.partition(":")[0] == OF_THE_BASE
+
+    @cached_property
+    def reader(self) -> Reader | None:
+        """The reader beside it, which finds the units that answer a question. Raises HypernetworkError if damaged."""
+        return None if self.reader_file is None else Reader.read(self.reader_file)
 
     @property
     def chunk_tokens(self) -> int:

@@ -138,7 +138,11 @@ class Reader(nn.Module):
 
     def standard(self, states: Tensor, embedded: Tensor) -> Tensor:
         """States and input embeddings of tokens [..., d_state] each, in the reader's units [..., 2 * d_state]."""
-        return (torch.cat([states.float(), embedded.float()], -1) - self.mean) / self.std
+        return self.standardised(torch.cat([states.float(), embedded.float()], -1))
+
+    def standardised(self, read: Tensor) -> Tensor:
+        """The same for states and input embeddings side by side [..., 2 * d_state]."""
+        return (read.float() - self.mean) / self.std
 
     def measure(self, states: Tensor, embedded: Tensor) -> None:
         """Take means and deviations from states and input embeddings of some tokens [t, d_state] each."""

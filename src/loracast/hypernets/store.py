@@ -24,6 +24,7 @@ from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError, LoracastError
 from loracast.files import folder_of, frozen, value_faults, write_atomically, write_with
 from loracast.hypernets.config import NEWER
+from loracast.hypernets.reader import READER_FILE
 from loracast.lora.quantize import quantise
 
 _ARCHITECTURES: dict[str, type[Pretrained]] = {}
@@ -45,6 +46,8 @@ class Pretrained(nn.Module):
     """The base that it was trained for; None until it is trained or loaded."""
     former_ids: tuple[str, ...] = ()
     """Ids under which earlier releases knew the same hypernetwork: adapters that name one of them belong to it."""
+    reader_file: Path | None = None
+    """The file of the reader beside it; None where there is none."""
     provenance: Mapping[str, Any] = MappingProxyType({})
     """How it was made, as its config.json says; empty until it is trained or loaded."""
 
@@ -99,6 +102,7 @@ class Pretrained(nn.Module):
         hypernet.take_weights(weights, folder)
         hypernet.made_for, hypernet.provenance = made_for, stored.get("provenance", {})
         hypernet.former_ids = tuple(stored.get("former_ids", ()))
+        hypernet.reader_file = path if (path := folder / READER_FILE).is_file() else None
         if written_as == 1:
             hypernet.former_ids = (former_id(weights, tensors),)
         return hypernet
@@ -306,7 +310,7 @@ def _is_idle(name: str, value: Tensor) -> bool:
     return name.endswith(_UNITS) and bool((value == 1).all())
 
 
-_FILES = ("config.json", "model.safetensors")
+_FILES = ("config.json", "model.safetensors", READER_FILE)
 CARD = "README.md"
 GENERATED = "<!-- Written by loracast, and written anew with the weights until this line is deleted. -->"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -117,6 +117,10 @@ class Matches:
     """With what the answer may begin, each with its chunk, the most probable first."""
     nowhere: float | None = None
     """The probability that the answer stands nowhere in the document."""
+    about: float | None = None
+    """How likely the document answers, 0.5 where the reader begins to refuse; None where no reader looked."""
+    is_foreign: bool = False
+    """Whether the question is meant for no document, such as a greeting."""
 
 
 def matches(index: Index, question: str, n_wanted: int | None) -> Matches:

@@ -31,6 +31,7 @@ from loracast.reading.search import phrases, search
 if TYPE_CHECKING:
     from loracast.documents import Chunk
     from loracast.lora.algebra import LoRA
+    from loracast.reading.questions import QuestionReader
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
@@ -40,6 +41,7 @@ _IMPERSONAL_THRESHOLD = 0.8
 "What time is it?" shares its words with much that people say of themselves."""
 _SPEAKER = re.compile(r"\b(?:i|i'm|i've|i'd|me|my|mine|myself|we|we're|we've|us|our|ours)\b", re.I)
 _LEAST_SENTENCE_WEIGHT = 0.05
+_REFUSED = 0.5  # `Matches.about` below which the document does not say what is asked
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
 """A chunk picked from many weighs (score / best score) to this power."""
@@ -63,7 +65,9 @@ class Route:
     candidates: tuple[Candidate, ...] = ()
     """What the answer may begin with, if it is a text of the document."""
     nowhere: float | None = None
-    """The probability that the answer stands nowhere in the document, by its words; None where nobody looked."""
+    """The probability that the answer stands nowhere in the document; None where nobody looked."""
+    is_foreign: bool = False
+    """Whether the question is meant for no document, such as a greeting: the plain base answers it."""
 
     @property
     def is_empty(self) -> bool:
@@ -92,7 +96,12 @@ class Route:
 
 
 def route_adapter(
-    adapter: Adapter, question: str, k: int | None = DEFAULT_ROUTE, threshold: float = THRESHOLD, name: str = ""
+    adapter: Adapter,
+    question: str,
+    k: int | None = DEFAULT_ROUTE,
+    threshold: float = THRESHOLD,
+    name: str = "",
+    reader: QuestionReader | None = None,
 ) -> Route:
     """What a question gets of an adapter: some chunks and sentences of a document, and all of anything else.
 
@@ -109,10 +118,17 @@ def route_adapter(
         threshold: the least probability that the question is about the document; below it, it gets nothing. 0 for
             questions that get something whatever they ask.
         name: of the document, where a question may find it by that.
+        reader: finds the units that answer; without one, words alone do.
     """
     index, manifest, probability = adapter.open_index, adapter.manifest, None
     if manifest.kind != "document":
         return Route(reason=f"{manifest.kind}: always whole")
+    matched = None if reader is None or k is None else reader.match(index, question)
+    if matched is not None and matched.about is not None:
+        if threshold > 0 and (matched.is_foreign or matched.about < _REFUSED):
+            reason = "the question is meant for no document" if matched.is_foreign else "the document does not say"
+            return Route((), reason=reason, about=matched.about, nowhere=matched.nowhere, is_foreign=matched.is_foreign)
+        return replace(pick(index, manifest.n_chunks, question, k, matched), about=matched.about)
     if manifest.is_memory and threshold > 0:
         if not search(index, question, 1):
             return Route((), reason="no word of the question was ever said")
@@ -127,12 +143,19 @@ def route_adapter(
     return replace(pick(index, manifest.n_chunks, question, k), about=probability)
 
 
-def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:
+def route_set(
+    index: Index,
+    n_chunks: int,
+    questions: Sequence[str],
+    k: int | None = DEFAULT_ROUTE,
+    reader: QuestionReader | None = None,
+) -> Route:
     """What a fixed set of questions gets of a document: each chunk and sentence at the highest weight of any question.
 
     So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
     """
-    routes = [pick(index, n_chunks, question, k) for question in questions]
+    found = [None if reader is None else reader.match(index, question) for question in questions]
+    routes = [pick(index, n_chunks, question, k, one) for question, one in zip(questions, found, strict=True)]
     if any(route.chunks is None and route.sentences is None for route in routes):
         return Route(reason="a question gets all chunks")
     counts = Counter(place.chunk for place in read_sentences(index))
@@ -148,19 +171,25 @@ def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | No
     return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
 
 
-def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
+def pick(
+    index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE, matched: Matches | None = None
+) -> Route:
     """Pick what a question gets: at most `k` of the document's `n_chunks`, or all (None), and in them the sentences.
 
     The lower a chunk's score beside the best one's, the less it weighs, so that a poor match does not drown a good
     one (measured: docs/notebook). A document of k chunks or fewer is given whole, and each of its chunks keeps
     a least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError
     for k < 1.
+
+    Args:
+        matched: what a reader found; by words where it is None.
     """
     if k is None:
         return Route()
     if k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
-    matched = matches(index, question, k)
+    by = "BM25 and word vectors" if matched is None else "the reader"
+    matched = matched or matches(index, question, k)
     if n_chunks == 1:
         route = Route(sentences=_weigh_sentences(matched, [0], [1.0]), reason="the document has only one chunk")
     elif not matched.chunks:
@@ -169,12 +198,12 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
         if n_chunks > k:
             chunks, scores = zip(*[*matched.chunks.items()][:k], strict=True)
             weights = tuple(score**SHARPNESS for score in scores)
-            reason = f"best {len(chunks)} by BM25 and word vectors"
+            reason = f"best {len(chunks)} by {by}"
         else:
             unmatched = (chunk for chunk in range(n_chunks) if chunk not in matched.chunks)
             chunks, scores = zip(*(matched.chunks | dict.fromkeys(unmatched, 0.0)).items(), strict=True)
             weights = tuple(max(_MIN_CHUNK_WEIGHT, score) for score in scores)
-            reason = f"all {n_chunks} chunks, weighed by BM25 and word vectors"
+            reason = f"all {n_chunks} chunks, weighed by {by}"
         route = Route(chunks, scores, weights, _weigh_sentences(matched, chunks, weights), reason)
     candidates = tuple(one for chunk, one in matched.candidates if route.chunks is None or chunk in route.chunks)
     return replace(route, candidates=candidates, nowhere=matched.nowhere)
@@ -225,6 +254,7 @@ def route_adapters(
     open_named: Callable[[str], Adapter],
     always: bool = False,
     strict: bool = False,
+    reader: QuestionReader | None = None,
 ) -> list[tuple[Adapter, Route]]:
     """What a question gets of each adapter that is named, and of the documents that patterns and a tag stand for.
 
@@ -235,6 +265,7 @@ def route_adapters(
         open_named: opens a name or a version `name@hash`.
         always: do not look whether the question is about a document.
         strict: the answer is given only where the model is sure of it.
+        reader: as in `route_adapter`.
 
     Raises:
         AdapterError: there is no such adapter, no document fits, or a library is to be given as a whole (k is None).
@@ -248,14 +279,14 @@ def route_adapters(
             versions.setdefault(adapter.manifest.version, adapter)
     n_documents = sum(adapter.manifest.kind == "document" for adapter in versions.values())
     threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents, strict)
-    routed = [(adapter, route_adapter(adapter, question, k, threshold)) for adapter in versions.values()]
+    routed = [(adapter, route_adapter(adapter, question, k, threshold, reader=reader)) for adapter in versions.values()]
     if patterns:
         if k is None:
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
         check_patterns(library, patterns, tag)
         with library.reading() as register:
             others = register.best_chunks(phrases(question), k, patterns, tag, versions.keys())
-        routed += share_out(others, question, k, threshold, open_named)
+        routed += share_out(others, question, k, threshold, open_named, reader)
     return routed
 
 
@@ -276,7 +307,12 @@ def check_patterns(library: Library, patterns: Sequence[str], tag: str = "") -> 
 
 
 def share_out(
-    matches: Sequence[Match], question: str, k: int, threshold: float, open_named: Callable[[str], Adapter]
+    matches: Sequence[Match],
+    question: str,
+    k: int,
+    threshold: float,
+    open_named: Callable[[str], Adapter],
+    reader: QuestionReader | None = None,
 ) -> list[tuple[Adapter, Route]]:
     """What a question gets of each document that owns one of the best chunks of a library, the best one first.
 
@@ -300,7 +336,7 @@ def share_out(
         is_called = not set(re.split(r"[-._]+", first.name)).isdisjoint(word for word, _ in phrases(question))
         name, least = (first.name, min(threshold, THRESHOLD)) if is_called else ("", threshold)
         document = open_named(first.reference)
-        route = route_adapter(document, question, n_places, least, name)
+        route = route_adapter(document, question, n_places, least, name, reader)
         if route.is_empty:
             continue
         if route.chunks is None and first.n_chunks > n_places:

@@ -153,7 +153,8 @@ class Call:
         for prompt in request.prompts:
             ids, text = self._raw(prompt)
             self._room(ids)
-            self.prepared.append(replace(model.prepare(text, chosen, **routing, outlines=False), prompt=ids))
+            alone = {**routing, "strict": bool(body.strict)}  # a raw prompt is no question that could be refused
+            self.prepared.append(replace(model.prepare(text, chosen, **alone, outlines=False), prompt=ids))
         if not request.prompts:
             turns = self._put_in_window(bool(chosen)) if request.window else [*request.turns]
             self.prepared.append(model.prepare(turns, chosen, **routing, check=self._room))

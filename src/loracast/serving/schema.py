@@ -87,7 +87,7 @@ class Generating(Body):
     """Choose among the documents with this tag."""
     always: bool = False
     """Answer with the documents' adapters even where the question is not about them."""
-    strict: bool = False
+    strict: bool | None = None
     """Where a question is about none of the documents, answer that the document does not say."""
 
     model: str

@@ -166,8 +166,9 @@ def draw_near_misses(n: int, seed: int, split: Split) -> Iterator[AskedDocument]
     for i, one in enumerate(whole):
         rng = random.Random(f"{seed}/nearq/{i}")
         others = [other for other in by_genre[one.genre] if other is not one][:_MAX_OTHERS]
-        for near in make_near_misses(rng, one, others):
-            yield from of_facts("near", i, near, rng)
+        for j, near in enumerate(make_near_misses(rng, one, others)):
+            # A group of its own: another one of the same document may say what this one lacks.
+            yield from of_facts("near", 3 * i + j, near, rng)
 
 
 def of_facts(source: str, number: int, drawn: EverydayDocument, rng: random.Random) -> Iterator[AskedDocument]:

@@ -1,0 +1,209 @@
+"""Asks a document with the learned reader (hypernets/reader.py): which units answer a question, or that none does.
+
+What the reader keeps of a document's tokens lies in the document's index, so that a question costs a pass of the base's
+lower blocks over the question alone. Documents that were learned without it, and those of which only the text is kept,
+are read when they are first asked; their vectors stay in memory.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, islice
+from threading import Lock
+from typing import Any, NamedTuple
+from unicodedata import normalize
+
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+
+from loracast.base.chat import encode_text, encode_with_offsets
+from loracast.base.forward import pad_right
+from loracast.base.load import Base
+from loracast.documents import Chunk
+from loracast.documents.units import token_sentences
+from loracast.errors import LEARN_AGAIN, AdapterError
+from loracast.hypernets.encoders import HiddenStatesEncoder
+from loracast.hypernets.protocol import Hypernetwork
+from loracast.hypernets.reader import Found, Reader
+from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences
+from loracast.lora.algebra import LoRABatch
+from loracast.reading.matching import Candidate, Matches
+from loracast.reading.search import sentence_scores
+
+Spans = Sequence[tuple[int, int]]
+_CHUNKS_IN_MEMORY = 512  # that are read when they are asked: about 12 MB
+_CHUNKS_AT_ONCE = 8
+_POWER = 0.5  # of a unit's probability beside the best one's, as its weight
+_CANDIDATES = 64
+_LEAST = 0.001  # probability of a candidate; those below change no answer (base/copying.py)
+_CANDIDATE_CHARACTERS = 48  # answers from the words of a document are short
+
+
+class ReadChunk(NamedTuple):
+    """What the reader keeps of a chunk."""
+
+    vectors: Tensor
+    """Of its tokens, in bytes [t, width]."""
+    units: tuple[int, ...]
+    """The unit of each token, from 0 on."""
+
+
+def write_vectors(index: Index, reader_id: str, read: Sequence[tuple[int, ReadChunk]]) -> None:
+    """Keep in a document's index what a reader keeps of some chunks, each with its number."""
+    with changing_index(index) as database:
+        database.execute("CREATE TABLE IF NOT EXISTS vectors (reader TEXT, chunk INTEGER, vectors BLOB, units BLOB)")
+        rows = [
+            (reader_id, number, one.vectors.cpu().numpy().tobytes(), array("H", one.units).tobytes())
+            for number, one in read
+        ]
+        database.executemany("INSERT INTO vectors VALUES (?, ?, ?, ?)", rows)
+
+
+class QuestionReader:
+    """A reader bound to a base: it asks documents questions. Threads may share one."""
+
+    def __init__(self, reader: Reader, base: Base, hypernetwork: Callable[[], Hypernetwork]):
+        """
+        Args:
+            hypernetwork: gives the one of documents, whose encoder LoRA the base carries while it reads a document.
+        """
+        self.reader, self.base = reader, base
+        layers, prefix = [reader.config.layer], reader.config.prefix
+
+        def encoder_lora() -> LoRABatch | None:
+            beside: Any = hypernetwork()
+            return beside.encoder_lora_batch()
+
+        self._as_text = HiddenStatesEncoder(base.model, layers, prefix=prefix, lora=encoder_lora)
+        self._as_question = HiddenStatesEncoder(base.model, layers, prefix=prefix)
+        self._read: LRUCache[str, ReadChunk] = LRUCache(_CHUNKS_IN_MEMORY)
+        self._asked: LRUCache[str, Tensor] = LRUCache(64)
+        self._changing = Lock()
+
+    def match(self, index: Index, question: str) -> Matches | None:
+        """What a document has for a question; None for an index from before sentences were kept."""
+        places = read_sentences(index)
+        if not places:
+            return None
+        chunks = read_chunks(index)
+        of_chunks: list[list[tuple[int, int]]] = [[] for _ in chunks]
+        for place in places:
+            of_chunks[place.chunk].append((place.start, place.end))
+        read = self._document(index, chunks, of_chunks)
+        first = [0, *accumulate(map(len, of_chunks))]
+        units = torch.tensor([first[i] + unit for i, one in enumerate(read) for unit in one.units])
+        text = self.reader.unpacked(torch.cat([one.vectors for one in read]))
+        scores = sentence_scores(index, question)
+        bm25 = torch.zeros(len(places)) if scores is None else torch.tensor(scores) / max(scores)
+        found = self.reader.find(self._standard(question), text, units, bm25)
+        return self._matches(found, chunks, of_chunks, read)
+
+    def _matches(
+        self, found: Found, chunks: Sequence[Chunk], spans: Sequence[Spans], read: Sequence[ReadChunk]
+    ) -> Matches:
+        best, weights = max(found.of_units), [0.0] * sum(map(len, spans))
+        for unit, probability in zip(found.units, found.of_units, strict=True):
+            weights[unit] = (probability / best) ** _POWER
+        rest = iter(weights)
+        sentences = {chunk: tuple(islice(rest, len(of_one))) for chunk, of_one in enumerate(spans)}
+        of_chunks = {chunk: max(some, default=0.0) for chunk, some in sentences.items()}
+        ranked = sorted((-score, chunk) for chunk, score in of_chunks.items() if score > 0)
+        margin = found.margin - self.reader.refusing.item()
+        return Matches(
+            {chunk: -score for score, chunk in ranked},
+            sentences,
+            tuple(self._candidates(found, chunks, spans, read)),
+            found.nowhere,
+            about=torch.sigmoid(torch.tensor(-margin)).item(),
+            is_foreign=found.foreign > max(found.nowhere, sum(found.of_units)),
+        )
+
+    def _candidates(
+        self, found: Found, chunks: Sequence[Chunk], spans: Sequence[Spans], read: Sequence[ReadChunk]
+    ) -> Iterator[tuple[int, Candidate]]:
+        """With what the answer may begin: texts from a token on to the end of its unit."""
+        starts, offsets = [0, *accumulate(len(one.units) for one in read)], dict[int, Spans]()
+        for token, probability in found.begins[:_CANDIDATES]:
+            if probability < _LEAST:
+                return
+            chunk = bisect_right(starts, token) - 1
+            at = token - starts[chunk]
+            prompt = chunks[chunk].prompt
+            if chunk not in offsets:
+                offsets[chunk] = encode_with_offsets(self.base.tokenizer, prompt)[1]
+            text = normalize("NFC", prompt[offsets[chunk][at][0] : spans[chunk][read[chunk].units[at]][1]]).strip()
+            if len(text) > _CANDIDATE_CHARACTERS:
+                text = text[:_CANDIDATE_CHARACTERS]
+                text = text.rpartition(" ")[0] or text
+            if text:
+                yield chunk, Candidate(text.rstrip(), probability)
+
+    # ---- what the reader sees
+
+    def _standard(self, question: str) -> Tensor:
+        """The standardised tokens of a question [m, d]."""
+        with self._changing:
+            known = self._asked.get(question)
+        if known is None:
+            ids = torch.tensor([encode_text(self.base.tokenizer, question) or [self.base.pad_id]])
+            known = self._states(self._as_question, ids)[0]
+            with self._changing:
+                self._asked[question] = known
+        return known
+
+    @torch.inference_mode()
+    def _states(self, encoder: HiddenStatesEncoder, ids: Tensor) -> Tensor:
+        with self.base.lock:
+            states = encoder(ids.to(self.base.device)).states
+            embedded = self.base.model.get_input_embeddings()(ids.to(self.base.device))
+        return self.reader.standard(states.cpu(), embedded.cpu())
+
+    def _document(self, index: Index, chunks: Sequence[Chunk], spans: Sequence[Spans]) -> list[ReadChunk]:
+        """What the reader keeps of each chunk: from the index, from memory, or read now."""
+        kept = dict[int, ReadChunk]()
+        with open_index(index) as database:
+            if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'vectors'").fetchone():
+                query = "SELECT chunk, vectors, units FROM vectors WHERE reader = ?"
+                found = database.execute(query, (self.reader.id,))
+                kept = {number: self._from_bytes(vectors, units) for number, vectors, units in found}
+        with self._changing:
+            for i, chunk in enumerate(chunks):
+                if i not in kept and chunk.prompt in self._read:
+                    kept[i] = self._read[chunk.prompt]
+        if missing := [i for i in range(len(chunks)) if i not in kept]:
+            made = self.read([chunks[i].prompt for i in missing], [spans[i] for i in missing])
+            kept |= dict(zip(missing, made, strict=True))
+            with self._changing:
+                self._read.update({chunks[i].prompt: kept[i] for i in missing[:_CHUNKS_IN_MEMORY]})
+        read = [kept[i] for i in range(len(chunks))]
+        if any(max(one.units, default=0) >= len(of_one) for one, of_one in zip(read, spans, strict=True)):
+            raise AdapterError(f"the index holds vectors of another text than its own; {LEARN_AGAIN}")
+        return read
+
+    def read(self, prompts: Sequence[str], spans: Sequence[Spans]) -> list[ReadChunk]:
+        """Read chunks with the base's lower blocks.
+
+        Args:
+            spans: of each, the characters of its units.
+        """
+        read = list[ReadChunk]()
+        for first in range(0, len(prompts), _CHUNKS_AT_ONCE):
+            some = [
+                encode_with_offsets(self.base.tokenizer, prompt) for prompt in prompts[first : first + _CHUNKS_AT_ONCE]
+            ]
+            ids, _ = pad_right([ids for ids, _ in some], self.base.pad_id)
+            vectors = self.reader.kept(self.reader.vectors(self._states(self._as_text, ids)))
+            for (of_one, offsets), its_spans, its_vectors in zip(some, spans[first:], vectors, strict=False):
+                read.append(ReadChunk(its_vectors[: len(of_one)].clone(), tuple(token_sentences(its_spans, offsets))))
+        return read
+
+    def _from_bytes(self, vectors: bytes, units: bytes) -> ReadChunk:
+        """What an index holds of a chunk; a stranger's may hold anything."""
+        width = self.reader.config.width
+        if not (isinstance(vectors, bytes) and isinstance(units, bytes) and len(vectors) * 2 == len(units) * width > 0):
+            raise AdapterError(f"the index holds vectors that are none; {LEARN_AGAIN}")
+        numbers = torch.frombuffer(bytearray(vectors), dtype=torch.int8).view(-1, width)
+        return ReadChunk(numbers, tuple(array("H", units)))
