@@ -151,7 +151,9 @@ def route_question(service: Shared, request: Request, body: _Question) -> dict[s
     A sentence's start and end are characters of its chunk's text.
     """
     model = service.model
-    routed = route_adapters(model.library, body.question, body.adapters, body.route, body.tag, model.adapter)
+    routed = route_adapters(
+        model.library, body.question, body.adapters, body.route, body.tag, model.adapter, reader=model.reader
+    )
     check_memories(request, (adapter for adapter, _ in routed))
     return {"question": body.question, "adapters": [_routed(adapter, route) for adapter, route in routed]}
 
