@@ -18,7 +18,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -99,6 +98,11 @@ class Found:
     """The tokens of the document with which the answer may begin, each with its probability, the likeliest first."""
     margin: float
     """How much likelier "nowhere" is than all units, as a difference of logits."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the question is meant for no document, such as a greeting."""
+        return self.foreign > max(self.nowhere, sum(self.of_units))
 
 
 class Reader(nn.Module):
@@ -237,9 +241,9 @@ class Reader(nn.Module):
         places = self.places(
             asked, asked.new_ones(1, asked.shape[1]) > 0, text[rows][None], of_rows[None], scores[None]
         )
-        probabilities = places.all()[0].softmax(0).tolist()
-        scale = places.all().logsumexp(1)
-        begins = (places.begins[0] - scale).exp()
+        logits = places.all()[0]
+        probabilities = logits.softmax(0).tolist()
+        begins = (places.begins[0] - logits.logsumexp(0)).exp()
         order = begins.argsort(descending=True, stable=True)
         return Found(
             units=tuple(best.tolist()),
@@ -264,11 +268,6 @@ class Reader(nn.Module):
         tensors = {name: value.detach().cpu().half().contiguous() for name, value in self.state_dict().items()}
         about = {"config": json.dumps(asdict(self.config)), "provenance": json.dumps(dict(provenance))}
         write_with(path, lambda part: save_file(tensors, part, metadata=about))
-
-    @classmethod
-    def shipped(cls) -> Self:
-        """The reader that ships, for the default base."""
-        return cls.read(Path(str(files("loracast") / "pretrained" / "doc-smollm2-135m" / READER_FILE)))
 
     @classmethod
     def read(cls, path: Path) -> Self:

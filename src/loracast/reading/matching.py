@@ -91,8 +91,8 @@ _OTHER_SHARE = 0.3  # of the score of a sentence about another subject than the 
 _HEADING_SHARE = 0.3  # of the score of a heading, whose words say what the sentences below it are about
 _CHUNKS_COMPARED = 16
 """Chunks, the best ones, whose sentences are told apart by subject, which takes most of the time."""
-_CANDIDATES_KEPT = 64
-_MIN_PROBABILITY = 0.001  # of a candidate; those below change no answer (base/copying.py)
+CANDIDATES_KEPT = 64
+MIN_PROBABILITY = 0.001  # of a candidate; those below change no answer (base/copying.py)
 _CANDIDATE_CHARACTERS = 48
 """Of a text: answers from the words of a document are short."""
 
@@ -188,16 +188,21 @@ def _candidates(
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     candidates = list[tuple[int, Candidate]]()
-    for i in np.argsort(-probabilities[:-1], kind="stable")[:_CANDIDATES_KEPT]:
-        if probabilities[i] >= _MIN_PROBABILITY:
+    for i in np.argsort(-probabilities[:-1], kind="stable")[:CANDIDATES_KEPT]:
+        if probabilities[i] >= MIN_PROBABILITY:
             chunk, start, end = read.places[sentences[i]]
             sentence = normalize("NFC", read.chunks[chunk].prompt[start:end])
-            beginning = sentence[text.characters[words[i]] :].rstrip()
-            if len(beginning) > _CANDIDATE_CHARACTERS:
-                beginning = beginning[:_CANDIDATE_CHARACTERS]
-                beginning = beginning.rpartition(" ")[0] or beginning
+            beginning = shortened(sentence[text.characters[words[i]] :].rstrip())
             candidates.append((chunk, Candidate(beginning, float(probabilities[i]))))
     return tuple(candidates), float(probabilities[-1])
+
+
+def shortened(text: str) -> str:
+    """A text with which an answer may begin, cut at a word where it is longer than answers are."""
+    if len(text) <= _CANDIDATE_CHARACTERS:
+        return text
+    cut = text[:_CANDIDATE_CHARACTERS]
+    return cut.rpartition(" ")[0] or cut
 
 
 def candidates_together(of_each: Sequence[Sequence[Candidate]]) -> tuple[Candidate, ...]:

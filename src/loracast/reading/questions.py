@@ -30,16 +30,13 @@ from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.reader import Found, Reader
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences
-from loracast.reading.matching import Candidate, Matches
+from loracast.reading.matching import CANDIDATES_KEPT, MIN_PROBABILITY, Candidate, Matches, shortened
 from loracast.reading.search import sentence_scores
 
 Spans = Sequence[tuple[int, int]]
 _CHUNKS_IN_MEMORY = 512  # that are read when they are asked: about 12 MB
 _CHUNKS_AT_ONCE = 8
 _POWER = 0.5  # of a unit's probability beside the best one's, as its weight
-_CANDIDATES = 64
-_LEAST = 0.001  # probability of a candidate; those below change no answer (base/copying.py)
-_CANDIDATE_CHARACTERS = 48  # answers from the words of a document are short
 
 
 class ReadChunk(NamedTuple):
@@ -121,7 +118,7 @@ class QuestionReader:
             tuple(self._candidates(found, chunks, spans, read)),
             found.nowhere,
             about=torch.sigmoid(torch.tensor(-margin)).item(),
-            is_foreign=found.foreign > max(found.nowhere, sum(found.of_units)),
+            is_foreign=found.is_foreign,
         )
 
     def _candidates(
@@ -129,20 +126,17 @@ class QuestionReader:
     ) -> Iterator[tuple[int, Candidate]]:
         """With what the answer may begin: texts from a token on to the end of its unit."""
         starts, offsets = [0, *accumulate(len(one.units) for one in read)], dict[int, Spans]()
-        for token, probability in found.begins[:_CANDIDATES]:
-            if probability < _LEAST:
+        for token, probability in found.begins[:CANDIDATES_KEPT]:
+            if probability < MIN_PROBABILITY:
                 return
             chunk = bisect_right(starts, token) - 1
             at = token - starts[chunk]
             prompt = chunks[chunk].prompt
             if chunk not in offsets:
                 offsets[chunk] = encode_with_offsets(self.base.tokenizer, prompt)[1]
-            text = normalize("NFC", prompt[offsets[chunk][at][0] : spans[chunk][read[chunk].units[at]][1]]).strip()
-            if len(text) > _CANDIDATE_CHARACTERS:
-                text = text[:_CANDIDATE_CHARACTERS]
-                text = text.rpartition(" ")[0] or text
-            if text:
-                yield chunk, Candidate(text.rstrip(), probability)
+            text = normalize("NFC", prompt[offsets[chunk][at][0] : spans[chunk][read[chunk].units[at]][1]])
+            if beginning := shortened(text.strip()).rstrip():
+                yield chunk, Candidate(beginning, probability)
 
     # ---- what the reader sees
 

@@ -143,19 +143,12 @@ def route_adapter(
     return replace(pick(index, manifest.n_chunks, question, k), about=probability)
 
 
-def route_set(
-    index: Index,
-    n_chunks: int,
-    questions: Sequence[str],
-    k: int | None = DEFAULT_ROUTE,
-    reader: QuestionReader | None = None,
-) -> Route:
+def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:
     """What a fixed set of questions gets of a document: each chunk and sentence at the highest weight of any question.
 
     So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
     """
-    found = [None if reader is None else reader.match(index, question) for question in questions]
-    routes = [pick(index, n_chunks, question, k, one) for question, one in zip(questions, found, strict=True)]
+    routes = [pick(index, n_chunks, question, k) for question in questions]
     if any(route.chunks is None and route.sentences is None for route in routes):
         return Route(reason="a question gets all chunks")
     counts = Counter(place.chunk for place in read_sentences(index))

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loracast.answering.model import Model
+from loracast.errors import ConfigError
 from loracast.hypernets.reader import READER_FILE, Reader
 from loracast.lab.data import asked
 from loracast.lab.data.asked import AskedDocument
@@ -52,13 +53,15 @@ class ReaderEvalConfig:
     seed: int = 1
     """Seed of all that is drawn."""
     reader: str = ""
-    """Folder of a reader; that of the shipped one if empty."""
+    """Folder of a reader; the one beside the hypernetwork if empty."""
 
 
 def evaluate_reader(model: Model, config: ReaderEvalConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Ask every document its questions, some of others and small talk; errors as of `read_questioned`."""
     hypernetwork: Any = model.documents.hypernetwork
-    reader = Reader.read(Path(config.reader) / READER_FILE) if config.reader else Reader.shipped()
+    reader = Reader.read(Path(config.reader) / READER_FILE) if config.reader else hypernetwork.reader
+    if reader is None:
+        raise ConfigError("no reader stands beside the hypernetwork: give the folder of one with --reader")
     drawn = _draw(config)
     with TemporaryDirectory() as folder:
         file = ReadFile(
@@ -125,8 +128,8 @@ def _judge(objective: ReaderObjective, episode: Episode) -> list[dict[str, Any]]
                 row |= {"reader": best == right, "bm25": int(bm25.argmax()) == right}
                 row["today"] = _today(index, question.text) == right
                 row["begins"] = found.begins[0][0] == token if token >= 0 else None
-            foreign = found.foreign > max(found.nowhere, sum(found.of_units))
-            row |= {"base": foreign, "refused": not foreign and found.margin > objective.reader.refusing.item()}
+            is_refused = not found.is_foreign and found.margin > objective.reader.refusing.item()
+            row |= {"base": found.is_foreign, "refused": is_refused}
             rows.append(row)
     return rows
 
