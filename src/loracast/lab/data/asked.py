@@ -59,9 +59,19 @@ class AskedDocument:
     questions: tuple[AskedQuestion, ...]
 
 
-def small_talk(split: Split) -> list[str]:
-    """What people say to an assistant that is meant for no document."""
-    return list(read_content("small_talk")[split])
+def small_talk(split: Split, n: int = 0, seed: int = 0) -> list[str]:
+    """What people say to an assistant that is meant for no document.
+
+    Args:
+        n: as many more are made from patterns; only for "train".
+    """
+    talk, rng = read_content("small_talk"), random.Random(f"{seed}/talk")
+    made = set[str]()
+    while len(made) < n:
+        pattern = rng.choice(talk["train_patterns"])
+        said = re.sub(r"{(\w+)}", lambda slot: rng.choice(talk["words"][slot[1]]), pattern)
+        made.add(said.lower() if rng.random() < _P_LOWER else said)
+    return [*talk[split], *sorted(made)]
 
 
 def draw_people(documents: Sequence[QuestionedDocument], seed: int) -> Iterator[AskedDocument]:

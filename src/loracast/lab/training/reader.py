@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from loracast.lora.target import text_config
 from loracast.reading.search import sentence_scores
 
 _DEPTH = 0.47  # of the base, after which states are read: deeper ones tell little more, and cost more of a question
+_ROWS_AT_ONCE = 16  # questions of the second step, of similar length
 _MEASURED = 400  # documents from which the states' means and deviations are taken
 
 
@@ -50,6 +52,8 @@ class ReaderData:
     tables: int = 260
     corrections: int = 350
     near_misses: int = 240
+    small_talk: int = 2000
+    """Made from patterns, beside what is written."""
     held_out: float = 0.03
     """Share of the documents that are kept to choose from which margin on a question is refused."""
     seed: int = 0
@@ -193,6 +197,23 @@ def without_answer(question: ReadQuestion, chunks: Sequence[ReadChunk]) -> ReadQ
     return ReadQuestion(question.ids, question.row, question.text) if is_known else None
 
 
+class _Row(NamedTuple):
+    """A question with the best units of its document, as the second step reads them."""
+
+    asked: Tensor
+    """Its standardised tokens [m, d]."""
+    text: Tensor
+    """The vectors of the units' tokens [t, width]."""
+    units: Tensor
+    """The unit of each [t]."""
+    scores: Tensor
+    """Late interaction and BM25 of each unit [k, 2]."""
+    right: int
+    """The place of the right unit, `NOWHERE` or `FOREIGN`."""
+    begin: int = -1
+    """The token with which the answer begins, or -1."""
+
+
 class ReaderObjective:
     """The loss of a step: its number -> loss and figures."""
 
@@ -213,9 +234,10 @@ class ReaderObjective:
         lengths = [len(question.ids) for one in episodes for question in one.questions]
         asked = standard(*self.file.tokens([q for one in episodes for q in one.questions])).split(lengths)
         of_episode = iter(asked)
-        first, text_rows, unit_rows, score_rows, rights, begins = [], [], [], [], [], []
+        first, rows = list[Tensor](), list[_Row]()
         for one, text in zip(episodes, texts.split(n_tokens), strict=True):
-            padded, mask = _padded([next(of_episode) for _ in one.questions])
+            its = [next(of_episode) for _ in one.questions]
+            padded, mask = _padded(its)
             late, bm25 = reader.late(reader.question(padded, mask), text, one.units, one.n_units), one.bm25()
             logits = reader.first(late, bm25)
             for i, (right, token) in enumerate(zip(one.rights, one.tokens, strict=True)):
@@ -225,30 +247,34 @@ class ReaderObjective:
                     if right not in best:
                         best[-1] = right
                 best = best.sort().values
-                rows, of_rows = reader.rows_of(best, one.units)
-                text_rows.append(text[rows])
-                unit_rows.append(of_rows)
-                score_rows.append(torch.stack([late[i], bm25[i]], -1)[best])
-                rights.append(int((best == right).nonzero()[0, 0]) if right >= 0 else right)
-                found = (rows == token).nonzero()
-                begins.append(int(found[0, 0]) if token >= 0 and len(found) else -1)
-        padded, mask = _padded([row[-c.most_tokens :] for row in asked])
-        k = max(map(len, score_rows))
-        units = pad_sequence(unit_rows, batch_first=True, padding_value=k)
-        scores = pad_sequence(score_rows, batch_first=True)
-        places = reader.places(padded, mask, pad_sequence(text_rows, batch_first=True), units, scores)
+                read, of_rows = reader.rows_of(best, one.units)
+                place = int((best == right).nonzero()[0, 0]) if right >= 0 else right
+                begin = (read == token).nonzero()[:1, 0].tolist() if token >= 0 else []
+                scores = torch.stack([late[i], bm25[i]], -1)[best]
+                rows.append(_Row(its[i][-c.most_tokens :], text[read], of_rows, scores, place, *begin))
+        rows.sort(key=lambda row: len(row.text))  # so that little is read that is only padding
+        judged = [self._second(rows[i : i + _ROWS_AT_ONCE]) for i in range(0, len(rows), _ROWS_AT_ONCE)]
+        second, is_right = (torch.cat(some) for some in zip(*judged, strict=True))
+        rights = torch.tensor([row.right for row in rows])
+        groups = {"unit": rights >= 0, "nowhere": rights == NOWHERE, "foreign": rights == FOREIGN}
+        figures = {name: is_right[group].float().mean().item() for name, group in groups.items() if group.any()}
+        return (torch.stack(first).mean() if first else 0.0) + second.mean(), figures
+
+    def _second(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+        """The second step's loss of some questions, and whether it is right [questions] each."""
+        padded, mask = _padded([row.asked for row in rows])
+        k = max(len(row.scores) for row in rows)
+        text = pad_sequence([row.text for row in rows], batch_first=True)
+        units = pad_sequence([row.units for row in rows], batch_first=True, padding_value=k)
+        places = self.reader.places(padded, mask, text, units, pad_sequence([row.scores for row in rows], True))
         # A question of one unit fewer than k must not choose the missing one: its tokens' logits are very low.
-        wanted = torch.tensor([right if right >= 0 else k - 1 - right for right in rights])
-        tokens, of_all = torch.tensor(begins), places.all()
+        wanted = torch.tensor([row.right if row.right >= 0 else k - 1 - row.right for row in rows])
+        tokens, of_all = torch.tensor([row.begin for row in rows]), places.all()
         of_units = functional.cross_entropy(of_all, wanted, reduction="none")
         of_tokens = functional.cross_entropy(
             torch.cat([places.begins, of_all[:, k:]], 1), tokens.clamp_min(0), reduction="none"
         )
-        second = torch.where(tokens >= 0, of_tokens, of_units).mean()
-        is_right = (of_all.argmax(1) == wanted).float()
-        groups = {"unit": wanted < k, "nowhere": wanted == k, "foreign": wanted == k + 1}
-        figures = {name: is_right[group].mean().item() for name, group in groups.items() if group.any()}
-        return (torch.stack(first).mean() if first else 0.0) + second, figures
+        return torch.where(tokens >= 0, of_tokens, of_units), of_all.argmax(1) == wanted
 
     @torch.no_grad()
     def find(self, episode: Episode) -> list[Found]:
@@ -291,7 +317,8 @@ def train_reader(
     layer = round(_DEPTH * of_base.num_hidden_layers)
     reader = Reader(ReaderConfig(of_base.hidden_size, layer, tuple(hypernetwork.config.prefix)))
     drawn = recipe.data.draw(people)
-    file = ReadFile(out / "states.f16", base, hypernetwork, reader.config, drawn, asked.small_talk("train"), progress)
+    talk = asked.small_talk("train", recipe.data.small_talk, recipe.data.seed)
+    file = ReadFile(out / "states.f16", base, hypernetwork, reader.config, drawn, talk, progress)
     rng = random.Random(recipe.data.seed)
     n_held = round(recipe.data.held_out * len(file.documents))
     held_out = set(rng.sample(range(len(file.documents)), n_held))
