@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import typer
 
 import loracast
-from loracast.answering.answers import least_confidence
 from loracast.answering.model import Model
 from loracast.base.footprint import fastest_dtype
 from loracast.base.generate import Sampling, answers
@@ -33,12 +32,10 @@ from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, Learn
 from loracast.lab.evaluation.qa import BASELINES
 from loracast.lab.evaluation.report import cpu_model
 from loracast.lab.evaluation.runner import ask
-from loracast.reading.relevance import THRESHOLD_STRICT, about
 from loracast.reading.routing import Route, route_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "fingerprint.json"
-CONTENT = ROOT / "src" / "loracast" / "reading"
 SHIPPED = {"document": "doc-smollm2-135m", "task": "text-smollm2-135m"}
 """By what a measurement depends on, the shipped hypernetwork."""
 EVERYDAY, SHEETS, QUESTIONS = 30, 10, 5
@@ -97,19 +94,15 @@ def behaviour(model: Model) -> dict[str, dict[str, str]]:
     setup = DocumentSetup(model, max_new_tokens=_SAMPLING.max_new_tokens)
     asked = [(document, one) for document, some in questions(setup) for one in some]
     cases = [DocumentCase(document, question) for document, question in asked]
-    routes = [of_route(route_adapter(document.adapter, question)) for document, question in asked]
-    strict = [route_adapter(document.adapter, question, threshold=THRESHOLD_STRICT) for document, question in asked]
-    sure = [round(least_confidence([route]), 3) for route in strict]
+    others_first = [*asked[QUESTIONS:], *asked[:QUESTIONS]]  # each question is asked of another document too
+    both = [(one, question) for of in (asked, others_first) for (_, question), (one, _) in zip(asked, of, strict=True)]
+    routes = [of_route(route_adapter(document.adapter, question, reader=model.reader)) for document, question in both]
     others = {name: cases[:: max(1, len(cases) // 20)] for name in ("none", "window", "bm25")}
     given = ask(setup, BASELINES, {"adapter": cases, **others}, _SAMPLING)
     said = {name: [a.text for a in given if a.baseline == name] for name in ("adapter", *others)}
-    others_first = [*asked[QUESTIONS:], *asked[:QUESTIONS]]  # each question is asked of another document too
-    both = [(one, question) for of in (asked, others_first) for (_, question), (one, _) in zip(asked, of, strict=True)]
-    gate = [round(about(document.adapter.open_index, question), 3) for document, question in both]
     return {
-        "document": {"routes": digest(routes), "answers": digest(said.pop("adapter")), "strict": digest(sure)},
+        "document": {"routes": digest(routes), "answers": digest(said.pop("adapter"))},
         "none": {"answers": digest(said)},
-        "gate": {"probabilities": digest(gate)},
         "task": {"answers": digest(of_tasks(model))},
     }
 
@@ -125,20 +118,16 @@ def of_tasks(model: Model) -> list[str]:
 
 
 def of_files(model: Model) -> dict[str, dict[str, str]]:
-    """By kind of measurement, the ids of weights, hashes of word data, and the type in which figures are computed."""
+    """By kind of measurement, the ids of weights and reader, and the type in which figures are computed."""
     from loracast.hypernets.protocol import Hypernetwork
-
-    def data(*names: str) -> str:
-        return digest([hashlib.sha256((CONTENT / name).read_bytes()).hexdigest() for name in names])
 
     shipped = ROOT / "src" / "loracast" / "pretrained"
     weights = {kind: Hypernetwork.from_pretrained(shipped / name).id for kind, name in SHIPPED.items()}
     dtype = str(fastest_dtype("cpu")).removeprefix("torch.")
-    words = data("word_vectors.safetensors", "relevance.toml")
+    reader = "" if model.reader is None else model.reader.reader.id
     return {
-        "document": {"weights": weights["document"], "words": words, "dtype": dtype},
+        "document": {"weights": weights["document"], "reader": reader, "dtype": dtype},
         "task": {"weights": weights["task"], "dtype": dtype},
-        "gate": {"words": data("relevance.toml")},
         "none": {"weights": model.base.fingerprint.norms, "dtype": dtype},
     }
 

@@ -246,7 +246,7 @@ def page(plan: Plan, folder: Path = FIGURES) -> str:
 def _made(one: Measurement, kept: Mapping[str, Any] | None) -> str:
     if kept is None:
         return f"{_unmeasured(one)}; it takes about {one.minutes:g} minutes"
-    weights = {"none": "the base alone", "gate": "the gate"}.get(one.depends) or fingerprint.SHIPPED[one.depends]
+    weights = {"none": "the base alone"}.get(one.depends) or fingerprint.SHIPPED[one.depends]
     weights += f" `{kept['fingerprint']['weights']}`" if one.depends in fingerprint.SHIPPED else ""
     machine = kept["machine"]
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
@@ -328,7 +328,7 @@ def main() -> None:
     run.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     run.add_argument("--runs", type=Path, help="folder of trained LoRAs for baselines")
     run.add_argument("--only", action="append", default=[], metavar="ID", help="only this, even if kept; repeatable")
-    kinds = [*fingerprint.SHIPPED, "gate", "none"]
+    kinds = [*fingerprint.SHIPPED, "none"]
     run.add_argument("--depends", action="append", default=[], choices=kinds, help="only of these")
     given = parser.parse_args()
     plan = read_plan()

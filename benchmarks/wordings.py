@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from loracast.lab.data.questions import STOP_WORDS
 from loracast.lab.data.rows import read_content
-from loracast.reading.relevance import shipped_words, stem_words
+from loracast.text import stem_words
 
 QUESTIONS = {"ask", "check", "asks", "backwards", "count"}
 """Keys of the content below which questions stand, by split."""
@@ -31,9 +32,8 @@ def wordings(content: Any, split: str, is_asking: bool = False) -> Iterator[str]
 
 def words_of(wording: str) -> frozenset[str]:
     """The stems of a wording, without slots and function words."""
-    table = shipped_words()
     found = re.findall(r"[a-z]+", re.sub(r"{[^}]*}", " ", wording.lower()))
-    return frozenset(stem for stem in stem_words(found) if table.weight(stem) > 0)
+    return frozenset(stem_words([word for word in found if word not in STOP_WORDS]))
 
 
 def main() -> None:

@@ -154,6 +154,26 @@ def no_copying(monkeypatch) -> None:
 
 
 @pytest.fixture
+def reading_folder(base, tiny_hypernet_folder, tmp_path) -> Path:
+    """The folder of the tiny hypernetwork with a random reader beside it, which refuses nothing."""
+    from loracast.hypernets.protocol import Hypernetwork
+    from loracast.hypernets.reader import READER_FILE
+    from tiny import make_reader
+
+    folder = shutil.copytree(tiny_hypernet_folder, tmp_path / "hypernetwork")
+    make_reader(base, Hypernetwork.from_pretrained(folder).config.prefix).save(folder / READER_FILE, {})
+    return folder
+
+
+@pytest.fixture
+def reading(base, reading_folder, tmp_path):
+    """The tiny base with the hypernetwork of `reading_folder` and an empty library."""
+    import loracast
+
+    return loracast.Model(base, tmp_path / "library", reading_folder)
+
+
+@pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """A loracast home of this test's own."""
     monkeypatch.setenv("LORACAST_HOME", str(tmp_path / "home"))

@@ -200,3 +200,15 @@ def answer(base, prompt, lora=None, sampling=None, on_text=None, copy_bias=None)
     from loracast.base.generate import Sampling, answers
 
     return answers(base, [prompt], [lora], sampling or Sampling(), [copy_bias], on_text)[0]
+
+
+def make_reader(base, prefix: tuple[int, ...], refusing: float = 1e9):
+    """A random reader for the tiny base, which finds an answer to whatever it is asked."""
+    from loracast.hypernets.reader import Reader, ReaderConfig
+
+    torch.manual_seed(3)
+    config = ReaderConfig(base.model.config.hidden_size, 1, prefix, width=16, inner=24, n_blocks=1, n_heads=2, n_best=3)
+    reader = Reader(config)
+    reader.refusing.fill_(refusing)
+    torch.nn.init.constant_(reader.says.bias, -10.0)  # a unit answers
+    return reader

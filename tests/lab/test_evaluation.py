@@ -192,7 +192,7 @@ def test_a_document_of_an_evaluation_gives_the_lora_of_its_adapter(base, tmp_pat
         for name in ours.names:
             torch.testing.assert_close(ours.delta(name), theirs.delta(name), rtol=2e-2, atol=2e-2)
     asked, (_, lora) = model.prepare(question, adapter, always=True), made(base, requests)
-    assert [route for _, route in requests[1].prepared.routed] == [route_adapter(adapter, question, 2, 0)]
+    assert [route for _, route in requests[1].prepared.routed] == [route_adapter(adapter, question, 2, always=True)]
     wanted = model.lora_of(asked.routed)
     for name in wanted.names:
         torch.testing.assert_close(lora.delta(name), wanted.delta(name), rtol=2e-2, atol=2e-2)
@@ -313,7 +313,6 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
 
 
 def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monkeypatch):
-    from loracast.answering.answers import NOT_SAID
     from loracast.lab.data.everyday import KINDS
     from loracast.lab.evaluation import synthetic as everyday
 
@@ -330,8 +329,6 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
         assert row["right"] == pytest.approx(sum(answer["right"] for answer in mine) / 16)
         for kind in KINDS:
             assert row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine)
-    strict = {answer["answer"] for answer in answers if answer["baseline"] == "strict"}
-    assert NOT_SAID in strict <= {NOT_SAID, "Yes", "No"}  # a random base is sure of nothing; words tell without it
     assert "95 % by document" in (tmp_path / "table.md").read_text()
 
 
@@ -364,33 +361,6 @@ def test_generated_documents_count_right_answers_by_kind(model, tmp_path, monkey
         assert all(row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine) for kind in kinds)
         answerable = [answer["answer"] == NOT_SAID for answer in mine if answer["kind"] in ("span", "changed")]
         assert row["refused"] == pytest.approx(sum(answerable) / len(answerable))
-        assert (row["baseline"] == "strict") == any(answerable)  # a random base is sure of nothing
-
-
-def test_the_best_unit_is_the_one_that_weighs_most(model, monkeypatch):
-    from loracast.lab.evaluation import synthetic
-    from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup
-    from loracast.reading.routing import Route
-
-    document = DocumentSetup(model).keep("The fair is on 3 May. The hall is B7.\n\nUpdate: the hall is C9.")
-    (chunk,) = document.chunks
-    units = [chunk.prompt[slice(*unit)] for unit in chunk.units]
-    about = SimpleNamespace(answer="C9", statement="the hall is C9")
-    case = DocumentCase(document, "Which hall?", about=about)
-    for best, unit in enumerate(units):
-        weights = tuple(1.0 if i == best else 0.5 for i in range(len(units)))
-        route = Route((0,), (1.0,), (1.0,), (weights,))
-        monkeypatch.setattr(synthetic, "route_adapter", lambda *_, route=route, **__: route)
-        assert synthetic.finds_unit(case) == (unit == "Update: the hall is C9.")
-    assert len(units) == 3
-    line, other = (
-        "Sum of all the sales by Ada Olsen in the far north  C9",
-        "Sum of all the sales by Kim Novak in the south  D4",
-    )
-    about = SimpleNamespace(answer="C9", statement=line)
-    case = DocumentCase(DocumentSetup(model).keep(f"{line}\n{other}"), "Which hall?", about=about)
-    monkeypatch.setattr(synthetic, "route_adapter", lambda *_, **__: Route((0,), (1.0,), (1.0,), ((1.0,),)))
-    assert not synthetic.finds_unit(case)  # both lines are one unit
 
 
 def test_latency_compares_the_three(model, texts, tmp_path):

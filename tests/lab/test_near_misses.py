@@ -84,16 +84,6 @@ def test_what_is_left_are_units_of_the_document_with_its_rows(kind: str) -> None
         assert {miss.text[row:].split("\n")[0] for row in miss.rows} == lines & set(miss.text.split("\n"))
 
 
-def test_the_part_of_aligned_columns_keeps_their_names() -> None:
-    n_parts = 0
-    for seed in range(40):
-        table = make_table(random.Random(seed), "train", 20, theme="players", form="aligned")
-        if part := keep_part(random.Random(seed), table):
-            assert table.text.startswith(part.text)
-            n_parts += 1
-    assert n_parts > 3
-
-
 def test_a_name_is_swapped_for_one_in_the_same_place_of_another_question() -> None:
     engine, enigma = as_everyday(ENGINE), as_everyday(ENIGMA)
     asked = set()

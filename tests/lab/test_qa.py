@@ -17,7 +17,7 @@ from loracast.errors import AdapterError, ConfigError
 from loracast.lab.data.answer_metrics import best, exact_match, rouge_l, squad_normalise, token_f1
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.evaluation.documents import DocumentSetup, RoutedConfig, static_lora
-from loracast.lab.evaluation.gate import InterferenceConfig, evaluate_interference
+from loracast.lab.evaluation.interference import InterferenceConfig, evaluate_interference
 from loracast.lab.evaluation.qa import BASELINES, QaConfig, cases_of, choose, evaluate_qa, passages
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.loras import (
@@ -125,8 +125,8 @@ def cases(setup, first, second):
     return [dataclasses.replace(case, other=other) for case in cases_of(setup, first)]
 
 
-def test_what_is_left_without_parts_of_the_adapter(model, documents):
-    setup = DocumentSetup(model, RoutedConfig(chunk_tokens=64))
+def test_what_is_left_without_parts_of_the_adapter(reading, documents):
+    setup = DocumentSetup(reading, RoutedConfig(chunk_tokens=64))
     first, second = read_questioned([documents])[:2]
     asked = cases(setup, first, second)[0]
     whole = BASELINES["adapter"].request(setup, asked)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from loracast.base.load import Base, load_base
 from loracast.cast.compact import compact
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.library.adapter import Adapter
-from loracast.library.index import read_chunks
+from loracast.library.index import read_chunks, read_sentences
 from loracast.library.library import Library
 from loracast.lora.algebra import LoRA
 from loracast.reading.routing import route_adapter
@@ -50,10 +51,9 @@ def parts(adapter: Adapter) -> dict[str, LoRA]:
     if adapter.manifest.n_chunks > 1:
         found["weighed"] = adapter.lora({0: 1.0, 2: 0.25}, dense=False)
     if adapter.manifest.memory_kinds and adapter.manifest.kind == "document":
-        weighed = route_adapter(adapter, QUESTION).sentence_weights
-        assert weighed
         # Weights of the test's own: how a question weighs sentences may change, what weighing them gives may not.
-        sentences = {chunk: tuple(1 / (1 + i) for i in range(len(weights))) for chunk, weights in weighed.items()}
+        counts = Counter(place.chunk for place in read_sentences(adapter.index, [0, 1]))
+        sentences = {chunk: tuple(1 / (1 + i) for i in range(n)) for chunk, n in counts.items()}
         found["by sentence"] = adapter.lora(list(sentences), sentences, dense=False)
     return found
 

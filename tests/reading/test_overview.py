@@ -19,7 +19,7 @@ from loracast.cli import app
 from loracast.documents import Document
 from loracast.library.adapter import Adapter
 from loracast.reading.outline import Outline, central, overview, read_outline, wanted_of
-from loracast.reading.relevance import shipped_words, stem_words
+from loracast.text import stem_words
 
 FORMAT_1 = Path(__file__).parents[1] / "files" / "adapter-format-1" / "bf16"
 GUIDE = """\
@@ -218,7 +218,8 @@ def plainly(sentences: list[str], n: int) -> list[int]:
     words = [re.findall(r"[^\W_]+", sentence.lower()) for sentence in sentences]
     stemmed = [Counter(stem_words(of_sentence)) for of_sentence in words]
     stems = sorted(set().union(*stemmed))
-    rarity = np.array([shipped_words().weight(stem) for stem in stems])
+    n_with = np.array([sum(stem in counts for counts in stemmed) for stem in stems])
+    rarity = np.log(len(sentences) / n_with)
     matrix = np.array([[counts[stem] for stem in stems] for counts in stemmed]) * rarity
     lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
     matrix = np.divide(matrix, lengths, out=np.zeros_like(matrix), where=lengths > 0)

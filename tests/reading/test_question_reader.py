@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 
 import pytest
@@ -13,8 +12,6 @@ from loracast.answering.answers import NOT_SAID
 from loracast.base.chat import encode_with_offsets
 from loracast.documents import Document
 from loracast.errors import AdapterError
-from loracast.hypernets.protocol import Hypernetwork
-from loracast.hypernets.reader import READER_FILE, Reader, ReaderConfig
 from loracast.library.index import read_chunks, read_sentences
 from loracast.reading.routing import route_adapter
 from loracast.reading.search import sentence_scores
@@ -23,25 +20,14 @@ TEXT = "The kettle holds two litres. It was built in Riga.\n\nThe lamp needs an 
 QUESTION = "How much does the kettle hold?"
 
 
-def make_reader(base, prefix: tuple[int, ...], refusing: float = 1e9) -> Reader:
-    torch.manual_seed(3)
-    config = ReaderConfig(base.model.config.hidden_size, 1, prefix, width=16, inner=24, n_blocks=1, n_heads=2, n_best=3)
-    reader = Reader(config)
-    reader.refusing.fill_(refusing)
-    return reader
+@pytest.fixture
+def folder(reading_folder):
+    return reading_folder
 
 
 @pytest.fixture
-def folder(base, tiny_hypernet_folder, tmp_path):
-    """The folder of the tiny hypernetwork with a reader beside it, which refuses nothing."""
-    folder = shutil.copytree(tiny_hypernet_folder, tmp_path / "hypernetwork")
-    make_reader(base, Hypernetwork.from_pretrained(folder).config.prefix).save(folder / READER_FILE, {})
-    return folder
-
-
-@pytest.fixture
-def asked(base, folder, tmp_path) -> loracast.Model:
-    return loracast.Model(base, tmp_path / "library", folder)
+def asked(reading) -> loracast.Model:
+    return reading
 
 
 def saying(asked: loracast.Model, monkeypatch, *, nowhere: float = 0.0, foreign: float = 0.0) -> None:

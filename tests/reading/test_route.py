@@ -30,61 +30,65 @@ def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
     return folder
 
 
-def run(library, *arguments):
-    done = CliRunner().invoke(app, ["route", *map(str, arguments), "--library", str(library)])
-    assert done.exit_code == 0, done.output
-    return done
+@pytest.fixture
+def run(library, tiny_folder, tiny_hypernet_folder):
+    """Runs `loracast route` with the tiny base, whose hypernetwork has no reader: words alone choose."""
+    models = ["--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder), "--device", "cpu"]
+
+    def invoke(*arguments):
+        done = CliRunner().invoke(app, ["route", *map(str, arguments), *models, "--library", str(library)])
+        assert done.exit_code == 0, done.output
+        return done
+
+    return invoke
 
 
-def test_the_chunks_of_an_adapter_are_those_that_ask_takes(library):
+def test_the_chunks_of_an_adapter_are_those_that_ask_takes(run, library):
     question = "Who built the bridge over the river?"
-    report = json.loads(run(library, question, "-a", "prose", "-a", "shout", "--route", 2, "--json").stdout)
+    report = json.loads(run(question, "-a", "prose", "-a", "shout", "--route", 2, "--json").stdout)
     prose, shout = report["adapters"]
     expected = route_adapter(Library(library).open("prose"), question, 2)
     assert [chunk["chunk"] for chunk in prose["chunks"]] == list(expected.chunks)
     assert [chunk["weight"] for chunk in prose["chunks"]] == pytest.approx(list(expected.weights), abs=1e-3)
     assert "bridge" in prose["chunks"][0]["text"] and prose["reason"] == expected.reason
     assert shout["chunks"] == [] and shout["reason"] == "task: always whole" and not shout["is_empty"]
-    assert [(one["text"], one["probability"]) for one in prose["likely"]] == list(expected.candidates) != []
-    assert shout["likely"] == []
-    shown = run(library, question, "-a", "prose", "-a", "shout").stdout
-    assert "bridge" in shown and "always whole" in shown and "the answer probably begins" in shown
+    assert prose["likely"] == shout["likely"] == []
+    shown = run(question, "-a", "prose", "-a", "shout").stdout
+    assert "bridge" in shown and "always whole" in shown
 
 
 @pytest.mark.parametrize("name", ["lamp", "prose"])
-def test_a_question_about_something_else_gets_none(name, library):
-    question = "Who wrote the play about the prince of Denmark?"
-    (found,) = json.loads(run(library, question, "-a", name, "--json").stdout)["adapters"]
-    assert found["chunks"] == [] and found["is_empty"] and "not about the document" in found["reason"]
-    shown = run(library, question, "-a", name).stdout
+def test_a_question_about_something_else_gets_none(run, name, library):
+    question = "Who wrote Hamlet?"
+    (found,) = json.loads(run(question, "-a", name, "--json").stdout)["adapters"]
+    assert found["chunks"] == [] and found["is_empty"] and "no word of the question" in found["reason"]
+    shown = run(question, "-a", name).stdout
     assert "none" in shown and "1.00" not in shown and "all" not in shown
 
 
-def test_without_an_adapter_the_whole_library_is_looked_through(library):
-    report = json.loads(run(library, "Which desk was made in the north?", "--json").stdout)
+def test_without_an_adapter_the_whole_library_is_looked_through(run, library):
+    report = json.loads(run("Which desk was made in the north?", "--json").stdout)
     assert {one["adapter"] for one in report["adapters"]} == {
         "lamp",
         "prose",
     }  # a document of one chunk too, a task never
     weights = [chunk["weight"] for one in report["adapters"] for chunk in one["chunks"]]
     assert weights == sorted(weights, reverse=True) and weights[0] == 1 and weights[-1] > 0
-    assert "is about the question" in run(library, "zzz").stderr
+    assert "is about the question" in run("zzz").stderr
 
 
-def test_the_adapters_of_an_exported_document(library, tmp_path):
+def test_the_adapters_of_an_exported_document(run, library, tmp_path):
     adapter = Library(library).open("prose")
     export_adapter(adapter, "peft", tmp_path / "out", each_chunk=True)
     question = "Who built the bridge over the river?"
-    (found,) = json.loads(run(library, question, "--exported", tmp_path / "out", "--route", 2, "--json").stdout)[
-        "adapters"
-    ]
+    (found,) = json.loads(run(question, "--exported", tmp_path / "out", "--route", 2, "--json").stdout)["adapters"]
     expected = route_adapter(adapter, question, 2)
     assert [chunk["chunk"] for chunk in found["chunks"]] == list(expected.chunks)
     assert [chunk["path"] for chunk in found["chunks"]] == [
         str(tmp_path / f"out/chunk-{i:05d}") for i in expected.chunks
     ]
     assert LoRA(read_peft(tmp_path / "out" / f"chunk-{expected.chunks[0]:05d}")).rank == adapter.lora([0]).rank
-    (every,) = json.loads(run(library, "zzz", "--exported", tmp_path / "out", "--json").stdout)["adapters"]
+    (every,) = json.loads(run("zzz", "--exported", tmp_path / "out", "--json").stdout)["adapters"]
     assert len(every["chunks"]) == adapter.manifest.n_chunks and {chunk["weight"] for chunk in every["chunks"]} == {1.0}
     refused = CliRunner().invoke(app, ["route", "x", "--exported", str(tmp_path), "--library", str(library)])
     assert refused.exit_code == 1 and "chunks.json cannot be read" in refused.stderr

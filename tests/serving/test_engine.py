@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracast.base.generate import AnswerText, Sampling, answers
+from loracast.base.generate import AnswerText, Sampling
 from loracast.base.load import Base
 from loracast.errors import AdapterError
 from loracast.hypernets.encoders import HiddenStatesEncoder
@@ -210,23 +210,6 @@ def test_logprobs_are_those_of_the_base(base, engine):
         logprobs = base.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     assert first.logprob == pytest.approx(logprobs[first.id].item(), abs=1e-4)
     assert [i for i, _ in first.top_logprobs] == logprobs.topk(4).indices.tolist()
-
-
-def test_the_confidence_of_an_answer_is_the_mean_probability_of_its_tokens_and_of_its_end(base, engine):
-    """Of a batch with padding, of answers that end and of those that are cut, with a LoRA and without."""
-    lora, sampling = make_lora(base, 1), Sampling(30)
-    asked = [(prompt(base, 8), lora), (prompt(base, 5), None)]
-    given = answers(base, [ids for ids, _ in asked], [one for _, one in asked], sampling)
-    assert [one.finished for one in given] == [True, False]
-    for (ids, one), said in zip(asked, given, strict=True):
-        ticket = engine.submit(GenerationRequest(ids, one, sampling=sampling, n_logprobs=0))
-        chosen = [token.id for token in ticket if token.id is not None]
-        with torch.no_grad(), one.applied(base.model) if one else base.lock:
-            logprobs = base.model(torch.tensor([ids + chosen])).logits[0, len(ids) - 1 :].log_softmax(-1)
-        ended = [logprobs[-1, list(base.end_ids)].max()] if said.finished else []
-        logs = torch.stack([*logprobs[torch.arange(len(chosen)), chosen], *ended])
-        assert said.confidence == pytest.approx(logs.mean().exp().item(), rel=1e-3)
-        assert ticket.confidence == pytest.approx(said.confidence, rel=1e-3)
 
 
 @pytest.mark.parametrize(

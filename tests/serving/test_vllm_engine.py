@@ -114,7 +114,6 @@ def test_tokens_probabilities_and_ends_are_those_of_the_local_engine(filled, eng
         for adapter in ("manual", ()):
             here, there = (e.submit(request(filled, adapter, **options)) for e in (local, engine))
             assert (there.text(), there.finish, there.n_tokens) == (here.text(), here.finish, here.n_tokens)
-            assert there.confidence == pytest.approx(here.confidence, rel=1e-3)
             for mine, theirs in zip(there, here, strict=True):
                 assert (mine.id, mine.text) == (theirs.id, theirs.text)
                 assert (mine.logprob is None) == (theirs.logprob is None)

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from loracast.answering.answers import NOT_SAID, Prepared, SourcedAnswer, least_confidence, without_model
+from loracast.answering.answers import NOT_SAID, Prepared, SourcedAnswer, without_model
 from loracast.answering.options import Asking, Chosen, Question, Readable, is_batch, listed, read_source
 from loracast.base.chat import Message
 from loracast.base.copying import CopyBias
@@ -310,13 +310,13 @@ class Model:
         """Like `ask`, with what the answer cost and the chunks that it comes from (`SourcedAnswer`).
 
         Args:
-            on_text: receives each piece of one answer as it is generated; of a strict answer, the whole text.
+            on_text: receives each piece of one answer as it is generated.
         """
         sampling = options.pop("sampling", Sampling())
         if not is_batch(question):
             prepared, lora = self._request(question, adapter, **options)
-            (given,) = self.generate([(prepared, lora)], sampling, None if prepared.comes_whole else on_text)
-            if prepared.comes_whole:
+            (given,) = self.generate([(prepared, lora)], sampling, on_text)
+            if prepared.answer is not None:
                 on_text(given.text)
             return given
         chosen = adapter if isinstance(adapter, (list, tuple)) and adapter else [adapter] * len(question)
@@ -343,7 +343,7 @@ class Model:
     def generate(
         self, requests: Sequence[tuple[Prepared, LoRA | None]], sampling: Sampling, on_text: OnText | None = None
     ) -> list[SourcedAnswer]:
-        """Answer questions in one batch, each with its LoRA, but those that need no model; refuse unsure answers."""
+        """Answer questions in one batch, each with its LoRA, but those that need no model."""
         asked = [(one, lora) for one, lora in requests if one.answer is None]
         prompts, biases = [one.prompt for one, _ in asked], [self.copy_bias(one) for one, _ in asked]
         generated = iter(answers(self.base, prompts, [lora for _, lora in asked], sampling, biases, on_text))
@@ -396,7 +396,7 @@ class Model:
                               "give one of them")  # fmt: skip
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         for query in queries(asked[-1], asked[:-1]):
-            routed = self._route(query, adapter, route, tag, always, bool(strict))
+            routed = self._route(query, adapter, route, tag, always)
             if not all(route.is_empty for route in routes_of_documents(routed)):
                 break
         routed = scaled(routed, scales)
@@ -412,8 +412,7 @@ class Model:
             return without_model(NOT_SAID, "refusal", routed=routed)
         may_copy = outlines and only_documents  # a task's adapter beside them may want other words
         candidates = candidates_together([route.candidates for route in documents]) if may_copy else ()
-        least = least_confidence([route for _, route in routed]) if strict and self.reader is None else 0.0
-        return Prepared(prompt, routed, sources(routed), candidates=candidates, least_confidence=least)
+        return Prepared(prompt, routed, sources(routed), candidates=candidates)
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
         """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.
@@ -435,12 +434,12 @@ class Model:
         return self.lora_of(routed), routed
 
     def _route(
-        self, question: str, adapter: Chosen, k: int | None, tag: str, always: bool, strict: bool = False
+        self, question: str, adapter: Chosen, k: int | None, tag: str, always: bool
     ) -> list[tuple[Adapter, Route]]:
         chosen = listed(adapter)
         if isinstance(adapter, LoRA) or any(isinstance(one, LoRA) for one in chosen):  # a static LoRA would come twice
             raise AdapterError("a LoRA answers alone: keep it with `learn` to answer with several adapters")
-        return route_adapters(self.library, question, chosen, k, tag, self.adapter, always, strict, self.reader)
+        return route_adapters(self.library, question, chosen, k, tag, self.adapter, self.reader, always)
 
     def lora_of(self, routed: Sequence[tuple[Adapter, Route]]) -> LoRA | None:
         """The LoRA of the chunks that were picked from adapters, on the base's device; None if none were."""

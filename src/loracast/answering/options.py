@@ -38,8 +38,8 @@ class Asking(TypedDict, total=False):
     strict: bool | None
     """Whether a question that no chosen document answers is answered with `NOT_SAID`, before the model says anything
     (True), or by the plain base (False). None, the default: so where documents alone are named, and small talk goes to
-    the base. Without a reader beside the hypernetwork the default is False, and a strict answer comes as a whole, since
-    it is refused where the model is less sure of it than `least_confidence`."""
+    the base. Without a reader beside the hypernetwork the default is False, and a strict answer is refused only where
+    the question shares no word with the documents."""
     route: int | None
     """Number of chunks that are merged for the question, of each document that is named and of all that a pattern or a
     tag stands for; None merges all of those that are named. 2 by default."""

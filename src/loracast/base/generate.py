@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from queue import SimpleQueue
-from statistics import fmean
 from threading import Event
 from typing import Any, TypeVar
 
@@ -68,17 +66,6 @@ class Answer:
     total_s: float
     finished: bool
     """False where the answer was cut at max_new_tokens."""
-    confidence: float = 1.0
-    """How probable its tokens were for the model (`confidence`); 1 where no model answered."""
-
-
-def confidence(logprobs: Sequence[float]) -> float:
-    """The geometric mean of the probabilities of an answer's tokens, the one that ended it among them: 0 to 1.
-
-    Args:
-        logprobs: natural logarithms of the probabilities, before temperature, top_p, top_k and penalties.
-    """
-    return math.exp(fmean(logprobs)) if logprobs else 1.0
 
 
 class AnswerText:
@@ -177,14 +164,14 @@ def answers(
         return []
     started = time.perf_counter()
     streamer = None if on_text is None else _Streamer(base, on_text)
-    rows, logprobs, began = _generate(base, prompts, loras, sampling, copy_biases or [None] * len(prompts), streamer)
+    rows, began = _generate(base, prompts, loras, sampling, copy_biases or [None] * len(prompts), streamer)
     total_s = time.perf_counter() - started
     given = []
-    for prompt, ids, of_row in zip(prompts, rows, logprobs, strict=True):
+    for prompt, ids in zip(prompts, rows, strict=True):
         said = list(takewhile(lambda i: i not in base.end_ids, ids))
         text = base.tokenizer.decode(said, skip_special_tokens=True).strip()
         figures = (len(prompt), len(said), began - started, total_s)
-        given.append(Answer(text, *figures, len(said) < len(ids), confidence(of_row[: len(said) + 1])))
+        given.append(Answer(text, *figures, len(said) < len(ids)))
     return given
 
 
@@ -225,8 +212,8 @@ def _generate(
     sampling: Sampling,
     copy_biases: Sequence[CopyBias | None],
     streamer: _Streamer | None,
-) -> tuple[list[list[int]], list[list[float]], float]:
-    """New token ids for each prompt, their logprobs, and the time at which all prompts had their first token."""
+) -> tuple[list[list[int]], float]:
+    """New token ids for each prompt, and the time at which all prompts had their first token."""
     longest = max(len(prompt) for prompt in prompts)
     if longest + sampling.max_new_tokens > base.window:
         raise PromptTooLong(
@@ -239,7 +226,6 @@ def _generate(
     )
     mask = left([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]).to(base.device)
     last_logits: list[torch.Tensor] = []
-    logprobs: list[torch.Tensor] = []  # of each step [n]
     times: list[float] = []
 
     def keep(model: object, args: object, output: Any) -> None:
@@ -250,13 +236,10 @@ def _generate(
         for row, copy_bias in enumerate(copy_biases):
             if copy_bias and (bias := copy_bias.bias(ids[row, longest:].tolist(), last_logits[0][row])) is not None:
                 scores[row] += bias.to(scores)
-                last_logits[0][row] += bias.to(last_logits[0])  # an answer's probabilities are those with the bias
         return scores
 
     def count(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         times.append(time.perf_counter())
-        chosen = last_logits[0].gather(1, ids[:, -1:])[:, 0]
-        logprobs.append(chosen - last_logits[0].logsumexp(1))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -276,4 +259,4 @@ def _generate(
             stopping_criteria=StoppingCriteriaList([count]),
             **sampling.options,
         )
-    return out[:, longest:].tolist(), torch.stack(logprobs, 1).tolist(), times[0]
+    return out[:, longest:].tolist(), times[0]

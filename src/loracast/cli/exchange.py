@@ -35,9 +35,13 @@ def export(
     asked = [line for line in lines if line.strip()]
     if questions is not None and not asked:
         raise ConfigError(f"{questions} holds no question; give one per line")
-    folder = out or Path(f"{name}-{to}")
+    folder, adapter, reader = out or Path(f"{name}-{to}"), library.open(name), None
+    if asked:
+        from loracast.answering.model import load
+
+        reader = load(base or adapter.manifest.made_for.base, library=library, eager=False, say=say).reader
     made = export_adapter(
-        library.open(name), to, folder, max_rank=rank, each_chunk=each_chunk, base=base, say=say, questions=asked
+        adapter, to, folder, max_rank=rank, each_chunk=each_chunk, questions=asked, reader=reader, base=base, say=say
     )
     n_bytes = bytes_in(folder)
     text = f"exported {f'{len(made)} chunks' if each_chunk else name} to {folder} ({size(n_bytes)})"

@@ -269,8 +269,9 @@ def route(
     exported: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False),
-        "A folder that `export --each-chunk` wrote: show which of its adapters to load.",
+        "A folder that `export --each-chunk` wrote: show which of its adapters to load, by BM25, without the base.",
     ] = None,
+    models: options.Models,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
@@ -283,7 +284,9 @@ def route(
             raise typer.BadParameter("give adapters of the library or an exported folder", param_hint="--exported")
         found = [_exported(exported, question, k)]
     else:
-        found = [_picked(*one) for one in route_adapters(library, question, adapters or ["*"], k, "", library.open)]
+        reader = options.open_model(models, library, eager=False).reader
+        routed = route_adapters(library, question, adapters or ["*"], k, "", library.open, reader)
+        found = [_picked(*one) for one in routed]
     if as_json:
         print_json({"question": question, "adapters": found})
         return
@@ -309,7 +312,7 @@ def route(
 
 def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     """The adapters of an exported document that a question would be answered with, and their weights."""
-    from loracast.reading.routing import pick
+    from loracast.reading.routing import route_document
 
     index = folder / "chunks.sqlite"
     try:
@@ -319,7 +322,7 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"{folder} is no document exported chunk by chunk: its chunks.json cannot be read"
         raise AdapterError(f"{what} ({error})") from error
-    picked = pick(index, len(chunks), question, k)
+    picked = route_document(index, len(chunks), question, k, always=True)
     wanted = range(len(chunks)) if picked.chunks is None else picked.chunks
     found = _described(name, index, picked, wanted, no_score=0.0) | {"likely": []}
     for chunk in found["chunks"]:

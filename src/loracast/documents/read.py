@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from loracast.documents.clean import bare_name, decode, normalise, readable_stem, sensible_title
 from loracast.documents.file_types import MEDIA_TYPES, Limits, Parsed, sniff
-from loracast.documents.tables import name_markdown_rows, parse_csv, take_marks
+from loracast.documents.tables import name_rows, parse_csv, take_marks
 from loracast.documents.units import markdown_title
 from loracast.errors import DocumentError
 
@@ -52,7 +52,7 @@ class Document:
         Raises DocumentError if the text is empty.
         """
         data = text.encode()
-        text, rows = take_marks(name_markdown_rows(normalise(text)))
+        text, rows = take_marks(name_rows(normalise(text)))
         if not text.strip():
             raise DocumentError("the text holds only white space: there is nothing to learn from it")
         sha256 = hashlib.sha256(data).hexdigest()
@@ -119,7 +119,7 @@ def read_document(
             is_tsv = (file_name or "").lower().endswith(".tsv")
             text = parse_csv(text, label, "\t" if is_tsv else None).text
         text = normalise(text)
-        text = text if kind == "csv" else name_markdown_rows(text)
+        text = text if kind == "csv" else name_rows(text)
         if not text.strip():
             raise DocumentError(f"{label} holds only white space: there is nothing to learn from it")
         parsed = Parsed(text, "" if kind == "csv" else markdown_title(text))

@@ -10,7 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
-from itertools import islice
+from itertools import groupby, islice
 
 from loracast.documents.file_types import Parsed
 from loracast.documents.units import fence_after
@@ -22,6 +22,8 @@ _MARK = re.compile(f"(^)?{ROW}", re.MULTILINE)
 _CELL_END = re.compile(r"(?<!\\)\|")
 _DELIMITERS = re.compile(r"\|?(?: *:?-+:? *\|)+(?: *:?-+:?)?")
 _LONGEST_DELIMITERS = 1000  # characters
+_WIDEST = 400  # characters of a line of aligned columns
+_RECORD = re.compile(r"([^\s:][^:]{0,39}): +(\S.*)")
 _LONGEST_SUBJECT = 80  # characters of a row's first cell, which is repeated
 _YEAR = re.compile(r"(19|20)\d\d")
 
@@ -79,11 +81,17 @@ def take_marks(text: str) -> tuple[str, tuple[int, ...]]:
     return "".join([*parts, text[at:]]), tuple(rows)
 
 
-def name_markdown_rows(text: str) -> str:
-    """A text with each table of Markdown (GitHub's form: a row of dashes below the header) as lines of `named_row`.
+def name_rows(text: str) -> str:
+    """A plain text with the rows of its tables as lines of `named_row`.
 
-    Code between fences stays as it is.
+    Tables are those of Markdown (GitHub's form: a row of dashes below the header), three or more columns that spaces
+    align, and records: paragraphs of lines "Name: value" that all begin with the same name. Code between fences stays
+    as it is.
     """
+    return _in_paragraphs(_in_markdown(text))
+
+
+def _in_markdown(text: str) -> str:
     lines, found, fence, i = text.split("\n"), list[str](), "", 0
     if not any(map(_is_delimiters, lines)):
         return text
@@ -98,6 +106,45 @@ def name_markdown_rows(text: str) -> str:
         found += [named_row(header, row) for row in rows if any(row)] or lines[i:end]
         i = end
     return "\n".join(found)
+
+
+def _in_paragraphs(text: str) -> str:
+    """A text with columns that spaces align, and with records, as lines of `named_row`."""
+    groups = [[*group] for _, group in groupby(text.split("\n"), key=lambda line: not line.strip())]
+    fence, named, aligned = "", dict[int, list[re.Match[str]]](), dict[int, list[list[str]]]()
+    for i, lines in enumerate(groups):
+        fences = [fence]
+        for line in lines:
+            fences.append(fence := fence_after(line, fence))
+        if not any(fences):
+            pairs = [pair for line in lines if (pair := _RECORD.fullmatch(line.strip()))]
+            if 1 < len(pairs) == len(lines):
+                named[i] = pairs
+            elif rows := _aligned(lines):
+                aligned[i] = rows
+    # Between two paragraphs stands a group of blank lines.
+    records = {i: pairs for i, pairs in named.items() if _is_like(pairs, named.get(i - 2), named.get(i + 2))}
+    found = list[str]()
+    for i, lines in enumerate(groups):
+        if i in records:
+            lines = [named_row([pair[1] for pair in records[i]], [pair[2] for pair in records[i]])]
+        found += rows_to_lines(aligned[i]) if i in aligned else lines
+    return "\n".join(found)
+
+
+def _is_like(pairs: list[re.Match[str]], *others: list[re.Match[str]] | None) -> bool:
+    """Whether lines "Name: value" begin with the same name as the ones before or behind them."""
+    return any(other and other[0][1] == pairs[0][1] for other in others)
+
+
+def _aligned(lines: Sequence[str]) -> list[list[str]]:
+    """The cells of lines in three or more columns that two or more spaces part in all of them; none otherwise."""
+    width = max(map(len, lines))
+    if len(lines) < 3 or width > _WIDEST:
+        return []
+    is_blank = [all(line[i : i + 1] in ("", " ") for line in lines) for i in range(width)]
+    columns = [(m.start(), m.end()) for m in re.finditer("x+(?: x+)*", "".join(" x"[not blank] for blank in is_blank))]
+    return [[line[a:b].strip() for a, b in columns] for line in lines] if len(columns) > 2 else []
 
 
 def _is_delimiters(line: str) -> bool:

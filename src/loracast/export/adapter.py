@@ -21,6 +21,7 @@ from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.lora.algebra import LoRA, uniform
+from loracast.reading.questions import QuestionReader
 from loracast.reading.routing import Route, route_set
 from loracast.reading.search import search
 
@@ -53,6 +54,7 @@ def export_adapter(
     max_rank: int | None = None,
     each_chunk: bool = False,
     questions: Sequence[str] = (),
+    reader: QuestionReader | None = None,
     base: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Exported]:
@@ -64,6 +66,7 @@ def export_adapter(
         max_rank: a higher rank is compressed to it; None compresses only as far as the runtime demands.
         each_chunk: write a document's chunks one by one, with chunks.json and the index that `loracast route` reads.
         questions: write the LoRA that these questions need, each at its best; all of a document if empty.
+        reader: finds the units that answer the questions; without one, BM25 does.
         base: the base's name, folder or hub id, if not the one that the adapter was made for.
         say: receives messages where the embedded base has to be fetched first.
 
@@ -90,7 +93,7 @@ def export_adapter(
             f"no word of {len(unmatched)} of the questions stands in {adapter.name!r}, such as {unmatched[0][:80]!r}: "
             "each would take all of it; leave them out"
         )
-    route = route_set(adapter.index, m.n_chunks, questions) if questions else Route()
+    route = route_set(adapter.index, m.n_chunks, questions, reader=reader) if questions else Route()
 
     def lora() -> LoRA:
         return adapter.lora(route.chunk_weights, route.sentence_weights, dense=False)

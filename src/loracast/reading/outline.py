@@ -1,9 +1,9 @@
 """Outline of a document: its headings and the sentences that say best what it is about, kept in its index.
 
-A sentence is a TF-IDF vector over word stems. A stem weighs by its rarity in English (relevance.py), since a short
-document cannot tell its own rare words from its common ones. The summary holds the sentences nearest to the centroid
-of all of them (Radev et al., Centroid-based summarization of multiple documents, 2004), each less what it repeats of
-those picked before (maximal marginal relevance: Carbonell and Goldstein, 1998). No model is needed.
+A sentence is a TF-IDF vector over word stems, in which a stem weighs by how few of the sentences have it. The summary
+holds the sentences nearest to the centroid of all of them (Radev et al., Centroid-based summarization of multiple
+documents, 2004), each less what it repeats of those picked before (maximal marginal relevance: Carbonell and Goldstein,
+1998). No model is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal
 from loracast.documents.units import find_headings
 from loracast.library.adapter import Adapter
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences, write_index
-from loracast.reading.relevance import shipped_words
 from loracast.reading.routing import Source, patterns_in
 from loracast.text import stem_words
 
@@ -121,12 +120,13 @@ def central(sentences: Sequence[str], n: int) -> list[int]:
 
 
 def _tf_idf(sentences: Sequence[str]) -> list[Vector]:
-    """A vector of length 1 for each sentence, by word stem; an empty one where it has function words alone."""
+    """A vector of length 1 for each sentence, by word stem; an empty one where all others have its words."""
     words = [[word.lower() for word in _WORD.findall(sentence)] for sentence in sentences]
     distinct = list(dict.fromkeys(word for of_sentence in words for word in of_sentence))
     stems = dict(zip(distinct, stem_words(distinct), strict=True))
-    counts = (Counter(stems[word] for word in of_sentence) for of_sentence in words)
-    return [_unit({stem: n * shipped_words().weight(stem) for stem, n in one.items()}) for one in counts]
+    counts = [Counter(stems[word] for word in of_sentence) for of_sentence in words]
+    n_with = Counter(stem for one in counts for stem in one)
+    return [_unit({stem: n * math.log(len(words) / n_with[stem]) for stem, n in one.items()}) for one in counts]
 
 
 def _unit(vector: Vector) -> Vector:

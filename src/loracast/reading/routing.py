@@ -1,4 +1,4 @@
-"""Routing: which documents, chunks and sentences a question gets, by how well they match it (matching.py).
+"""Routing: which documents, chunks and sentences a question gets, by what the reader finds in them (questions.py).
 
 The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. A row of an associative
 memory belongs to a token, so to a sentence, and is weighted by how well that sentence matches.
@@ -12,7 +12,6 @@ worse than the best one's weighs less, by the rule of chunks in one document.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +23,8 @@ from loracast.library.adapter import Adapter, SentenceWeights, first_with_static
 from loracast.library.index import Index, read_chunks, read_sentences
 from loracast.library.library import Library
 from loracast.library.register import Match
-from loracast.reading.matching import Candidate, Matches, matches
-from loracast.reading.relevance import THRESHOLD, THRESHOLD_OF_MANY, about, threshold_for
-from loracast.reading.search import phrases, search
+from loracast.reading.matching import Candidate, Matches, match_words
+from loracast.reading.search import phrases
 
 if TYPE_CHECKING:
     from loracast.documents import Chunk
@@ -36,10 +34,6 @@ if TYPE_CHECKING:
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
 
-_IMPERSONAL_THRESHOLD = 0.8
-"""Least probability that a question is about a memory if no word in it stands for its speaker (chosen on dev chats).
-"What time is it?" shares its words with much that people say of themselves."""
-_SPEAKER = re.compile(r"\b(?:i|i'm|i've|i'd|me|my|mine|myself|we|we're|we've|us|our|ours)\b", re.I)
 _LEAST_SENTENCE_WEIGHT = 0.05
 _REFUSED = 0.5  # `Matches.about` below which the document does not say what is asked
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
@@ -99,56 +93,67 @@ def route_adapter(
     adapter: Adapter,
     question: str,
     k: int | None = DEFAULT_ROUTE,
-    threshold: float = THRESHOLD,
-    name: str = "",
     reader: QuestionReader | None = None,
+    always: bool = False,
 ) -> Route:
     """What a question gets of an adapter: some chunks and sentences of a document, and all of anything else.
 
-    A memory gives nothing where no word of the question was ever said: a short document is given whole, but a memory
-    holds something else in every sentence.
-
         from loracast.reading.routing import route_adapter
         manual = model.adapter("manual")
-        route = route_adapter(manual, "How long is the warranty?")
+        route = route_adapter(manual, "How long is the warranty?", reader=model.reader)
         lora = manual.lora(route.chunk_weights, route.sentence_weights)
 
     Args:
         k: the most chunks it gets of a longer document; None for all chunks, merged.
-        threshold: the least probability that the question is about the document; below it, it gets nothing. 0 for
-            questions that get something whatever they ask.
-        name: of the document, where a question may find it by that.
-        reader: finds the units that answer; without one, words alone do.
+        reader: finds the units that answer, or that none does; without one, words that both share.
+        always: the question gets something, whatever it asks.
     """
-    index, manifest, probability = adapter.open_index, adapter.manifest, None
+    index, manifest = adapter.open_index, adapter.manifest
     if manifest.kind != "document":
         return Route(reason=f"{manifest.kind}: always whole")
-    matched = None if reader is None or k is None else reader.match(index, question)
-    if matched is not None and matched.about is not None:
-        if threshold > 0 and (matched.is_foreign or matched.about < _REFUSED):
+    return route_document(index, manifest.n_chunks, question, k, reader, always)
+
+
+def route_document(
+    index: Index,
+    n_chunks: int,
+    question: str,
+    k: int | None = DEFAULT_ROUTE,
+    reader: QuestionReader | None = None,
+    always: bool = False,
+) -> Route:
+    """`route_adapter` for the index of a document of `n_chunks` chunks. Raises AdapterError for k < 1.
+
+    The lower a chunk's score beside the best one's, the less it weighs, so that a poor match does not drown a good
+    one (measured: docs/notebook). A document of k chunks or fewer is given whole, and each of its chunks keeps
+    a least weight.
+    """
+    if k is None:
+        return Route()
+    if k < 1:
+        raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
+    matched = None if reader is None else reader.match(index, question)
+    if matched is None:
+        matched, by = match_words(index, question), "BM25"
+        if not always and not matched.chunks and phrases(question):
+            return Route((), reason="no word of the question stands in the document")
+    else:
+        by = "the reader"
+        is_about = matched.about is None or matched.about >= _REFUSED
+        if not always and (matched.is_foreign or not is_about):
             reason = "the question is meant for no document" if matched.is_foreign else "the document does not say"
             return Route((), reason=reason, about=matched.about, nowhere=matched.nowhere, is_foreign=matched.is_foreign)
-        return replace(pick(index, manifest.n_chunks, question, k, matched), about=matched.about)
-    if manifest.is_memory and threshold > 0:
-        if not search(index, question, 1):
-            return Route((), reason="no word of the question was ever said")
-        if not _SPEAKER.search(question):
-            threshold = _IMPERSONAL_THRESHOLD
-        name = ""
-    if threshold > 0:
-        probability = about(index, question, name)
-        if probability < threshold:
-            reason = f"the question is not about the document (probability {probability:.2f})"
-            return Route((), reason=reason, about=probability)
-    return replace(pick(index, manifest.n_chunks, question, k), about=probability)
+    return _pick(matched, n_chunks, k, by)
 
 
-def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:
+def route_set(
+    index: Index, n_chunks: int, questions: Sequence[str], k: int = DEFAULT_ROUTE, reader: QuestionReader | None = None
+) -> Route:
     """What a fixed set of questions gets of a document: each chunk and sentence at the highest weight of any question.
 
     So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
     """
-    routes = [pick(index, n_chunks, question, k) for question in questions]
+    routes = [route_document(index, n_chunks, question, k, reader, always=True) for question in questions]
     if any(route.chunks is None and route.sentences is None for route in routes):
         return Route(reason="a question gets all chunks")
     counts = Counter(place.chunk for place in read_sentences(index))
@@ -164,25 +169,8 @@ def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | No
     return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
 
 
-def pick(
-    index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE, matched: Matches | None = None
-) -> Route:
-    """Pick what a question gets: at most `k` of the document's `n_chunks`, or all (None), and in them the sentences.
-
-    The lower a chunk's score beside the best one's, the less it weighs, so that a poor match does not drown a good
-    one (measured: docs/notebook). A document of k chunks or fewer is given whole, and each of its chunks keeps
-    a least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError
-    for k < 1.
-
-    Args:
-        matched: what a reader found; by words where it is None.
-    """
-    if k is None:
-        return Route()
-    if k < 1:
-        raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
-    by = "BM25 and word vectors" if matched is None else "the reader"
-    matched = matched or matches(index, question, k)
+def _pick(matched: Matches, n_chunks: int, k: int, by: str) -> Route:
+    """At most k of a document's chunks, or all of a short one, and the weights of their sentences."""
     if n_chunks == 1:
         route = Route(sentences=_weigh_sentences(matched, [0], [1.0]), reason="the document has only one chunk")
     elif not matched.chunks:
@@ -199,7 +187,7 @@ def pick(
             reason = f"all {n_chunks} chunks, weighed by {by}"
         route = Route(chunks, scores, weights, _weigh_sentences(matched, chunks, weights), reason)
     candidates = tuple(one for chunk, one in matched.candidates if route.chunks is None or chunk in route.chunks)
-    return replace(route, candidates=candidates, nowhere=matched.nowhere)
+    return replace(route, candidates=candidates, nowhere=matched.nowhere, about=matched.about)
 
 
 def _weigh_sentences(
@@ -245,9 +233,8 @@ def route_adapters(
     k: int | None,
     tag: str,
     open_named: Callable[[str], Adapter],
-    always: bool = False,
-    strict: bool = False,
     reader: QuestionReader | None = None,
+    always: bool = False,
 ) -> list[tuple[Adapter, Route]]:
     """What a question gets of each adapter that is named, and of the documents that patterns and a tag stand for.
 
@@ -256,9 +243,7 @@ def route_adapters(
         k: chunks of each named document, and of all others together.
         tag: only documents with this tag are chosen among; "" for any. Without a pattern, all of them.
         open_named: opens a name or a version `name@hash`.
-        always: do not look whether the question is about a document.
-        strict: the answer is given only where the model is sure of it.
-        reader: as in `route_adapter`.
+        reader, always: as in `route_adapter`.
 
     Raises:
         AdapterError: there is no such adapter, no document fits, or a library is to be given as a whole (k is None).
@@ -270,16 +255,14 @@ def route_adapters(
         if one not in patterns:
             adapter = open_named(one) if isinstance(one, str) else one
             versions.setdefault(adapter.manifest.version, adapter)
-    n_documents = sum(adapter.manifest.kind == "document" for adapter in versions.values())
-    threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents, strict)
-    routed = [(adapter, route_adapter(adapter, question, k, threshold, reader=reader)) for adapter in versions.values()]
+    routed = [(adapter, route_adapter(adapter, question, k, reader, always)) for adapter in versions.values()]
     if patterns:
         if k is None:
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
         check_patterns(library, patterns, tag)
         with library.reading() as register:
             others = register.best_chunks(phrases(question), k, patterns, tag, versions.keys())
-        routed += share_out(others, question, k, threshold, open_named, reader)
+        routed += share_out(others, question, k, open_named, reader, always)
     return routed
 
 
@@ -303,9 +286,9 @@ def share_out(
     matches: Sequence[Match],
     question: str,
     k: int,
-    threshold: float,
     open_named: Callable[[str], Adapter],
     reader: QuestionReader | None = None,
+    always: bool = False,
 ) -> list[tuple[Adapter, Route]]:
     """What a question gets of each document that owns one of the best chunks of a library, the best one first.
 
@@ -314,9 +297,8 @@ def share_out(
     Args:
         matches: those chunks, best first.
         k: the places of the route; the best document gets those of chunks that match too little, and those left over.
-        threshold: least probability that the question is about the document; others are left out. That of one named
-            document is enough where the question has a word of its name.
         open_named: opens a version `name@hash`.
+        reader, always: as in `route_adapter`; a document that does not answer is left out.
     """
     weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
     close = [match for match in matches if weights[match] >= _MIN_DOCUMENT_WEIGHT]
@@ -325,11 +307,8 @@ def share_out(
     for version in dict.fromkeys(match.version for match in close):
         own = [match for match in close if match.version == version]
         first, n_places = own[0], len(own) + (0 if routed else k - len(close))
-        # A word of the adapter's name, which the document itself need not hold.
-        is_called = not set(re.split(r"[-._]+", first.name)).isdisjoint(word for word, _ in phrases(question))
-        name, least = (first.name, min(threshold, THRESHOLD)) if is_called else ("", threshold)
         document = open_named(first.reference)
-        route = route_adapter(document, question, n_places, least, name, reader)
+        route = route_adapter(document, question, n_places, reader, always)
         if route.is_empty:
             continue
         if route.chunks is None and first.n_chunks > n_places:

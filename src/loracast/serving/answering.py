@@ -69,22 +69,17 @@ class RunningAnswer:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     whole: SourcedAnswer | None = None
-    """The answer once it has ended; or the refusal of one that is too unsure for a strict request."""
+    """The answer once it has ended."""
 
     async def pieces(self) -> AsyncIterator[Token]:
-        """The tokens as they come; an answer that may yet be refused is held back until its end."""
-        ticket, tokens = self.ticket, []
+        """The tokens as they come."""
+        ticket, texts = self.ticket, list[str]()
         async for token in ticket:
-            tokens.append(token)
-            if not self.prepared.comes_whole:
-                yield token
+            texts.append(token.text)
+            yield token
         figures = (ticket.n_prompt_tokens, ticket.n_tokens, ticket.first_token_s or 0.0, ticket.total_s or 0.0)
-        text = "".join(token.text for token in tokens)
-        generated = Answer(text, *figures, ticket.finish == "stop", ticket.confidence)
-        self.whole = whole = self.prepared.answer or self.prepared.sourced(generated)
-        if self.prepared.comes_whole:
-            for token in [Token(None, whole.text)] if self.is_refused else tokens:
-                yield token
+        generated = Answer("".join(texts), *figures, ticket.finish == "stop")
+        self.whole = self.prepared.answer or self.prepared.sourced(generated)
 
     @property
     def is_refused(self) -> bool:
@@ -225,9 +220,6 @@ class Call:
         request, service, sampling = self.request, self.service, self.request.sampling
         longest = min(DEFAULT_MAX_TOKENS, service.settings.max_tokens, self._room(prepared.prompt))
         seed = None if sampling.seed is None else (sampling.seed + i) % 2**63
-        n_logprobs = request.n_logprobs
-        if prepared.least_confidence and n_logprobs is None:
-            n_logprobs = 0  # the log-probabilities of the chosen tokens are needed for the confidence
         key = routing_key(prepared.routed)
         return GenerationRequest(
             prepared.prompt,
@@ -236,7 +228,7 @@ class Call:
             replace(sampling, max_new_tokens=sampling.max_new_tokens or longest, seed=seed),
             service.model.copy_bias(prepared) if service.engine.takes_copy_bias else None,
             request.stop,
-            n_logprobs,
+            request.n_logprobs,
             strips=not request.prompts,
         )
 

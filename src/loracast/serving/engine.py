@@ -259,11 +259,11 @@ class _Row:
     def take(self, chosen: int, logits: Tensor) -> bool:
         """Hand over the next token; whether the answer is complete."""
         request, ticket = self.ticket.request, self.ticket
-        logprobs = () if request.n_logprobs is None else top_logprobs(logits, chosen, request.n_logprobs)
         if chosen in self.ends:
-            self.writer.end("stop", *logprobs[:1])
+            self.writer.end("stop")
             return True
         self.ids.append(chosen)
+        logprobs = () if request.n_logprobs is None else top_logprobs(logits, chosen, request.n_logprobs)
         if self.writer.put(chosen, *logprobs):
             return True
         if is_long := ticket.n_tokens >= request.sampling.max_new_tokens:

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from loracast.base.copying import CopyBias
-from loracast.base.generate import AnswerText, Sampling, confidence
+from loracast.base.generate import AnswerText, Sampling
 from loracast.base.load import Base
 from loracast.errors import LoracastError
 from loracast.lora.algebra import LoRA
@@ -166,7 +166,6 @@ class Ticket:
         """Seconds from `submit` to the first token; None until then."""
         self.total_s: float | None = None
         """Seconds from `submit` to the end; None until then."""
-        self._logprobs: list[float] = []
         self._started = time.perf_counter()
         self._tokens: list[Token] = []
         self._error: BaseException | None = None
@@ -212,11 +211,6 @@ class Ticket:
         """The whole answer; waits until it is complete."""
         return "".join(token.text for token in self)
 
-    @property
-    def confidence(self) -> float:
-        """How probable the tokens so far were (`base.generate.confidence`), for a request with `n_logprobs`."""
-        return confidence(self._logprobs)
-
     def cancel(self) -> None:
         """Stop the generation: the request leaves the queue, or its slot before the next step."""
         self.end(None)
@@ -230,25 +224,16 @@ class Ticket:
                 return
             if token.id is not None:
                 self.n_tokens += 1
-            if token.logprob is not None:
-                self._logprobs.append(token.logprob)
             if self.first_token_s is None:
                 self.first_token_s = time.perf_counter() - self._started
             self._tokens.append(token)
             self._notify(token)
 
-    def end(self, finish: Finish | None, error: BaseException | None = None, logprob: float | None = None) -> None:
-        """End the answer, unless it has ended.
-
-        Args:
-            error: what failed, if anything.
-            logprob: of the token that ended it, where that is known.
-        """
+    def end(self, finish: Finish | None, error: BaseException | None = None) -> None:
+        """End the answer, unless it has ended; `error` is what failed, if anything."""
         with self._lock:
             if self.has_ended:
                 return
-            if logprob is not None:
-                self._logprobs.append(logprob)
             self.finish, self._error, self.total_s = finish, error, time.perf_counter() - self._started
             self._notify(None)
 
@@ -272,11 +257,11 @@ class AnswerWriter:
             self._ticket.end("stop")
         return is_stopped
 
-    def end(self, finish: Finish, logprob: float | None = None) -> None:
-        """End the answer with the text that was held back, and the logprob of the token that ended it where known."""
+    def end(self, finish: Finish) -> None:
+        """End the answer with the text that was held back."""
         if rest := self._text.rest():
             self._ticket.put(Token(None, rest))
-        self._ticket.end(finish, logprob=logprob)
+        self._ticket.end(finish)
 
 
 def finished_ticket(text: str) -> Ticket:

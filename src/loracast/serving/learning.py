@@ -140,7 +140,7 @@ class Learning:
         self._state = State(self.library)
         self.uploads = Uploads(self._state, settings.max_stored_bytes)
         self.jobs = Jobs(self._state, self._make, self.tidy, settings.max_queued_jobs)
-        self.stores = VectorStores(self._state, self.uploads, self.jobs, self.library)
+        self.stores = VectorStores(self._state, self.uploads, self.jobs, self.library, lambda: model.reader)
 
     # ---- what is asked for
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -21,7 +21,7 @@ from loracast.errors import LoracastError, NoSuchAdapterError
 from loracast.library.index import read_chunks
 from loracast.library.library import Library
 from loracast.library.manifest import name_from
-from loracast.reading.relevance import about
+from loracast.reading.questions import QuestionReader
 from loracast.reading.search import phrases
 from loracast.serving.errors import ApiError, log
 from loracast.serving.jobs import Jobs, cancel_in, update_jobs
@@ -92,8 +92,15 @@ class StoreFile:
 class VectorStores:
     """The vector stores of a server. What methods return as `Json` are the objects of OpenAI's API."""
 
-    def __init__(self, state: State, uploads: Uploads, jobs: Jobs, library: Library):
+    def __init__(
+        self, state: State, uploads: Uploads, jobs: Jobs, library: Library, reader: Callable[[], QuestionReader | None]
+    ):
+        """
+        Args:
+            reader: says how likely a file answers a query.
+        """
         self._state, self._uploads, self._jobs, self._library = state, uploads, jobs, library
+        self._reader = reader
         self._looked: tuple[int, bytes] | None = None
 
     @contextmanager
@@ -290,7 +297,7 @@ class VectorStores:
     ) -> list[Json]:
         """The chunks of a store that match one of the queries best, best first; each chunk once.
 
-        A score is the probability that the file is about the query, times the chunk's BM25 beside the best one's.
+        A score is the chunk's BM25 beside the best one's, times how likely its file answers, where a reader tells that.
 
         Args:
             threshold: least score.
@@ -298,12 +305,15 @@ class VectorStores:
         files = self.documents([store])
         by_name = {file.adapter: file for file in files if filters is None or filters.fits(file.attributes)}
         best: dict[tuple[str, int], float] = {}
+        reader = self._reader()
         with self._library.reading() as register:
             for query in queries if by_name else ():
                 matches = register.best_chunks(phrases(query), limit, tuple(by_name))
                 for match in matches:
                     index = self._library.open(match.reference).index
-                    score = match.score / matches[0].score * about(index, query)
+                    read = None if reader is None else reader.match(index, query)
+                    about = 1.0 if read is None or read.about is None else read.about
+                    score = about * match.score / matches[0].score
                     best[match.name, match.chunk] = max(score, best.get((match.name, match.chunk), 0.0))
         chosen = sorted((place for place in best if best[place] >= threshold), key=lambda place: -best[place])[:limit]
         found = []

@@ -354,7 +354,6 @@ class VllmEngine(Engine):
         request = ticket.request
         writer = AnswerWriter(self.base.tokenizer, ticket)
         finish: Finish | None = None
-        end_logprob: float | None = None
         with closing(self._events(request, server, lora)) as events:  # closing the connection ends it there too
             for event in events:
                 if ticket.has_ended:
@@ -363,7 +362,7 @@ class VllmEngine(Engine):
                 for choice in event["choices"]:
                     for token, logprob, top in _tokens(choice, request.n_logprobs):
                         if token in self.base.end_ids:
-                            finish, end_logprob = "stop", logprob
+                            finish = "stop"
                             break
                         with self._changed:
                             self.counts.n_generated_tokens += 1
@@ -376,7 +375,7 @@ class VllmEngine(Engine):
                         raise EngineFailed(f"the vLLM server ended an answer: {reason}")
         if finish is None:
             raise EngineFailed(f"the vLLM server at {server.client.url} ended an answer before it was complete")
-        writer.end(finish, end_logprob)
+        writer.end(finish)
 
     def _events(
         self, request: GenerationRequest, server: LoadedLoRAs, lora: LoadedLoRA | None

@@ -14,7 +14,7 @@ _train = typer.Typer(
 )
 add(_train, _PACKAGE, "train:doc", "train:text", panel="Hypernetworks")
 add(_train, _PACKAGE, "train:oracle", "train:multitask", "train:window", panel="LoRAs to compare with")
-add(_train, _PACKAGE, "train:export", "train:reader", "train:relevance", "train:words", panel="To ship")
+add(_train, _PACKAGE, "train:export", "train:reader", panel="To ship")
 add(_train, _PACKAGE, "train:labels", panel="Images")
 
 _eval = typer.Typer(
@@ -23,7 +23,7 @@ _eval = typer.Typer(
     no_args_is_help=True,
 )
 _GENERATED = ("needle", "facts", "everyday", "tables", "corrections", "near_misses", "capacity")
-_DOCUMENTS = ("qa", *_GENERATED, "reader", "library", "gate", "interference", "teacher_forced", "ablations")
+_DOCUMENTS = ("qa", *_GENERATED, "reader", "library", "interference", "teacher_forced", "ablations")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in _DOCUMENTS), panel="Documents")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in ("tasks", "refining", "overlap", "harness")), panel="Tasks")
 add(_eval, _PACKAGE, "eval:images", panel="Images")

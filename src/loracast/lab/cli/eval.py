@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from loracast.lab.evaluation.ablations import AblationConfig
     from loracast.lab.evaluation.capacity import CapacityConfig
     from loracast.lab.evaluation.cost import LatencyConfig, MemoryConfig
-    from loracast.lab.evaluation.gate import GateConfig, InterferenceConfig
     from loracast.lab.evaluation.harness import HarnessConfig
     from loracast.lab.evaluation.images import ImagesConfig
+    from loracast.lab.evaluation.interference import InterferenceConfig
     from loracast.lab.evaluation.likelihood import TeacherForcedConfig
     from loracast.lab.evaluation.overlap import OverlapConfig
     from loracast.lab.evaluation.qa import QaConfig
@@ -133,24 +133,16 @@ def capacity(config: CapacityConfig, models: Models, results: Results) -> None:
 
 @config_from("loracast.lab.evaluation.reader")
 def reader(config: ReaderEvalConfig, models: Models, results: Results) -> None:
-    """The reader beside BM25 and word vectors: is the right unit first, and is what a document does not say refused?"""
+    """The reader beside BM25: is the right unit first, and is what a document does not say refused?"""
     from loracast.lab.evaluation.reader import evaluate_reader
 
     results.of("documents", evaluate_reader, open_model(models), config)
 
 
-@config_from("loracast.lab.evaluation.gate")
-def gate(config: GateConfig, results: Results) -> None:
-    """Questions about a document and about something else: which does `ask` take to be about it? No model is loaded."""
-    from loracast.lab.evaluation.gate import evaluate_gate
-
-    results.of("runs", evaluate_gate, config)
-
-
-@config_from("loracast.lab.evaluation.gate")
+@config_from("loracast.lab.evaluation.interference")
 def interference(config: InterferenceConfig, models: Models, results: Results) -> None:
     """General-knowledge questions while unrelated documents are learned: do adapters harm what the base knows?"""
-    from loracast.lab.evaluation.gate import evaluate_interference
+    from loracast.lab.evaluation.interference import evaluate_interference
 
     results.of("questions", evaluate_interference, open_model(models), config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ import typer
 from loracast.base.load import load_base
 from loracast.cli.commands import seconds
 from loracast.cli.options import BaseChoice, Device, Json
-from loracast.cli.terminal import advice, plural, print_result, print_table, progress_bar, say
+from loracast.cli.terminal import advice, plural, print_result, progress_bar, say
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
 _TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
@@ -196,61 +195,6 @@ def reader(
         )  # fmt: skip
     where = run.out / READER_FILE
     print_result(run.as_json, {"out": str(where), "refusing": found.refusing.item()}, f"the reader is in {where}")
-
-
-def relevance(
-    *,
-    out: Annotated[Path, "File to write: the relevance.toml that the package reads."],
-    documents: Annotated[list[str], _DOCUMENTS],
-    unrelated: Annotated[list[str], "Questions that are about no document: JSONL(.gz). Repeatable."],
-    source: Annotated[list[str] | None, "Take only documents of this source. Repeatable."] = None,
-    dev_documents: Annotated[list[str] | None, "Measure on these documents with questions. Repeatable."] = None,
-    dev_unrelated: Annotated[list[str] | None, "Measure with these unrelated questions. Repeatable."] = None,
-    as_json: Json = False,
-) -> None:
-    """Fit the classifier by which `ask` decides if a question is about a document: minutes on one core, no base."""
-    from loracast.lab.data.rows import read_questioned
-    from loracast.lab.training.relevance import measure, read_unrelated_files, train_relevance
-
-    fit = train_relevance(read_questioned(documents, source or ()), read_unrelated_files(unrelated))
-    fit.write(out)
-    kinds: list[dict[str, Any]] = []
-    points: list[dict[str, float]] = []
-    if dev_documents and dev_unrelated:
-        kinds, points = measure(fit, read_questioned(dev_documents), read_unrelated_files(dev_unrelated))
-    if as_json:
-        print(json.dumps({"out": str(out), "kinds": kinds, "points": points}))
-        return
-    say(f"{out.stat().st_size / 1e3:.1f} kB in {out}")
-    rows = [
-        (row["group"], row["source"], "yes" if row["is_about"] else "no", row["n"], f"{row['passed']:.1%}")
-        for row in kinds
-    ]
-    print_table(("question", "source", "about", ">n", ">taken to be about it"), rows)
-    shares = [[f"{value:.3f}" for value in point.values()] for point in points]
-    print_table((">refused", ">threshold", ">unrelated pass", ">another product's pass"), shares)
-
-
-def words(
-    *,
-    out: Annotated[Path, "File to write: the word_vectors.safetensors that the package reads."],
-    documents: Annotated[list[str], _DOCUMENTS],
-    source: Annotated[list[str] | None, "Take only documents of this source. Repeatable."] = None,
-    as_json: Json = False,
-) -> None:
-    """Train the word vectors by which routing finds where an answer stands: minutes on one core, no base."""
-    from dataclasses import asdict
-
-    from loracast.lab.data.rows import read_questioned
-    from loracast.lab.training.word_vectors import train_word_vectors
-
-    found = train_word_vectors(read_questioned(documents, source or ()), out, say=say)
-    if as_json:
-        print(json.dumps({"out": str(out), "right": {name: asdict(one) for name, one in found.items()}}))
-        return
-    say(f"{out.stat().st_size / 1e3:.0f} kB in {out}")
-    rows = [(name, x.n, f"{x.sentence:.1%}", f"{x.bm25:.1%}", f"{x.place:.1%}") for name, x in found.items()]
-    print_table(("documents", ">questions", ">right sentence first", ">by BM25 alone", ">right word first"), rows)
 
 
 def labels(

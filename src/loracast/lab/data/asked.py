@@ -20,14 +20,13 @@ from loracast.lab.data.facts import Split, make_sheet
 from loracast.lab.data.near_misses import make_near_misses
 from loracast.lab.data.questions import find_answer
 from loracast.lab.data.rows import QuestionedDocument, read_content
-from loracast.lab.data.tables import Form, make_table
+from loracast.lab.data.tables import FORMS, make_table
 
 MAX_QUESTIONS = 12
 """About one document."""
 _MAX_CHARACTERS = 9000  # of a text
 _P_SWAPPED = 0.35  # of an answered question: a swapped one comes along
 _P_LOWER = 0.15  # of a question: it is written in lower case, as many people write
-_FORMS: tuple[Form, ...] = ("csv", "md", "html", "tsv", "records")
 _MAX_OTHERS = 12  # documents from which names and values of near misses come
 TABLES = "wikitablequestions"
 """The source whose texts are rows of cells between bars."""
@@ -152,7 +151,7 @@ def draw_tables(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
     for i in range(n):
         rng = random.Random(f"{seed}/table/{i}")
         n_rows = rng.choice((5, 8, 12, 20, 30)) if split == "train" else 20
-        yield from of_facts("table", i, make_table(rng, split, n_rows, form=rng.choice(_FORMS)), rng)
+        yield from of_facts("table", i, make_table(rng, split, n_rows, form=rng.choice(FORMS)), rng)
 
 
 def draw_corrections(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
@@ -169,7 +168,7 @@ def draw_near_misses(n: int, seed: int, split: Split) -> Iterator[AskedDocument]
         whole.append(make_document(random.Random(f"{seed}/near/{i}"), split=split, genre=genres[i % len(genres)]))
     rng = random.Random(seed)
     for _ in range(n // 4):
-        whole.append(make_table(rng, split, rng.choice((5, 10, 15)), form=rng.choice(_FORMS[:3])))
+        whole.append(make_table(rng, split, rng.choice((5, 10, 15)), form=rng.choice(FORMS)))
     by_genre = defaultdict[str, list[EverydayDocument]](list)
     for one in whole:
         by_genre[one.genre].append(one)

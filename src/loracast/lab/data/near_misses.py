@@ -21,7 +21,6 @@ from loracast.documents.units import sentence_spans
 from loracast.lab.data.everyday import EverydayDocument, EverydayFact
 from loracast.lab.data.questions import STOP_WORDS, find_answer
 from loracast.lab.data.rows import QuestionedDocument
-from loracast.lab.data.tables import TableDocument
 from loracast.text import terms_of
 
 Why = Literal["other name", "taken out", "other part"]
@@ -101,8 +100,7 @@ def keep_part(rng: random.Random, document: EverydayDocument) -> EverydayDocumen
     """The first or the last part of the document; None if every question that it does not answer might be answered."""
     units = sentence_spans(document.text, document.rows)
     cut = rng.randint(len(units) // 4, len(units) * 3 // 4)
-    needs_header = isinstance(document, TableDocument) and document.form == "aligned"
-    is_first = needs_header or rng.random() < 0.5
+    is_first = rng.random() < 0.5
     return _left(document, range(cut) if is_first else range(cut, len(units)), units, "other part")
 
 

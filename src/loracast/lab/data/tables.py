@@ -25,7 +25,7 @@ from loracast.answering.answers import NOT_SAID
 from loracast.documents.clean import normalise
 from loracast.documents.file_types import Limits
 from loracast.documents.html import parse as parse_html
-from loracast.documents.tables import ROW, name_markdown_rows, named_row, parse_csv, take_marks
+from loracast.documents.tables import ROW, name_rows, named_row, parse_csv, take_marks
 from loracast.errors import DocumentError
 from loracast.lab.data.everyday import EverydayDocument, EverydayFact
 from loracast.lab.data.facts import Split, expand, fill, make_entity, pick_alternatives
@@ -260,24 +260,17 @@ class _Draft:
         if self.form == "md":
             blocks = ["\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *self.rows))]
         elif self.form == "records":
-            blocks = [self.statement(row) for row in self.rows]
+            blocks = [
+                "\n".join(f"{name}: {cell}" for name, cell in zip(header, row, strict=True) if cell)
+                for row in self.rows
+            ]
         else:
-            blocks = ["\n".join(self.aligned(row) for row in rows)]
+            widths = [max(map(len, column)) + 2 for column in zip(header, *self.rows, strict=True)]
+            blocks = ["\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
         return "\n\n".join([*above, *blocks, *below]) + "\n"
-
-    @cached_property
-    def widths(self) -> list[int]:
-        return [max(map(len, column)) + 2 for column in zip(self.header, *self.rows, strict=True)]
-
-    def aligned(self, row: Sequence[str]) -> str:
-        return "".join(cell.ljust(width) for cell, width in zip(row, self.widths, strict=True)).rstrip()
 
     def statement(self, row: Sequence[str]) -> str:
         """A row as it stands in the text that was read."""
-        if self.form == "aligned":
-            return self.aligned(row)
-        if self.form == "records":
-            return "\n".join(f"{name}: {cell}" for name, cell in zip(self.header, row, strict=True) if cell)
         return named_row(self.header, row).removeprefix(ROW)
 
     def offsets(self, row: Sequence[str], statement: str) -> list[int]:
@@ -285,9 +278,7 @@ class _Draft:
         at, found = 0, []
         for i, (name, cell) in enumerate(zip(self.header, row, strict=True)):
             before = f"{name}: " if name else ": " if row[0] else ""
-            if self.form == "aligned":
-                before = ""
-            elif self.form != "records" and i == 0:  # what the row is about
+            if i == 0:  # what the row is about
                 before = f"{name} " if name else ""
             if cell:
                 at = statement.index(before + cell, at) + len(before)
@@ -302,4 +293,4 @@ def _read(source: str, form: Form) -> str:
         return parse_html(source.encode(), "the table", Limits()).text
     if form in ("csv", "tsv"):
         return normalise(parse_csv(source, "the table", "\t" if form == "tsv" else None).text)
-    return name_markdown_rows(normalise(source))
+    return name_rows(normalise(source))

@@ -164,7 +164,7 @@ class DocumentSetup(runner.EvaluatedModel):
         """
         self._folder = TemporaryDirectory(prefix="loracast-eval-")
         super().__init__(model.base, self._folder.name)
-        self.documents = model.documents
+        self.documents, self.reader = model.documents, model.reader
         self.config = config or RoutedConfig()
         self.max_new_tokens, self.window_lora, self.storage = max_new_tokens, window_lora, storage
         self.learned: dict[str, LearnedDocument] = {}  # by version

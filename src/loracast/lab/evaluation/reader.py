@@ -1,15 +1,15 @@
 """`loracast eval reader`: does the reader find the unit that answers, and refuse what the document does not say?
 
-Beside it stand what routing does today (word vectors and BM25 together) and BM25 alone. People's questions are asked of
-their document; with further paragraphs of its article after it, where the file names articles. No answer is generated.
+Beside it stands BM25 alone. People's questions are asked of their document; with further paragraphs of its article
+after it, where the file names articles. What the document does not say is asked, too: of another part of the same
+article, of another document, unrelated questions and small talk. No answer is generated.
 """
 
 from __future__ import annotations
 
 import random
-import sqlite3
 from collections import defaultdict
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,16 +21,14 @@ from loracast.hypernets.reader import READER_FILE, Reader
 from loracast.lab.data import asked
 from loracast.lab.data.asked import AskedDocument
 from loracast.lab.data.facts import Split
-from loracast.lab.data.rows import read_questioned
+from loracast.lab.data.rows import read_questioned, read_unrelated
 from loracast.lab.evaluation.report import Progress, Report, columns, mean_if_any, no_progress
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.reader import Asking, AskingConfig, Episode, ReaderObjective, without_answer
-from loracast.lab.training.states import ReadChunk, ReadFile
-from loracast.library.index import write_index
-from loracast.reading.matching import matches
+from loracast.lab.training.states import ReadChunk, ReadFile, ReadQuestion
 
 READER_COLUMNS = columns(
-    source="documents", kind="asked", n=("n", 0), reader=("reader's unit first %", "%"), today=("today's first %", "%"),
+    source="documents", kind="asked", n=("n", 0), reader=("reader's unit first %", "%"), 
     bm25=("BM25's first %", "%"), begins=("right first word %", "%"), refused=("refused %", "%"),
     base=("left to the base %", "%"),
 )  # fmt: skip
@@ -42,6 +40,8 @@ class ReaderEvalConfig:
 
     documents: tuple[str, ...] = ()
     """Files of documents with questions."""
+    unrelated: tuple[str, ...] = ()
+    """Files of questions that are about no document."""
     sources: tuple[str, ...] = ()
     """Sources to take of documents with a `source` field; all if empty."""
     split: Split = "dev"
@@ -64,14 +64,15 @@ def evaluate_reader(model: Model, config: ReaderEvalConfig, out: Path, progress:
         raise ConfigError("no reader stands beside the hypernetwork: give the folder of one with --reader")
     drawn = _draw(config)
     with TemporaryDirectory() as folder:
-        file = ReadFile(
-            Path(folder) / "states.f16", model.base, hypernetwork, reader.config, drawn, asked.small_talk(config.split)
-        )
-        asking = Asking(file.documents, file.foreign, AskingConfig())
+        talk, unrelated = asked.small_talk(config.split), [q for q, _ in read_unrelated(config.unrelated)]
+        states = Path(folder) / "states.f16"
+        file = ReadFile(states, model.base, hypernetwork, reader.config, drawn, [*talk, *unrelated])
+        apart = {"small talk": file.foreign[: len(talk)], "unrelated": file.foreign[len(talk) :]}
+        asking = Asking(file.documents, (), AskingConfig())
         objective = ReaderObjective(reader, file, asking, TrainConfig())
         rng, found = random.Random(config.seed), defaultdict[tuple[str, str], list[dict[str, Any]]](list)
         for i, one in enumerate(asking.documents):
-            kinds, episode = _episode(rng, asking, i, config.extra)
+            kinds, episode = _episode(rng, asking, i, config.extra, apart)
             for kind, row in zip(kinds, _judge(objective, episode), strict=True):
                 found[one.source, kind].append(row)
             progress(i + 1, len(asking.documents))
@@ -95,8 +96,14 @@ def _draw(config: ReaderEvalConfig) -> list[AskedDocument]:
     ]
 
 
-def _episode(rng: random.Random, asking: Asking, i: int, extra: int) -> tuple[list[str], Episode]:
-    """A document with others of its group after it, and of each question what it is: its own, or one that is not."""
+def _episode(
+    rng: random.Random, asking: Asking, i: int, extra: int, apart: Mapping[str, Sequence[ReadQuestion]]
+) -> tuple[list[str], Episode]:
+    """A document with others of its group after it, and of each question what it is: its own, or one that is not.
+
+    Args:
+        apart: questions that are about no document, by what they are called.
+    """
     one = asking.documents[i]
     near = asking.near(i)
     chunks: list[ReadChunk] = [*one.chunks, *(chunk for j in near[:extra] for chunk in asking.documents[j].chunks)]
@@ -106,38 +113,24 @@ def _episode(rng: random.Random, asking: Asking, i: int, extra: int) -> tuple[li
         if pool and (other := without_answer(rng.choice(asking.documents[rng.choice(pool)].questions), chunks)):
             kinds.append(kind)
             questions.append(other)
-    if asking.foreign:
-        kinds.append("small talk")
-        questions.append(rng.choice(asking.foreign))
+    for kind, some in apart.items():
+        if some:
+            kinds.append(kind)
+            questions.append(rng.choice(some))
     return kinds, Episode(chunks, questions)
 
 
 def _judge(objective: ReaderObjective, episode: Episode) -> list[dict[str, Any]]:
     """What each question's row counts: 1 or 0, or None where it does not apply."""
     rows = []
-    chunks = [read.chunk for read in episode.chunks]
-    with closing(sqlite3.connect(":memory:")) as index:
-        write_index(index, chunks)
-        every = zip(
-            episode.questions, episode.rights, episode.tokens, objective.find(episode), episode.bm25(), strict=True
-        )
-        for question, right, token, found, bm25 in every:
-            row: dict[str, Any] = dict.fromkeys(("reader", "today", "bm25", "begins"))
-            if right >= 0:
-                best = max(zip(found.of_units, found.units, strict=True))[1]
-                row |= {"reader": best == right, "bm25": int(bm25.argmax()) == right}
-                row["today"] = _today(index, question.text) == right
-                row["begins"] = found.begins[0][0] == token if token >= 0 else None
-            is_refused = not found.is_foreign and found.margin > objective.reader.refusing.item()
-            row |= {"base": found.is_foreign, "refused": is_refused}
-            rows.append(row)
+    every = zip(episode.questions, episode.rights, episode.tokens, objective.find(episode), episode.bm25(), strict=True)
+    for _, right, token, found, bm25 in every:
+        row: dict[str, Any] = dict.fromkeys(("reader", "bm25", "begins"))
+        if right >= 0:
+            best = max(zip(found.of_units, found.units, strict=True))[1]
+            row |= {"reader": best == right, "bm25": int(bm25.argmax()) == right}
+            row["begins"] = found.begins[0][0] == token if token >= 0 else None
+        is_refused = not found.is_foreign and found.margin > objective.reader.refusing.item()
+        row |= {"base": found.is_foreign, "refused": is_refused}
+        rows.append(row)
     return rows
-
-
-def _today(index: sqlite3.Connection, question: str) -> int:
-    """The number, in the whole document, of the unit that routing weighs most today; -1 where none matches."""
-    of_chunks = matches(index, question, None).sentences
-    if of_chunks is None:
-        return -1
-    weights = [weight for chunk in sorted(of_chunks) for weight in of_chunks[chunk]]
-    return weights.index(max(weights))

@@ -66,7 +66,7 @@ class Request:
     def key(self) -> Hashable:
         """Requests with equal keys get equal answers."""
         one = self.prepared
-        return tuple(one.prompt), self.lora, one.candidates, one.least_confidence, one.answer and one.answer.text
+        return tuple(one.prompt), self.lora, one.candidates, one.answer and one.answer.text
 
 
 def shown(prompt: Sequence[int], lora: LoRASource | None = None, found: bool | None = None) -> Request:
@@ -250,10 +250,8 @@ def ask_one(
     loras = made(setup.base, [request])
     prepare_s = time.perf_counter() - started
     (given,) = _generate(setup, [request], loras, sampling)
-    # A strict answer is shown at its end.
-    first_s = given.total_s if request.prepared.comes_whole else given.first_token_s
     answered = _answered(name, case, request, given)
-    first_token_s, answer_s = prepare_s + first_s, prepare_s + given.total_s
+    first_token_s, answer_s = prepare_s + given.first_token_s, prepare_s + given.total_s
     return replace(answered, prepare_s=prepare_s, first_token_s=first_token_s, answer_s=answer_s), given
 
 

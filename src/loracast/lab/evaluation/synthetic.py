@@ -30,7 +30,6 @@ from loracast.lab.evaluation.documents import MAX_NEW_TOKENS, Answers, DocumentB
 from loracast.lab.evaluation.report import Column, Progress, Report, columns, no_progress
 from loracast.lab.evaluation.runner import Answered, Baseline, Request
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
-from loracast.reading.routing import route_adapter
 
 N_TIMED = 5
 """Questions that a baseline is asked one at a time, for the time that an answer takes; the others come in batches."""
@@ -472,7 +471,7 @@ class _Kinds:
             *ANSWER_COLUMNS[:2],
             *columns(right=("right %", "%"), cluster_low=("95 % by document", "interval")),
             *columns(**{kind: (f"{kind} %", "%") for kind in self.kinds}),
-            *columns(refused=("refused %", "%"), unit=("best unit %", "%"), exact=("exact %", "%")),
+            *columns(refused=("refused %", "%"), exact=("exact %", "%")),
             *ANSWER_COLUMNS[5:],
         )
 
@@ -484,7 +483,7 @@ class _Kinds:
         fact = a.case.about
         scores = {"exact": answers_exactly(a), "kind": self.kind_of(fact), "right": is_right(a.text, fact)}
         scores["refused"] = None if fact.kind == "not said" else says_not_said(a.text)
-        return {**scores, "unit": None if a.found is None else finds_unit(a.case)}
+        return scores
 
     def by_kind(self, answered: Answers) -> dict[str, Any]:
         """The share of right answers with its interval over documents, and by kind of question."""
@@ -494,25 +493,10 @@ class _Kinds:
         for kind in self.kinds:
             some = [a.scores["right"] for a in answered if a.scores["kind"] == kind]
             found |= {kind: report.mean_if_any(some), f"n {kind}": len(some)}
-        for name in ("refused", "unit"):
-            found[name] = report.mean_if_any([a.scores[name] for a in answered if a.scores[name] is not None])
+        found["refused"] = report.mean_if_any(
+            [a.scores["refused"] for a in answered if a.scores["refused"] is not None]
+        )
         return found
-
-
-def finds_unit(case: DocumentCase) -> bool:
-    """Whether the unit of the document that weighs most for the question holds the answer that was meant.
-
-    Several lines that are taken for one sentence, such as columns aligned by spaces, tell no row from another.
-    """
-    fact, document = case.about, case.document
-    route = route_adapter(document.adapter, case.question, threshold=0.0)
-    chunks = range(len(document.chunks)) if route.chunks is None else route.chunks
-    weights = route.sentences or [[1.0] * len(document.chunks[i].units) for i in chunks]
-    _, i, j = max((w, -k, -n) for k, own in zip(chunks, weights, strict=True) for n, w in enumerate(own))
-    chunk = document.chunks[-i]
-    unit = chunk.prompt[slice(*chunk.units[-j])]
-    is_one = unit in fact.statement or (fact.statement in unit and "\n" not in unit)
-    return fact.answer in unit and is_one
 
 
 def says_not_said(answer: str) -> bool:

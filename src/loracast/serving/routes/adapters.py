@@ -152,7 +152,7 @@ def route_question(service: Shared, request: Request, body: _Question) -> dict[s
     """
     model = service.model
     routed = route_adapters(
-        model.library, body.question, body.adapters, body.route, body.tag, model.adapter, reader=model.reader
+        model.library, body.question, body.adapters, body.route, body.tag, model.adapter, model.reader
     )
     check_memories(request, (adapter for adapter, _ in routed))
     return {"question": body.question, "adapters": [_routed(adapter, route) for adapter, route in routed]}

@@ -1,12 +1,4 @@
-"""`loracast eval gate` and `interference`: what happens to questions that no document answers.
-
-`loracast eval gate`: does `ask` tell whether a question is about a document at all?
-
-Sheets of facts, everyday documents, prose with needles and real texts, alone or many in one, are asked their own
-questions, and questions about something else: unrelated ones, small talk, and near misses such as another product's
-sheet or another part of the same article. No model is loaded: the gate reads the full-text index alone.
-
-`loracast eval interference`: general-knowledge questions while unrelated documents are learned.
+"""`loracast eval interference`: general-knowledge questions while unrelated documents are learned.
 
 The base chooses among the answers of a question by log-likelihood for each byte, without a document and with several at
 once. Doc-to-LoRA as published loses half of its accuracy to one irrelevant document (arXiv 2602.15902).
@@ -18,62 +10,17 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loracast.answering.model import Model
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
-from loracast.lab.data.rows import read_questioned
 from loracast.lab.data.tasks import read_benchmark
 from loracast.lab.evaluation import report
 from loracast.lab.evaluation.documents import DocumentSetup, LearnedDocument, QuestionedConfig, RoutedConfig
 from loracast.lab.evaluation.likelihood import likeliest
 from loracast.lab.evaluation.report import Progress, Report, columns, no_progress
-from loracast.lab.evaluation.runner import grouped, made
-from loracast.lab.training.relevance import measure, read_unrelated_files, shipped_fit
-
-GATE_COLUMNS = columns(
-    about="about the document", group="questions", source="from", n=("n", 0),
-    passed=("taken to be about it %", "%"), low=("95 %", "interval"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """Settings of `loracast eval gate`."""
-
-    documents: tuple[str, ...]
-    """Files of documents with questions."""
-    unrelated: tuple[str, ...]
-    """Files of questions that are about no document."""
-    sources: tuple[str, ...] = ()
-    """Sources to take of documents with a `source` field; all if empty."""
-    split: Literal["dev", "test"] = "test"
-    """Split of wordings, entities and small talk: `dev` to choose the threshold, `test` for figures."""
-    seed: int = 1
-    """Seed of all that is drawn."""
-
-    def __post_init__(self) -> None:
-        if not self.documents or not self.unrelated:
-            raise ConfigError("give documents with questions (--documents FILE) and unrelated questions (--unrelated)")
-
-
-def evaluate_gate(config: GateConfig, out: Path, progress: Progress = no_progress) -> Report:
-    """Put every question to its document, with the parameters that ship. Raises ConfigError as `read_questioned`."""
-    documents = read_questioned(config.documents, config.sources, config.split)
-    unrelated = read_unrelated_files(config.unrelated)
-    kinds, _ = measure(shipped_fit(), documents, unrelated, config.seed, config.split)
-    # Of a source, `measure` has a row for each number of texts in a document.
-    of_rows = grouped(kinds, lambda kind: (kind["is_about"], kind["group"], kind["source"].partition(",")[0]))
-    rows: list[dict[str, Any]] = []
-    for (is_about, group, source), some in of_rows.items():
-        n = sum(kind["n"] for kind in some)
-        n_passed = round(sum(kind["n"] * kind["passed"] for kind in some))
-        row = {"about": "yes" if is_about else "no", "group": group, "source": source or "-", "n": n}
-        rows.append({**row, **report.share_row("passed", n_passed, n)})
-    progress(1, 1)
-    return Report(out, "gate", GATE_COLUMNS, config, None).write(rows)
-
+from loracast.lab.evaluation.runner import made
 
 _QUESTIONS_AT_ONCE = 16  # whose LoRAs are held at once
 
