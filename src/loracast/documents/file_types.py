@@ -42,11 +42,11 @@ MEDIA_TYPES = {
     "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
     "message": "message/rfc822",
 }
-READABLE = "loracast reads txt, md, html, pdf, docx, csv and eml"
+READABLE = "loracast reads txt, md, html, pdf, docx, csv, eml and conversations (jsonl, json, WhatsApp's txt)"
 
 EXTENSIONS = {
     ".md": "markdown", ".markdown": "markdown", ".html": "html", ".htm": "html", ".xhtml": "html",
-    ".csv": "csv", ".tsv": "csv", ".pdf": "pdf", ".docx": "docx", ".eml": "message",
+    ".csv": "csv", ".tsv": "csv", ".pdf": "pdf", ".docx": "docx", ".eml": "message", ".jsonl": "text",
 }  # fmt: skip
 # The start of common files that are no text. The remedy is the best known way to one that loracast reads.
 MAGIC = (

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loracast.documents.clean import bare_name, decode, normalise, readable_stem, sensible_title
+from loracast.documents.conversation import parse_conversation
 from loracast.documents.file_types import MEDIA_TYPES, Limits, Parsed, sniff
 from loracast.documents.tables import name_rows, parse_csv, take_marks
 from loracast.documents.units import markdown_title
@@ -119,10 +120,10 @@ def read_document(
             is_tsv = (file_name or "").lower().endswith(".tsv")
             text = parse_csv(text, label, "\t" if is_tsv else None).text
         text = normalise(text)
-        text = text if kind == "csv" else name_rows(text)
         if not text.strip():
             raise DocumentError(f"{label} holds only white space: there is nothing to learn from it")
-        parsed = Parsed(text, "" if kind == "csv" else markdown_title(text))
+        talk = parse_conversation(text, label, file_name) if kind == "text" else None
+        parsed = talk or (Parsed(text) if kind == "csv" else Parsed(name_rows(text), markdown_title(text)))
     if len(parsed.text) > limits.max_text_bytes or len(parsed.text.encode()) > limits.max_text_bytes:
         raise DocumentError(f"{label} holds more than {_mega(limits.max_text_bytes)} of text: split it into parts")
     text, rows = take_marks(parsed.text)
