@@ -29,6 +29,7 @@ import loracast
 from adapters import write
 from commands import every_command
 from loracast.cli import app
+from loracast.cli.options import Naming
 from loracast.documents import Chunk
 from loracast.errors import BaseModelError
 from loracast.library.library import Library
@@ -867,3 +868,11 @@ def test_the_base_of_adapters_is_known_by_their_fingerprint(model, tmp_path):
     assert base_of([shipped]) is None
     with pytest.raises(BaseModelError, match="made for several bases"):
         base_of([adapter, shipped])
+
+
+def test_capitals_and_blanks_of_a_name_are_written_as_names_are(capsys):
+    assert Naming(name="My  Notes.v2").name == "my-notes.v2"
+    assert "'My  Notes.v2' is written 'my-notes.v2'" in capsys.readouterr().err
+    for name in ("notes", "../X", "Ünder", None):
+        assert Naming(name=name).name == name
+    assert not capsys.readouterr().err

@@ -223,6 +223,11 @@ def task(
         })  # fmt: skip
         return
     print(printable(summary(adapter, library)))
+    if not spec.examples:
+        say(
+            "five examples beside the description are worth two to four times as much on tasks that are new to it:\n"
+            "    loracast task DESCRIPTION --examples FILE   (lines `input => output`, CSV or JSONL)"
+        )
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

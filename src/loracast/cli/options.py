@@ -19,7 +19,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import BaseModelError
 from loracast.files import library_dir
 from loracast.library.library import Library as AdapterLibrary
-from loracast.library.manifest import check_name
+from loracast.library.manifest import NAME, check_name
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.reading.routing import DEFAULT_ROUTE, patterns_in
 from loracast.text import is_unicode
@@ -106,8 +106,16 @@ class Naming:
     """Name of a new adapter, and whether it may replace an adapter that has the name."""
 
     name: str | None = None
-    """Name of the new adapter; made from its source by default."""
+    """Name of the new adapter, in lower case and without blanks; made from its source by default."""
     replace: Replace = False
+
+    def __post_init__(self) -> None:
+        """Write capitals and blanks of a name as adapters' names are written, and say so."""
+        if self.name is not None and not NAME.fullmatch(self.name):
+            written = "-".join(self.name.lower().split())
+            if NAME.fullmatch(written):
+                say(f"{self.name!r} is written {written!r}: names have lower-case letters and no blanks")
+                object.__setattr__(self, "name", written)
 
     def checked(self, library: AdapterLibrary, default: str, source_sha256: str | None = None) -> str:
         """The name, or the default one. A taken name is refused here, before a model is loaded for nothing.
