@@ -22,7 +22,7 @@ _eval = typer.Typer(
     help="Measure adapters beside baselines: answers about documents, tasks, images, cost, side effects.",
     no_args_is_help=True,
 )
-_GENERATED = ("needle", "facts", "everyday", "tables", "corrections", "near_misses", "capacity")
+_GENERATED = ("needle", "facts", "everyday", "tables", "corrections", "chats", "near_misses", "capacity")
 _DOCUMENTS = ("qa", *_GENERATED, "reader", "library", "interference", "teacher_forced", "ablations")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in _DOCUMENTS), panel="Documents")
 add(_eval, _PACKAGE, *(f"eval:{name}" for name in ("tasks", "refining", "overlap", "harness")), panel="Tasks")

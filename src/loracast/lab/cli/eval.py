@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loracast.lab.evaluation.refining import RefiningConfig
     from loracast.lab.evaluation.report import Report
     from loracast.lab.evaluation.synthetic import (
+        ChatsConfig,
         CorrectionsConfig,
         EverydayConfig,
         FactsConfig,
@@ -113,6 +114,14 @@ def corrections(config: CorrectionsConfig, models: Models, results: Results) -> 
     from loracast.lab.evaluation.synthetic import evaluate_corrections
 
     results.of("documents", evaluate_corrections, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.synthetic")
+def chats(config: ChatsConfig, models: Models, results: Results) -> None:
+    """Conversations of two friends: what each said, who and when it was, what changed, what nobody said."""
+    from loracast.lab.evaluation.synthetic import evaluate_chats
+
+    results.of("documents", evaluate_chats, open_model(models), config)
 
 
 @config_from("loracast.lab.evaluation.synthetic")

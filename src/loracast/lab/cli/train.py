@@ -68,9 +68,9 @@ class Run(BaseChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class HypernetworkRun(Run):
-    """What every training of a hypernetwork takes."""
+    """What every training of a hypernetwork or a reader takes."""
 
-    init_from: Annotated[Path | None, "Start from this hypernetwork's weights."] = None
+    init_from: Annotated[Path | None, "Start from the weights in this folder."] = None
 
 
 def doc(
@@ -168,7 +168,7 @@ def window(run: Run, *, documents: Annotated[list[str], _DOCUMENTS]) -> None:
 
 
 def reader(
-    run: Run,
+    run: HypernetworkRun,
     *,
     documents: Annotated[list[str], _DOCUMENTS],
     hypernetwork: Annotated[
@@ -187,10 +187,10 @@ def reader(
     base = load_base(run.base, **run.how)
     beside: Any = load_caster(hypernetwork or shipped_hypernetwork(base, "document"), "document", base).hypernetwork
     people = read_questioned(documents, recipe.data.sources)
-    command = run.command("reader", {"documents": documents})
+    command = run.command("reader", {"documents": documents, "init_from": run.init_from})
     with progress_bar("tokens") as progress, advice(_STOPPED):
         found = train_reader(
-            base, recipe, beside, people, run.out, command=command, progress=progress,
+            base, recipe, beside, people, run.out, init_from=run.init_from, command=command, progress=progress,
             on_metrics=partial(_show, recipe.training.steps, run.out.name),
         )  # fmt: skip
     where = run.out / READER_FILE

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loracast.documents import Document
+from loracast.lab.data.chats import make_chat
 from loracast.lab.data.corrections import make_correction
 from loracast.lab.data.everyday import EverydayDocument, EverydayFact, load_genres, make_document
 from loracast.lab.data.facts import Split, make_sheet
@@ -159,6 +160,13 @@ def draw_corrections(n: int, seed: int, split: Split) -> Iterator[AskedDocument]
     for i in range(n):
         rng = random.Random(f"{seed}/corr/{i}")
         yield from of_facts("correction", i, make_correction(rng, split), rng)
+
+
+def draw_chats(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
+    """Conversations of two friends."""
+    for i in range(n):
+        rng = random.Random(f"{seed}/chat/{i}")
+        yield from of_facts("chat", i, make_chat(rng, split), rng)
 
 
 def draw_near_misses(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:

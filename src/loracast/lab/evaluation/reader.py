@@ -47,7 +47,7 @@ class ReaderEvalConfig:
     split: Split = "dev"
     """Split of generated documents and small talk."""
     n: int = 40
-    """Generated documents of each kind, and half as many tables."""
+    """Generated documents of each kind, and half as many sheets, tables and chats."""
     extra: int = 3
     """Further documents of the same group that follow a document, such as paragraphs of an article."""
     seed: int = 1
@@ -92,6 +92,7 @@ def _draw(config: ReaderEvalConfig) -> list[AskedDocument]:
         *asked.draw_sheets(n // 2, *common),
         *asked.draw_tables(n // 2, *common),
         *asked.draw_corrections(n, *common),
+        *asked.draw_chats(n // 2, *common),
         *asked.draw_near_misses(n, *common),
     ]
 

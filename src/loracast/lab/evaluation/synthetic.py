@@ -18,6 +18,7 @@ from loracast.answering.model import ASK_SYSTEM_TURN, Model
 from loracast.base.chat import ChatFormat, encode_with_offsets
 from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import find_value, has_value, is_exact
+from loracast.lab.data.chats import Asks, make_chat
 from loracast.lab.data.corrections import CHANGED, make_correction
 from loracast.lab.data.everyday import KINDS, EverydayDocument, EverydayFact, load_genres, make_document
 from loracast.lab.data.facts import Fact, make_sheet
@@ -385,6 +386,21 @@ def evaluate_corrections(
         return make_correction(rng, config.split, is_chat=i % 2 == 1)
 
     kinds = _Kinds("corrections", "documents", ("span", CHANGED.removesuffix(": "), "not said"))
+    return kinds.evaluate(model, config, {config.documents: draw}, config.documents, out, progress)
+
+
+@dataclass(frozen=True)
+class ChatsConfig(EverydayConfig):
+    """Settings of `loracast eval chats`."""
+
+
+def evaluate_chats(model: Model, config: ChatsConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Run the evaluation; tables and answers are in `out` after every few documents."""
+
+    def draw(rng: random.Random, _: int) -> EverydayDocument:
+        return make_chat(rng, config.split)
+
+    kinds = _Kinds("chats", "documents", get_args(Asks))
     return kinds.evaluate(model, config, {config.documents: draw}, config.documents, out, progress)
 
 

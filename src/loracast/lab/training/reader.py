@@ -51,6 +51,7 @@ class ReaderData:
     sheets: int = 300
     tables: int = 260
     corrections: int = 350
+    chats: int = 250
     near_misses: int = 240
     small_talk: int = 2000
     """Made from patterns, beside what is written."""
@@ -77,6 +78,7 @@ class ReaderData:
             *asked.with_near_misses(swapped, self.seed),
             *asked.draw_corrections(self.corrections, self.seed, "train"),
             *asked.draw_tables(self.tables, self.seed, "train"),
+            *asked.draw_chats(self.chats, self.seed, "train"),
             *asked.draw_near_misses(self.near_misses, self.seed, "train"),
         ]
 
@@ -300,6 +302,7 @@ def train_reader(
     people: Sequence[QuestionedDocument],
     out: Path,
     *,
+    init_from: Path | None = None,
     command: str = "",
     on_metrics: OnMetrics = lambda metrics: None,
     progress: Callable[[int, int], object] = lambda done, total: None,
@@ -309,6 +312,7 @@ def train_reader(
     Args:
         hypernetwork: its encoder LoRA reads documents.
         people: documents with people's questions.
+        init_from: folder of a reader that a fresh run starts from.
         progress: receives the tokens that are read before training, and all tokens.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -316,6 +320,8 @@ def train_reader(
     of_base = text_config(base.model.config)
     layer = round(_DEPTH * of_base.num_hidden_layers)
     reader = Reader(ReaderConfig(of_base.hidden_size, layer, tuple(hypernetwork.config.prefix)))
+    if init_from is not None:
+        reader.load_state_dict(Reader.read(init_from / READER_FILE).state_dict())
     drawn = recipe.data.draw(people)
     talk = asked.small_talk("train", recipe.data.small_talk, recipe.data.seed)
     file = ReadFile(out / "states.f16", base, hypernetwork, reader.config, drawn, talk, progress)
@@ -325,7 +331,8 @@ def train_reader(
     kept = [one for i, one in enumerate(file.documents) if i not in held_out]
     some = rng.sample(kept, min(_MEASURED, len(kept)))
     states, embedded = file.tokens(read for one in some for read in one.chunks)
-    reader.measure(states, embedded)
+    if init_from is None:
+        reader.measure(states, embedded)
     objective = ReaderObjective(reader, file, Asking(kept, file.foreign, recipe.asking), recipe.training)
     provenance = {"command": command, **asdict(recipe)}
 
