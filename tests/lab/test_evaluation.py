@@ -337,6 +337,7 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
     [
         ("tables", {"span", "missing row", "missing column", "empty cell"}, {"rows": (5, 12), "tables": 2}, [5, 12]),
         ("corrections", {"span", "changed", "not said"}, {"documents": 4}, [4]),
+        ("chats", {"said", "changed", "who", "when", "other said", "nobody said"}, {"documents": 4}, [4]),
         ("near_misses", {"span", "other name", "taken out", "other part", "not said"}, {"documents": 4}, [4]),
     ],
 )
@@ -359,7 +360,7 @@ def test_generated_documents_count_right_answers_by_kind(model, tmp_path, monkey
         assert row["n"] == len(mine) == 3 * row["documents"]
         assert row["right"] == pytest.approx(sum(answer["right"] for answer in mine) / len(mine))
         assert all(row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine) for kind in kinds)
-        answerable = [answer["answer"] == NOT_SAID for answer in mine if answer["kind"] in ("span", "changed")]
+        answerable = [answer["answer"] == NOT_SAID for answer in mine if answer["kind"] in ("span", "changed", "said", "who", "when")]
         assert row["refused"] == pytest.approx(sum(answerable) / len(answerable))
 
 

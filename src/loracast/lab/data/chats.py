@@ -77,8 +77,8 @@ def make_chat(rng: random.Random, split: Split) -> EverydayDocument:
     """Draw a conversation of two friends, with questions for what they said, who said it, when, and what nobody did."""
     while True:
         document = _draw(rng, split)
-        statements = [fact.statement for fact in document.facts if fact.statement]
-        if all(document.text.count(one) == 1 for one in statements):
+        said = [fact for fact in document.facts if fact.kind == "span"]
+        if all(document.text.count(fact.statement) == 1 and fact.answer not in fact.question for fact in said):
             return document
 
 
