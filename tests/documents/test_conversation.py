@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import datetime
 
 import pytest
 
 from loracast.documents import Document, read_document
+from loracast.documents.dates import with_dates
 from loracast.errors import DocumentError
 
 
@@ -94,3 +96,34 @@ def test_what_is_no_conversation_stays_a_text():
     broken = json.dumps(SAID[1]) + '\n{"role": "user"}'
     with pytest.raises(DocumentError, match="line 2 is no message"):
         read(broken, "a.jsonl")
+
+
+MONDAY = datetime(2023, 5, 8, 13, 56)
+
+
+@pytest.mark.parametrize(
+    ("said", "dated"),
+    [
+        ("I went there yesterday.", "I went there yesterday [7 May 2023]."),
+        ("We met last Sunday in May's garden.", "We met last Sunday [7 May 2023] in May's garden."),
+        ("Two days ago, or last night?", "Two days ago [6 May 2023], or last night [7 May 2023]?"),
+        ("Last year I ran; next month I start.", "Last year [2022] I ran; next month [June 2023] I start."),
+        ("See you in two weeks", "See you in two weeks [the week of 22 May 2023]"),
+    ],
+)
+def test_relative_dates_stand_beside_what_is_said(said, dated):
+    assert with_dates(said, MONDAY) == dated
+    message = json.dumps({"name": "Ada", "content": said, "time": MONDAY.isoformat() + "+02:00"})
+    assert read(message, "a.jsonl").text == f"Ada (Monday 8 May 2023, 13:56): {dated}"
+    assert dated not in read(message.replace("2023-05-08", "some day "), "a.jsonl").text
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "I may come on Sun if it works, wait a second.", "We go there every Sunday.", "I have 3 cats, since 2019.",
+        "Now I am in March mood.", "She is 3 years old and has worked 10 hours today.", "On Monday I bought food for 2 months.",
+    ],
+)  # fmt: skip
+def test_what_does_not_go_by_the_day_of_the_message_stays(said):
+    assert with_dates(said, MONDAY) == said

@@ -360,7 +360,11 @@ def test_generated_documents_count_right_answers_by_kind(model, tmp_path, monkey
         assert row["n"] == len(mine) == 3 * row["documents"]
         assert row["right"] == pytest.approx(sum(answer["right"] for answer in mine) / len(mine))
         assert all(row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine) for kind in kinds)
-        answerable = [answer["answer"] == NOT_SAID for answer in mine if answer["kind"] in ("span", "changed", "said", "who", "when")]
+        answerable = [
+            answer["answer"] == NOT_SAID
+            for answer in mine
+            if answer["kind"] in ("span", "changed", "said", "who", "when")
+        ]
         assert row["refused"] == pytest.approx(sum(answerable) / len(answerable))
 
 

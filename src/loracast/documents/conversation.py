@@ -1,7 +1,8 @@
 """Reads conversations: messages as JSON lines or as OpenAI's API takes them, exports of WhatsApp and of Slack.
 
 A message is a row, so one unit wherever sentences are told apart (units.py), and begins with who said it and when:
-"Ada (Monday 8 May 2023, 13:56): I painted the kitchen."
+"Ada (Monday 8 May 2023, 13:56): I painted the kitchen." Dates that it tells relative to that day stand beside what it
+says of them (dates.py).
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from loracast.documents.dates import with_dates
 from loracast.documents.file_types import Parsed
 from loracast.documents.tables import ROW
 from loracast.errors import DocumentError
@@ -40,6 +42,11 @@ class Message:
     """A text where no date is found in it."""
 
     @property
+    def dated(self) -> Message:
+        """The message with dates beside what it says of them, as far as its own is known."""
+        return self if not isinstance(self.time, datetime) else replace(self, text=with_dates(self.text, self.time))
+
+    @property
     def line(self) -> str:
         """The message as a row of a document."""
         when = (
@@ -61,7 +68,7 @@ def parse_conversation(text: str, label: str, file_name: str | None) -> Parsed |
     names = list(dict.fromkeys(one.name for one in messages))
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     title = f"Conversation of {', '.join(names[:_MOST_NAMED])}{more}"
-    return Parsed("\n".join(one.line for one in messages), title)
+    return Parsed("\n".join(one.dated.line for one in messages), title)
 
 
 def _in_json(text: str, label: str) -> list[Message]:
