@@ -49,6 +49,8 @@ class ReaderConfig:
     """Width of the second step's transformer."""
     n_blocks: int = 2
     n_heads: int = 6
+    dropout: float = 0.1
+    """In the second step's blocks, and of the first step's inputs, in training."""
     n_best: int = 5
     """Units that the second step reads."""
     most_tokens: int = 64
@@ -132,7 +134,7 @@ class Reader(nn.Module):
         self.at = nn.Parameter(torch.randn(c.most_tokens, c.inner) * 0.02)  # in a unit or a question
         self.order = nn.Parameter(torch.randn(c.n_best, c.inner) * 0.02)  # of the units
         block = nn.TransformerEncoderLayer(
-            c.inner, c.n_heads, 4 * c.inner, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            c.inner, c.n_heads, 4 * c.inner, dropout=c.dropout, activation="gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(block, c.n_blocks, nn.LayerNorm(c.inner), enable_nested_tensor=False)
         self.begins = nn.Linear(c.inner, 1)
@@ -156,7 +158,7 @@ class Reader(nn.Module):
 
     def vectors(self, standard: Tensor) -> Tensor:
         """Standardised document tokens -> their vectors, of a mean square of 1 [..., width]."""
-        found = self.text(standard)
+        found = self.text(functional.dropout(standard, self.config.dropout, self.training))
         return found * found.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
     def kept(self, vectors: Tensor) -> Tensor:
@@ -172,7 +174,8 @@ class Reader(nn.Module):
         weights = self.weigh(standard)[..., 0]
         if mask is not None:
             weights = weights.masked_fill(~mask, -torch.inf)
-        return Question(functional.normalize(self.asked(standard), dim=-1), weights.softmax(-1))
+        kept = functional.dropout(standard, self.config.dropout, self.training)
+        return Question(functional.normalize(self.asked(kept), dim=-1), weights.softmax(-1))
 
     # ---- step 1
 
@@ -210,7 +213,8 @@ class Reader(nn.Module):
         of_units = functional.pad(self.score_inner(scores) + self.order[:k], (0, 0, 0, 1))  # [questions, k + 1, inner]
         of_tokens = of_units.gather(1, units[..., None].expand(-1, -1, of_units.shape[-1]))
         read = self.text_inner(text) + of_tokens + self.at[_within(units).clamp_max(len(self.at) - 1)]
-        first = torch.cat([self.verdicts.expand(n, 2, -1), self.asked_inner(asked) + self.at[:m]], 1)
+        kept = functional.dropout(asked, self.config.dropout, self.training)
+        first = torch.cat([self.verdicts.expand(n, 2, -1), self.asked_inner(kept) + self.at[:m]], 1)
         mask = torch.cat([asked_mask.new_ones(n, 2), asked_mask, is_real], 1)
         out = self.blocks(torch.cat([first, read], 1), src_key_padding_mask=~mask)
         begins = self.begins(out[:, 2 + m :])[..., 0].float().masked_fill(~is_real, _NEVER)
