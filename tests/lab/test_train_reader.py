@@ -121,7 +121,7 @@ def test_the_right_unit_and_token_are_those_of_the_answer(tmp_path, base, hypern
                 chunk_of, at = tokens[token]
                 said = base.tokenizer.decode(chunk_of.ids[at : at + 4]).strip()
                 assert said.startswith(question.answer[:1])
-            assert episode.bm25().max(1).values.tolist() == [1.0] * len(one.questions)
+            assert [bm25.max().item() for bm25, _ in episode.words] == [1.0] * len(one.questions)
 
 
 def test_a_question_of_another_document_is_asked_only_where_its_answer_is_missing(tmp_path, base, hypernetwork):
@@ -148,13 +148,15 @@ def test_the_loss_is_the_cross_entropy_of_both_steps(tmp_path, base, hypernetwor
     episode = Episode(document.chunks, questions)
     objective = ReaderObjective(reader, file, Asking(file.documents, [], AskingConfig()), TrainConfig())
     loss, figures = objective.loss([episode])
-    text, bm25 = reader.vectors(reader.standard(*file.tokens(document.chunks))), episode.bm25()
+    text = reader.vectors(reader.standard(*file.tokens(document.chunks)))
     first, second = [], []
     for i, (question, right, token) in enumerate(zip(questions, episode.rights, episode.tokens, strict=True)):
-        found = reader.find(reader.standard(*file.tokens([question])), text, episode.units, bm25[i])
+        found = reader.find(reader.standard(*file.tokens([question])), text, episode.units, *episode.words[i])
         if right >= 0:
             asked_one = reader.question(reader.standard(*file.tokens([question]))[None])
-            logits = reader.first(reader.late(asked_one, text, episode.units, episode.n_units)[0], bm25[i])
+            logits = reader.first(
+                reader.late(asked_one, text, episode.units, episode.n_units)[0][0], episode.words[i][0]
+            )
             first.append(functional.cross_entropy(logits, torch.tensor(right)).item())
             second.append(-torch.tensor(dict(found.begins)[token]).log().item())
         else:
