@@ -225,8 +225,8 @@ def task(
     print(printable(summary(adapter, library)))
     if not spec.examples:
         say(
-            "five examples beside the description are worth two to four times as much on tasks that are new to it:\n"
-            "    loracast task DESCRIPTION --examples FILE   (lines `input => output`, CSV or JSONL)"
+            "five examples make it two to four times as good on new tasks: --examples FILE (lines `input => output`,"
+            " CSV or JSONL)"
         )
 
 
