@@ -28,7 +28,7 @@ from loracast.lab.data.answer_metrics import best, has_value, token_f1
 from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, WindowedConfig
 from loracast.lab.evaluation.qa import BASELINES as QA_BASELINES
 from loracast.lab.evaluation.report import Report, columns, mean, mean_with_interval
-from loracast.lab.evaluation.runner import Answered, Baseline, ask, choose_baselines, figures, grouped, warm_up
+from loracast.lab.evaluation.runner import Answered, ask, choose_baselines, figures, grouped, warm_up
 from loracast.lab.evaluation.synthetic import says_not_said
 
 FOLDER = Path(__file__).resolve().parent / "frozen"

@@ -107,7 +107,7 @@ def test_a_question_gets_the_units_by_their_probabilities(asked):
     held = match_tokens(index, QUESTION, encode_with_offsets(asked.base.tokenizer, QUESTION)[1])[1]
     units = torch.tensor([sum(map(len, spans[:i])) + unit for i, one in enumerate(read) for unit in one.units])
     text = reader.unpacked(torch.cat([one.vectors for one in read]))
-    found = reader.find(asked.reader._standard(QUESTION), text, units, scores / scores.max(), held)
+    found = reader.find(*asked.reader._asked_as(QUESTION), text, units, scores / scores.max(), held)
     flat = [weight for chunk in sorted(matched.sentences) for weight in matched.sentences[chunk]]
     for unit, probability in zip(found.units, found.of_units, strict=True):
         assert flat[unit] == pytest.approx((probability / max(found.of_units)) ** 0.5, abs=0.05)

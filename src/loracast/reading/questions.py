@@ -93,7 +93,7 @@ class QuestionReader:
         self.reader, self.base = reader, base
         self._hypernetwork = hypernetwork
         self._read: LRUCache[str, ReadChunk] = LRUCache(_CHUNKS_IN_MEMORY)
-        self._asked: LRUCache[str, Tensor] = LRUCache(64)
+        self._asked: LRUCache[str, tuple[Tensor, Tensor]] = LRUCache(64)
         self._changing = Lock()
 
     @cached_property
@@ -120,7 +120,7 @@ class QuestionReader:
         units = torch.tensor([first[i] + unit for i, one in enumerate(read) for unit in one.units])
         text = self.reader.unpacked(torch.cat([one.vectors for one in read]))
         spans = encode_with_offsets(self.base.tokenizer, question)[1]
-        found = self.reader.find(self._standard(question), text, units, *match_tokens(index, question, spans))
+        found = self.reader.find(*self._asked_as(question), text, units, *match_tokens(index, question, spans))
         return self._matches(found, chunks, of_chunks, read)
 
     def _matches(
@@ -162,13 +162,13 @@ class QuestionReader:
 
     # ---- what the reader sees
 
-    def _standard(self, question: str) -> Tensor:
-        """The standardised tokens of a question [m, d]."""
+    def _asked_as(self, question: str) -> tuple[Tensor, Tensor]:
+        """The standardised tokens of a question [m, d], and their ids [m]."""
         with self._changing:
             known = self._asked.get(question)
         if known is None:
-            ids = torch.tensor([encode_text(self.base.tokenizer, question) or [self.base.pad_id]])
-            known = self._states(self._as_question, ids)[0]
+            ids = torch.tensor(encode_text(self.base.tokenizer, question) or [self.base.pad_id])
+            known = self._states(self._as_question, ids[None])[0], ids
             with self._changing:
                 self._asked[question] = known
         return known

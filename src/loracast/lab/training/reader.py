@@ -1,8 +1,9 @@
 """`loracast train reader`: train the reader (hypernets/reader.py) on states of the base that are read once.
 
-A step draws documents: each is joined with chunks of others, and asked some of its own questions, one of another
-document, and now and then small talk. The loss is the cross-entropy of the first step over the units, and that of the
-second over the tokens of the best units, "nowhere in the document" and "meant for no document".
+A step draws documents: each is joined with chunks of others, and asked some of its own questions, some of other
+documents, and now and then small talk. The loss is the cross-entropy of the first step over the units, that of the
+second over the tokens of the best units, "nowhere in the document" and "meant for no document", and that of the words'
+evidence alone.
 """
 
 from __future__ import annotations
@@ -259,7 +260,9 @@ class ReaderObjective:
                 place = int((best == right).nonzero()[0, 0]) if right >= 0 else right
                 begin = (read == token).nonzero()[:1, 0].tolist() if token >= 0 else []
                 scores = torch.stack([late[i], bm25[i]], -1)[best]
-                matched = reader.matched(cosines[i, : len(its[i])], one.words[i][1], best)
+                matched = reader.matched(
+                    torch.tensor(one.questions[i].ids), cosines[i, : len(its[i])], one.words[i][1], best
+                )
                 rows.append(_Row(its[i][-c.most_tokens :], matched, text[read], of_rows, scores, place, *begin))
         rows.sort(key=lambda row: len(row.text))  # so that little is read that is only padding
         judged = [self._second(rows[i : i + _ROWS_AT_ONCE]) for i in range(0, len(rows), _ROWS_AT_ONCE)]
@@ -285,7 +288,9 @@ class ReaderObjective:
         of_tokens = functional.cross_entropy(
             torch.cat([places.begins, of_all[:, k:]], 1), tokens.clamp_min(0), reduction="none"
         )
-        return torch.where(tokens >= 0, of_tokens, of_units), of_all.argmax(1) == wanted
+        is_absent = torch.tensor([float(row.right < 0) for row in rows])
+        of_words = functional.binary_cross_entropy_with_logits(places.absent, is_absent, reduction="none")
+        return torch.where(tokens >= 0, of_tokens, of_units) + of_words, of_all.argmax(1) == wanted
 
     @torch.no_grad()
     def find(self, episode: Episode) -> list[Found]:
@@ -294,7 +299,8 @@ class ReaderObjective:
         text = reader.unpacked(reader.kept(reader.vectors(reader.standard(*self.file.tokens(episode.chunks)))))
         asked = reader.standard(*self.file.tokens(episode.questions)).split(lengths)
         return [
-            reader.find(row, text, episode.units, *of_one) for row, of_one in zip(asked, episode.words, strict=True)
+            reader.find(row, torch.tensor(question.ids), text, episode.units, *of_one)
+            for row, question, of_one in zip(asked, episode.questions, episode.words, strict=True)
         ]
 
 
@@ -328,10 +334,10 @@ def train_reader(
     torch.manual_seed(recipe.training.seed)
     of_base = text_config(base.model.config)
     layer = round(_DEPTH * of_base.num_hidden_layers)
-    reader = Reader(ReaderConfig(of_base.hidden_size, layer, tuple(hypernetwork.config.prefix)))
+    embeddings = base.model.get_input_embeddings().weight
+    reader = Reader(ReaderConfig(embeddings.shape[1], len(embeddings), layer, tuple(hypernetwork.config.prefix)))
     if init_from is not None:
         reader.load_state_dict(Reader.read(init_from / READER_FILE).state_dict())
-
     drawn = recipe.data.draw(people)
     talk = asked.small_talk("train", recipe.data.small_talk, recipe.data.seed)
     file = ReadFile(out / "states.f16", base, hypernetwork, reader.config, drawn, talk, progress)
@@ -340,9 +346,9 @@ def train_reader(
     held_out = set(rng.sample(range(len(file.documents)), n_held))
     kept = [one for i, one in enumerate(file.documents) if i not in held_out]
     some = rng.sample(kept, min(_MEASURED, len(kept)))
-    states, embedded = file.tokens(read for one in some for read in one.chunks)
     if init_from is None:
-        reader.measure(states, embedded)
+        chunks = [read for one in some for read in one.chunks]
+        reader.measure(*file.tokens(chunks), torch.tensor([i for read in chunks for i in read.ids]))
     objective = ReaderObjective(reader, file, Asking(kept, file.foreign, recipe.asking), recipe.training)
     provenance = {"command": command, **asdict(recipe)}
 
