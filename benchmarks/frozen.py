@@ -25,10 +25,10 @@ import loracast
 from loracast.base.generate import Sampling
 from loracast.documents import read_document
 from loracast.lab.data.answer_metrics import best, has_value, token_f1
-from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, WindowedConfig, strictly
+from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, WindowedConfig
 from loracast.lab.evaluation.qa import BASELINES as QA_BASELINES
 from loracast.lab.evaluation.report import Report, columns, mean, mean_with_interval
-from loracast.lab.evaluation.runner import Answered, Baseline, ask, choose_baselines, figures, grouped, warm_up
+from loracast.lab.evaluation.runner import Answered, ask, choose_baselines, figures, grouped, warm_up
 from loracast.lab.evaluation.synthetic import says_not_said
 
 FOLDER = Path(__file__).resolve().parent / "frozen"
@@ -40,9 +40,8 @@ _MAX_NEW_TOKENS, _PER_GROUP = 32, 10
 
 BASELINES = {
     **QA_BASELINES,
-    "strict": Baseline("adapter, strict", strictly, QA_BASELINES["adapter"].learn, is_optional=True),
 }
-DEFAULT = ("adapter", "strict", "lora", "place", "merged", "none", "window", "bm25")
+DEFAULT = ("adapter", "lora", "place", "merged", "none", "window", "bm25")
 
 COLUMNS = columns(
     set="set", label="method", documents=("documents", 0), n=("questions", 0), right=("right %", "%"),

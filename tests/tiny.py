@@ -207,7 +207,17 @@ def make_reader(base, prefix: tuple[int, ...], refusing: float = 1e9):
     from loracast.hypernets.reader import Reader, ReaderConfig
 
     torch.manual_seed(3)
-    config = ReaderConfig(base.model.config.hidden_size, 1, prefix, width=16, inner=24, n_blocks=1, n_heads=2, n_best=3)
+    config = ReaderConfig(
+        base.model.config.hidden_size,
+        base.model.config.vocab_size,
+        1,
+        prefix,
+        width=16,
+        inner=24,
+        n_blocks=1,
+        n_heads=2,
+        n_best=3,
+    )
     reader = Reader(config)
     reader.refusing.fill_(refusing)
     torch.nn.init.constant_(reader.says.bias, -10.0)  # a unit answers

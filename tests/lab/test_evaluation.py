@@ -348,7 +348,7 @@ def test_generated_documents_count_right_answers_by_kind(model, tmp_path, monkey
     short(monkeypatch)
     monkeypatch.setattr("loracast.answering.model.Model.copy_bias", lambda self, prepared: None)
     config_class = getattr(synthetic, f"{name.title().replace('_', '')}Config")
-    config = config_class(questions=3, chunk_tokens=128, split="dev", baselines=("routed", "strict"), **settings)
+    config = config_class(questions=3, chunk_tokens=128, split="dev", baselines=("routed",), **settings)
     getattr(synthetic, f"evaluate_{name}")(model, config, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     size = "rows" if name == "tables" else "documents"

@@ -6,6 +6,7 @@ import json
 import random
 from contextlib import nullcontext
 from dataclasses import replace
+from operator import add
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ TABLE = QuestionedDocument(
 
 
 def read(tmp_path, base, documents, hypernetwork, foreign=("Hello!",)) -> ReadFile:
-    config = ReaderConfig(base.model.config.hidden_size, 1, (2,))
+    config = ReaderConfig(base.model.config.hidden_size, base.model.config.vocab_size, 1, (2,))
     return ReadFile(tmp_path / "states.f16", base, hypernetwork, config, documents, foreign)
 
 
@@ -121,7 +122,7 @@ def test_the_right_unit_and_token_are_those_of_the_answer(tmp_path, base, hypern
                 chunk_of, at = tokens[token]
                 said = base.tokenizer.decode(chunk_of.ids[at : at + 4]).strip()
                 assert said.startswith(question.answer[:1])
-            assert episode.bm25().max(1).values.tolist() == [1.0] * len(one.questions)
+            assert [bm25.max().item() for bm25, _ in episode.words] == [1.0] * len(one.questions)
 
 
 def test_a_question_of_another_document_is_asked_only_where_its_answer_is_missing(tmp_path, base, hypernetwork):
@@ -142,24 +143,39 @@ def test_the_loss_is_the_cross_entropy_of_both_steps(tmp_path, base, hypernetwor
     """Against each question alone, unpadded, by the calls that answer in use."""
     file = read(tmp_path, base, list(asked.draw_people([PEOPLE], 0)), hypernetwork)
     torch.manual_seed(0)
-    reader = Reader(ReaderConfig(base.model.config.hidden_size, 1, (2,), inner=24, n_heads=2)).eval()
+    reader = Reader(
+        ReaderConfig(base.model.config.hidden_size, base.model.config.vocab_size, 1, (2,), inner=24, n_heads=2)
+    ).eval()
     (document,) = file.documents
     questions = [*document.questions, *file.foreign]
     episode = Episode(document.chunks, questions)
     objective = ReaderObjective(reader, file, Asking(file.documents, [], AskingConfig()), TrainConfig())
     loss, figures = objective.loss([episode])
-    text, bm25 = reader.vectors(reader.standard(*file.tokens(document.chunks))), episode.bm25()
-    first, second = [], []
+    text = reader.vectors(reader.standard(*file.tokens(document.chunks)))
+    first, second, words = [], [], []
     for i, (question, right, token) in enumerate(zip(questions, episode.rights, episode.tokens, strict=True)):
-        found = reader.find(reader.standard(*file.tokens([question])), text, episode.units, bm25[i])
+        found = reader.find(
+            reader.standard(*file.tokens([question])),
+            torch.tensor(question.ids),
+            text,
+            episode.units,
+            *episode.words[i],
+        )
+        of_words = reader.matched(
+            torch.tensor(question.ids), torch.zeros(len(question.ids), 2), episode.words[i][1], torch.tensor([0])
+        )
+        absent = sum(reader.evidence(one[-4:]) for one in of_words)
+        words.append(functional.softplus(-absent if right < 0 else absent).item())
         if right >= 0:
             asked_one = reader.question(reader.standard(*file.tokens([question]))[None])
-            logits = reader.first(reader.late(asked_one, text, episode.units, episode.n_units)[0], bm25[i])
+            logits = reader.first(
+                reader.late(asked_one, text, episode.units, episode.n_units)[0][0], episode.words[i][0]
+            )
             first.append(functional.cross_entropy(logits, torch.tensor(right)).item())
             second.append(-torch.tensor(dict(found.begins)[token]).log().item())
         else:
             second.append(-torch.tensor(found.foreign).log().item())
-    assert loss.item() == pytest.approx(sum(first) / len(first) + sum(second) / len(second), rel=1e-3)
+    assert loss.item() == pytest.approx(sum(first) / len(first) + sum(map(add, second, words)) / len(words), rel=1e-3)
     assert set(figures) == {"unit", "foreign"}
 
 
@@ -184,7 +200,9 @@ def test_a_run_learns_resumes_and_is_calibrated(tmp_path, base, hypernetwork):
 
 def test_the_evaluation_has_a_row_for_each_kind_of_question(tmp_path, base, model):
     torch.manual_seed(0)
-    reader = Reader(ReaderConfig(base.model.config.hidden_size, 1, (2,), inner=24, n_heads=2))
+    reader = Reader(
+        ReaderConfig(base.model.config.hidden_size, base.model.config.vocab_size, 1, (2,), inner=24, n_heads=2)
+    )
     reader.refusing.fill_(-1e9)  # all is refused that is not left to the base
     reader.save(tmp_path / READER_FILE, {})
     people = tmp_path / "people.jsonl"

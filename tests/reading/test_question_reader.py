@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch
 import loracast
 from loracast.answering.answers import NOT_SAID
 from loracast.base.chat import encode_with_offsets
-from loracast.documents import Document
+from loracast.documents import Chunk, Document
 from loracast.errors import AdapterError
-from loracast.library.index import read_chunks, read_sentences
+from loracast.library.index import read_chunks, read_sentences, write_index
+from loracast.reading.questions import match_tokens
 from loracast.reading.routing import route_adapter
 from loracast.reading.search import sentence_scores
 
@@ -69,6 +71,31 @@ def test_a_document_without_vectors_is_read_when_it_is_asked(asked, base, tiny_h
     assert list(found.chunks) == list(kept.chunks)
 
 
+def test_the_words_of_a_question_are_looked_up_by_their_stems_in_units_and_headings(base):
+    chunks = [
+        Chunk("The kettle holds two litres. It boils.", 0, 38, "Kitchen", 9),
+        Chunk("Two lamps boil over.", 39, 59, "Garage", 5),
+    ]
+    question = "Does kitchens' boiling lamp sing?"
+    spans = encode_with_offsets(base.tokenizer, question)[1]
+    with closing(sqlite3.connect(":memory:")) as index:
+        write_index(index, chunks)
+        bm25, held = match_tokens(index, question, spans)
+        nothing = match_tokens(index, "What is it?", spans[:1])
+    texts = [chunk.prompt[start:end] for chunk in chunks for start, end in chunk.units]
+    of_words = {"kitchens": "kitchen", "boiling": "boil", "lamp": "lamp", "sing": "sing", "Does": "does"}
+    for word, stem in of_words.items():
+        at = question.index(word)
+        tokens = [i for i, (start, end) in enumerate(spans) if start < at + len(word) and at < end]
+        of_chunks = [stem in chunk.prompt.lower() for chunk in chunks for _ in chunk.units]
+        of_units = [stem in text.lower() for text in texts]
+        expected = [1.0 if unit else 0.5 * chunk for unit, chunk in zip(of_units, of_chunks, strict=True)]
+        anywhere = float(any(of_chunks))
+        assert tokens and all(held[i].tolist() == [*expected, anywhere] for i in tokens), word
+    assert bm25.max() == 1.0 and bm25.argmax() == len(texts) - 1
+    assert not nothing[0].any() and not nothing[1].any()
+
+
 def test_a_question_gets_the_units_by_their_probabilities(asked):
     adapter = asked.learn(Document.from_text(TEXT), "kettle")
     reader, index = asked.reader.reader, adapter.index
@@ -77,9 +104,10 @@ def test_a_question_gets_the_units_by_their_probabilities(asked):
     spans = [[(place.start, place.end) for place in places if place.chunk == i] for i in range(len(chunks))]
     read = asked.reader.read([chunk.prompt for chunk in chunks], spans)
     scores = torch.tensor(sentence_scores(index, QUESTION))
+    held = match_tokens(index, QUESTION, encode_with_offsets(asked.base.tokenizer, QUESTION)[1])[1]
     units = torch.tensor([sum(map(len, spans[:i])) + unit for i, one in enumerate(read) for unit in one.units])
     text = reader.unpacked(torch.cat([one.vectors for one in read]))
-    found = reader.find(asked.reader._standard(QUESTION), text, units, scores / scores.max())
+    found = reader.find(*asked.reader._asked_as(QUESTION), text, units, scores / scores.max(), held)
     flat = [weight for chunk in sorted(matched.sentences) for weight in matched.sentences[chunk]]
     for unit, probability in zip(found.units, found.of_units, strict=True):
         assert flat[unit] == pytest.approx((probability / max(found.of_units)) ** 0.5, abs=0.05)

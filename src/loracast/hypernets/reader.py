@@ -8,6 +8,11 @@ It works on the base's own hidden states, in two steps:
     the question and the best units together -> a small transformer -> for each token whether the answer begins there,
         for "nowhere in the document" and for "not meant for a document" (as in SQuAD 2.0 readers: arXiv 1810.04805)
 
+The second step adds to what the first one says of each unit. It sees of each word of the question whether the document
+and its best units hold it (as in DrQA: arXiv 1704.00051, section 3.2). Each word also adds its own evidence to both
+verdicts, from how rare it is and where it stands: attention takes means, and the absence of a single rare word must
+count as much in a long question.
+
 A unit's probability is the sum of its tokens'. The network lies in a file of its own beside the hypernetwork,
 `reader.safetensors`, since it can be trained anew without making adapters' factors invalid.
 """
@@ -30,6 +35,8 @@ from loracast.files import frozen, value_faults, write_with
 
 READER_FILE = "reader.safetensors"
 _LEVELS, _CLIP = 127.0, 4.0  # of a kept number, whose vector has a mean square of 1
+_N_WORD = 4  # what the evidence of a word comes from
+_COMMON = 4.0  # nats: a token that is commoner than one in 55 (e to this power) tells nothing by its absence
 _NEVER = -1e4  # finite, so that the gradient of a unit without tokens is a number
 
 
@@ -39,6 +46,8 @@ class ReaderConfig:
 
     d_state: int
     """Width of the base."""
+    vocabulary: int
+    """Tokens that the base knows."""
     layer: int = 14
     """The block after which states are read."""
     prefix: tuple[int, ...] = ()
@@ -50,7 +59,7 @@ class ReaderConfig:
     n_blocks: int = 2
     n_heads: int = 6
     dropout: float = 0.1
-    """In the second step's blocks, and of the first step's inputs, in training."""
+    """Of the inputs of both steps, in training."""
     n_best: int = 5
     """Units that the second step reads."""
     most_tokens: int = 64
@@ -78,6 +87,8 @@ class Places(NamedTuple):
     """That it stands nowhere in the document [questions]."""
     foreign: Tensor
     """That the question is meant for no document [questions]."""
+    absent: Tensor
+    """What the question's words alone say for both of these: part of their logits [questions]."""
 
     def all(self) -> Tensor:
         """Logits of every unit, then of nowhere and foreign [questions, k + 2]."""
@@ -112,6 +123,8 @@ class Reader(nn.Module):
 
     mean: Tensor
     std: Tensor
+    rarity: Tensor
+    """Of each token, by its frequency in documents [vocabulary]: 0 and less for the commonest, of no weight."""
     refusing: Tensor
     """From which `Found.margin` on a question is refused."""
     id: str = ""
@@ -122,6 +135,7 @@ class Reader(nn.Module):
         self.config = c = config
         self.register_buffer("mean", torch.zeros(2 * c.d_state))
         self.register_buffer("std", torch.ones(2 * c.d_state))
+        self.register_buffer("rarity", torch.zeros(c.vocabulary))
         self.register_buffer("refusing", torch.zeros(()))
         self.text = nn.Linear(2 * c.d_state, c.width)
         self.asked = nn.Linear(2 * c.d_state, c.width)
@@ -130,13 +144,17 @@ class Reader(nn.Module):
         self.asked_inner = nn.Linear(2 * c.d_state, c.inner)
         self.text_inner = nn.Linear(c.width, c.inner)
         self.score_inner = nn.Linear(2, c.inner)
+        self.match_inner = nn.Linear(2 * (c.n_best + 1) + _N_WORD, c.inner, bias=False)
         self.verdicts = nn.Parameter(torch.randn(2, c.inner) * 0.02)
         self.at = nn.Parameter(torch.randn(c.most_tokens, c.inner) * 0.02)  # in a unit or a question
         self.order = nn.Parameter(torch.randn(c.n_best, c.inner) * 0.02)  # of the units
         block = nn.TransformerEncoderLayer(
-            c.inner, c.n_heads, 4 * c.inner, dropout=c.dropout, activation="gelu", batch_first=True, norm_first=True
+            c.inner, c.n_heads, 4 * c.inner, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(block, c.n_blocks, nn.LayerNorm(c.inner), enable_nested_tensor=False)
+        self.evidence = nn.Sequential(  # of each question token, for both verdicts
+            nn.Linear(_N_WORD, 32), nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 1)
+        )
         self.begins = nn.Linear(c.inner, 1)
         self.says = nn.Linear(c.inner, 1)
 
@@ -150,8 +168,10 @@ class Reader(nn.Module):
         """The same for states and input embeddings side by side [..., 2 * d_state]."""
         return (read.float() - self.mean) / self.std
 
-    def measure(self, states: Tensor, embedded: Tensor) -> None:
-        """Take means and deviations from states and input embeddings of some tokens [t, d_state] each."""
+    def measure(self, states: Tensor, embedded: Tensor, ids: Tensor) -> None:
+        """Take means, deviations and rarity from states and input embeddings of tokens [t, d_state], and their ids."""
+        counts = torch.bincount(ids, minlength=self.config.vocabulary) + 1
+        self.rarity.copy_((len(ids) / counts).log() / _COMMON - 1)
         both = torch.cat([states.float(), embedded.float()], -1)
         self.mean.copy_(both.mean(0))
         self.std.copy_(both.std(0) + 1e-3)
@@ -179,8 +199,9 @@ class Reader(nn.Module):
 
     # ---- step 1
 
-    def late(self, question: Question, text: Tensor, units: Tensor, n_units: int) -> Tensor:
-        """Late interaction of questions with the units of one document [questions, n_units].
+    def late(self, question: Question, text: Tensor, units: Tensor, n_units: int) -> tuple[Tensor, Tensor]:
+        """Late interaction of questions with the units of one document [questions, n_units], and what it sums up:
+        the cosine of each question token with the most similar token of each unit [questions, m, n_units].
 
         Args:
             question: of each, [questions, m, ...].
@@ -190,7 +211,7 @@ class Reader(nn.Module):
         products = question.vectors @ text.T * text.shape[-1] ** -0.5  # cosines [questions, m, t]
         best = products.new_full((*products.shape[:2], n_units), -1.0)
         best = best.scatter_reduce(2, units.expand_as(products), products, "amax", include_self=False)
-        return (best * question.weights[..., None]).sum(1)
+        return (best * question.weights[..., None]).sum(1), best
 
     def first(self, late: Tensor, bm25: Tensor) -> Tensor:
         """Logits of units after the first step; BM25 is 1 for the best unit, or 0 everywhere."""
@@ -198,12 +219,36 @@ class Reader(nn.Module):
 
     # ---- step 2
 
-    def places(self, asked: Tensor, asked_mask: Tensor, text: Tensor, units: Tensor, scores: Tensor) -> Places:
+    def matched(self, ids: Tensor, cosines: Tensor, held: Tensor, best: Tensor) -> Tensor:
+        """How well the tokens of a question are matched by the document and its units [m, 2 * (n_best + 1) + 4].
+
+        The last four: how rare a token is, and whether its word stands in the document, in the chunk and in the unit
+        that hold most of the question.
+
+        Args:
+            ids: of the tokens [m].
+            cosines: of each token with each unit, as of `late` [m, n_units].
+            held: 1 where a unit holds the token's word, a half where only its chunk does, then 1 where the document
+                does [m, n_units + 1].
+            best: the units that the second step reads [k].
+        """
+        lacking, of_units, rarity = self.config.n_best - len(best), held[:, :-1], self.rarity[ids]
+        held_by = [(of_units > 0).float(), (of_units == 1).float()]
+        most = [one[:, (rarity.clamp_min(0) @ one).argmax()] for one in held_by]
+        every = [cosines.amax(1, keepdim=True), functional.pad(cosines[:, best], (0, lacking)), held[:, -1:],
+                 functional.pad(held[:, best], (0, lacking)), torch.stack([rarity, held[:, -1], *most], 1)]  # fmt: skip
+        return torch.cat(every, 1)[-self.config.most_tokens :]
+
+    def places(
+        self, asked: Tensor, asked_mask: Tensor, matched: Tensor, text: Tensor, units: Tensor, scores: Tensor
+    ) -> Places:
         """Read questions with the best units of their documents, in the document's order.
 
         Args:
             asked: standardised question tokens [questions, m, 2 * d_state].
             asked_mask: true where a token is real [questions, m].
+            matched: how well each token is matched in the document and in each unit, as of `matched`
+                [questions, m, 2 * (n_best + 1) + 4].
             text: the vectors of the units' tokens, one unit after the other [questions, t, width].
             units: the unit of each token, from 0 to k - 1, and k for padding [questions, t].
             scores: late interaction and BM25 of each unit [questions, k, 2].
@@ -214,37 +259,41 @@ class Reader(nn.Module):
         of_tokens = of_units.gather(1, units[..., None].expand(-1, -1, of_units.shape[-1]))
         read = self.text_inner(text) + of_tokens + self.at[_within(units).clamp_max(len(self.at) - 1)]
         kept = functional.dropout(asked, self.config.dropout, self.training)
-        first = torch.cat([self.verdicts.expand(n, 2, -1), self.asked_inner(kept) + self.at[:m]], 1)
+        of_asked = self.asked_inner(kept) + self.match_inner(matched) + self.at[:m]
+        absent = self.evidence(matched[..., -_N_WORD:])[..., 0].masked_fill(~asked_mask, 0.0).sum(1).float()
         mask = torch.cat([asked_mask.new_ones(n, 2), asked_mask, is_real], 1)
-        out = self.blocks(torch.cat([first, read], 1), src_key_padding_mask=~mask)
-        begins = self.begins(out[:, 2 + m :])[..., 0].float().masked_fill(~is_real, _NEVER)
-        says = self.says(out[:, :2])[..., 0].float()
+        out = self.blocks(torch.cat([self.verdicts.expand(n, 2, -1), of_asked, read], 1), src_key_padding_mask=~mask)
         of_each = units[:, None] == torch.arange(k, device=units.device)[:, None]  # [questions, k, t]
+        first = self.first(scores[..., 0], scores[..., 1]).masked_fill(~of_each.any(-1), _NEVER).log_softmax(-1)
+        first = functional.pad(first, (0, 1)).gather(1, units)  # of each token's unit [questions, t]
+        begins = (self.begins(out[:, 2 + m :])[..., 0].float() + first).masked_fill(~is_real, _NEVER)
+        says = self.says(out[:, :2])[..., 0].float() + absent[:, None]
         of_units = begins[:, None].expand_as(of_each).masked_fill(~of_each, _NEVER).logsumexp(-1)
-        return Places(begins, of_units, says[:, 0], says[:, 1])
+        return Places(begins, of_units, says[:, 0], says[:, 1], absent)
 
     # ---- both steps
 
     @torch.inference_mode()
-    def find(self, question: Tensor, text: Tensor, units: Tensor, bm25: Tensor) -> Found:
+    def find(self, question: Tensor, ids: Tensor, text: Tensor, units: Tensor, bm25: Tensor, held: Tensor) -> Found:
         """Look for the answer to one question in one document.
 
         Args:
             question: its standardised tokens [m, 2 * d_state].
+            ids: of these [m].
             text: the document's vectors [t, width].
             units: the unit of each of its tokens, in order [t].
             bm25: of each unit, 1 for the best [units].
+            held: of each of the question's tokens, as of `matched` [m, units + 1].
         """
         c = self.config
-        late = self.late(self.question(question[None]), text, units, len(bm25))[0]
+        late, cosines = (of_one[0] for of_one in self.late(self.question(question[None]), text, units, len(bm25)))
         first = self.first(late, bm25)
         best = first.topk(min(c.n_best, len(first))).indices.sort().values
         rows, of_rows = self.rows_of(best, units)
         scores = torch.stack([late, bm25], -1)[best]
         asked = question[None, -c.most_tokens :]
-        places = self.places(
-            asked, asked.new_ones(1, asked.shape[1]) > 0, text[rows][None], of_rows[None], scores[None]
-        )
+        matched, mask = self.matched(ids, cosines, held, best)[None], asked.new_ones(1, asked.shape[1]) > 0
+        places = self.places(asked, mask, matched, text[rows][None], of_rows[None], scores[None])
         logits = places.all()[0]
         probabilities = logits.softmax(0).tolist()
         begins = (places.begins[0] - logits.logsumexp(0)).exp()

@@ -31,12 +31,35 @@ from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.reader import Found, Reader
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences
 from loracast.reading.matching import CANDIDATES_KEPT, MIN_PROBABILITY, Candidate, Matches, shortened
-from loracast.reading.search import sentence_scores
+from loracast.reading.search import sentence_scores, words_held
 
 Spans = Sequence[tuple[int, int]]
 _CHUNKS_IN_MEMORY = 512  # that are read when they are asked: about 12 MB
 _CHUNKS_AT_ONCE = 8
 _POWER = 0.5  # of a unit's probability beside the best one's, as its weight
+
+
+def match_tokens(index: Index, question: str, spans: Spans) -> tuple[Tensor, Tensor]:
+    """What the words of a question have in common with a document, for the reader: BM25 and matches of words.
+
+    Args:
+        spans: the characters of each of the question's tokens.
+
+    Returns:
+        BM25 of each unit, 1 for the best [n_units]; and for each token, 1 where a unit holds its word, a half where its
+        chunk does, and then 1 where the document does [m, n_units + 1].
+    """
+    with open_index(index) as database:
+        scores, words = sentence_scores(database, question), words_held(database, question)
+        of_units = torch.tensor([place.chunk for place in read_sentences(database)])
+    bm25 = torch.zeros(len(of_units)) if scores is None else torch.tensor(scores) / max(scores)
+    held = torch.zeros(max(1, len(spans)), len(of_units) + 1)
+    for (start, end), units, chunks in words:
+        row = torch.zeros(len(of_units) + 1)
+        row[:-1][torch.isin(of_units, torch.tensor(chunks))] = 0.5
+        row[units], row[-1] = 1.0, float(bool(chunks))
+        held[[i for i, (low, high) in enumerate(spans) if low < end and start < high]] = row
+    return bm25, held
 
 
 class ReadChunk(NamedTuple):
@@ -70,7 +93,7 @@ class QuestionReader:
         self.reader, self.base = reader, base
         self._hypernetwork = hypernetwork
         self._read: LRUCache[str, ReadChunk] = LRUCache(_CHUNKS_IN_MEMORY)
-        self._asked: LRUCache[str, Tensor] = LRUCache(64)
+        self._asked: LRUCache[str, tuple[Tensor, Tensor]] = LRUCache(64)
         self._changing = Lock()
 
     @cached_property
@@ -96,9 +119,8 @@ class QuestionReader:
         first = [0, *accumulate(map(len, of_chunks))]
         units = torch.tensor([first[i] + unit for i, one in enumerate(read) for unit in one.units])
         text = self.reader.unpacked(torch.cat([one.vectors for one in read]))
-        scores = sentence_scores(index, question)
-        bm25 = torch.zeros(len(places)) if scores is None else torch.tensor(scores) / max(scores)
-        found = self.reader.find(self._standard(question), text, units, bm25)
+        spans = encode_with_offsets(self.base.tokenizer, question)[1]
+        found = self.reader.find(*self._asked_as(question), text, units, *match_tokens(index, question, spans))
         return self._matches(found, chunks, of_chunks, read)
 
     def _matches(
@@ -140,13 +162,13 @@ class QuestionReader:
 
     # ---- what the reader sees
 
-    def _standard(self, question: str) -> Tensor:
-        """The standardised tokens of a question [m, d]."""
+    def _asked_as(self, question: str) -> tuple[Tensor, Tensor]:
+        """The standardised tokens of a question [m, d], and their ids [m]."""
         with self._changing:
             known = self._asked.get(question)
         if known is None:
-            ids = torch.tensor([encode_text(self.base.tokenizer, question) or [self.base.pad_id]])
-            known = self._states(self._as_question, ids)[0]
+            ids = torch.tensor(encode_text(self.base.tokenizer, question) or [self.base.pad_id])
+            known = self._states(self._as_question, ids[None])[0], ids
             with self._changing:
                 self._asked[question] = known
         return known

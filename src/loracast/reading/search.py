@@ -54,6 +54,25 @@ def sentence_scores(index: Index, question: str) -> list[float] | None:
     return [max(score, _NEIGHBOUR_SHARE * before, _NEIGHBOUR_SHARE * after) for before, score, after in around]
 
 
+def words_held(index: Index, question: str) -> list[tuple[tuple[int, int], list[int], list[int]]]:
+    """Of each telling word of a question: its characters, and the sentences and the chunks that hold it.
+
+    Words are compared by their stems. The heading of a chunk belongs to it.
+    """
+    found = list[tuple[tuple[int, int], list[int], list[int]]]()
+    with open_index(index) as database:
+        for match in _WORD.finditer(question):
+            word = normalize("NFC", match[0].lower())
+            if word in _STOP:
+                continue
+            sentences, chunks = (
+                [row for (row,) in database.execute(f"SELECT rowid FROM {table} WHERE {table} MATCH ?", (f'"{word}"',))]
+                for table in ("sentences", "chunks")
+            )
+            found.append((match.span(), sentences, chunks))
+    return found
+
+
 def phrases(question: str) -> list[tuple[str, float]]:
     """The question's telling words and the pairs of them that are neighbours, each with its weight."""
     words = [word.lower() for word in _WORD.findall(normalize("NFC", question))]  # as documents are

@@ -293,8 +293,6 @@ def adapter(*whose: Whose, **options: Any) -> Asks:
     return request
 
 
-strictly = adapter("document", strict=True)
-"""As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
 merged = adapter("document", route=None, always=True)
 """With the LoRA of all chunks."""
 

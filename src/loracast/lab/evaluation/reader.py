@@ -124,8 +124,8 @@ def _episode(
 def _judge(objective: ReaderObjective, episode: Episode) -> list[dict[str, Any]]:
     """What each question's row counts: 1 or 0, or None where it does not apply."""
     rows = []
-    every = zip(episode.questions, episode.rights, episode.tokens, objective.find(episode), episode.bm25(), strict=True)
-    for _, right, token, found, bm25 in every:
+    every = zip(episode.questions, episode.rights, episode.tokens, objective.find(episode), episode.words, strict=True)
+    for _, right, token, found, (bm25, _) in every:
         row: dict[str, Any] = dict.fromkeys(("reader", "bm25", "begins"))
         if right >= 0:
             best = max(zip(found.of_units, found.units, strict=True))[1]

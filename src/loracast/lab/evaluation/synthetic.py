@@ -93,7 +93,6 @@ def _bm25_lora(setup: DocumentSetup, case: DocumentCase) -> Request:
 BASELINES: dict[str, DocumentBaseline] = {
     "merged": Baseline("adapter, one LoRA of all chunks (merged)", documents.merged),
     "routed": Baseline("adapter, routed {route}", documents.adapter("document")),
-    "strict": Baseline("adapter, routed {route}, strict", documents.strictly),
     "none": Baseline("no document", documents.no_document),
     "other": Baseline("another document's adapter", documents.adapter("other")),
     "window": Baseline("in the window", documents.whole(window_prompt)),

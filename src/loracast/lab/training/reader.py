@@ -1,8 +1,9 @@
 """`loracast train reader`: train the reader (hypernets/reader.py) on states of the base that are read once.
 
-A step draws documents: each is joined with chunks of others, and asked some of its own questions, one of another
-document, and now and then small talk. The loss is the cross-entropy of the first step over the units, and that of the
-second over the tokens of the best units, "nowhere in the document" and "meant for no document".
+A step draws documents: each is joined with chunks of others, and asked some of its own questions, some of other
+documents, and now and then small talk. The loss is the cross-entropy of the first step over the units, that of the
+second over the tokens of the best units, "nowhere in the document" and "meant for no document", and that of the words'
+evidence alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +34,7 @@ from loracast.lab.training.loop import OnMetrics, TrainConfig, train
 from loracast.lab.training.states import FOREIGN, NOWHERE, ReadChunk, ReadDocument, ReadFile, ReadQuestion
 from loracast.library.index import write_index
 from loracast.lora.target import text_config
-from loracast.reading.search import sentence_scores
+from loracast.reading.questions import match_tokens
 
 _DEPTH = 0.47  # of the base, after which states are read: deeper ones tell little more, and cost more of a question
 _ROWS_AT_ONCE = 16  # questions of the second step, of similar length
@@ -95,6 +97,10 @@ class AskingConfig:
     """Most chunks of others that a document is joined with."""
     p_group: float = 0.5
     """That these, and the question of another document, are of the same group, such as an article, if it has more."""
+    unanswered: int = 2
+    """Questions of other documents that a document is asked."""
+    p_apart: float = 0.2
+    """That such a question is of a document of another source."""
     p_foreign: float = 0.25
     """That a document meets small talk."""
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -131,15 +137,12 @@ class Episode:
         self.tokens = [-1 if q.token < 0 else of_tokens[first + q.chunk] + q.token for q in questions]
         """Of each question the token with which its answer begins, or -1."""
 
-    def bm25(self) -> Tensor:
-        """Of each question and unit, 1 for the question's best [questions, units]."""
-        found = torch.zeros(len(self.questions), self.n_units)
+    @cached_property
+    def words(self) -> list[tuple[Tensor, Tensor]]:
+        """What the words of each question have in common with the document, as of `match_tokens`."""
         with closing(sqlite3.connect(":memory:")) as index:
             write_index(index, [read.chunk for read in self.chunks])
-            for row, question in zip(found, self.questions, strict=True):
-                if scores := sentence_scores(index, question.text):
-                    row += torch.tensor(scores) / max(scores)
-        return found
+            return [match_tokens(index, one.text, one.spans) for one in self.questions]
 
 
 class Asking:
@@ -166,9 +169,10 @@ class Asking:
                 rng.choice((before, after)).append(rng.choice(more.chunks))
         chunks = [*before, *one.chunks, *after]
         asked = rng.sample(one.questions, min(c.questions, len(one.questions)))
-        if other is not None:
-            question = rng.choice(other.questions)
-            asked += [unanswered] if (unanswered := without_answer(question, chunks)) else []
+        for theirs in (other, *(self._other(rng, i) for _ in range(c.unanswered - 1))):
+            theirs = rng.choice(self.documents) if theirs is None or rng.random() < c.p_apart else theirs
+            if theirs is not one and (question := without_answer(rng.choice(theirs.questions), chunks)):
+                asked.append(question)
         if self.foreign and rng.random() < c.p_foreign:
             asked.append(rng.choice(self.foreign))
         return Episode(chunks, asked, len(before))
@@ -196,7 +200,7 @@ def without_answer(question: ReadQuestion, chunks: Sequence[ReadChunk]) -> ReadQ
     is_known = bool(question.answer) and not any(
         question.answer.lower() in read.chunk.prompt.lower() for read in chunks
     )
-    return ReadQuestion(question.ids, question.row, question.text) if is_known else None
+    return ReadQuestion(question.ids, question.row, question.text, question.spans) if is_known else None
 
 
 class _Row(NamedTuple):
@@ -204,6 +208,8 @@ class _Row(NamedTuple):
 
     asked: Tensor
     """Its standardised tokens [m, d]."""
+    matched: Tensor
+    """How well these are matched, as of `Reader.matched`."""
     text: Tensor
     """The vectors of the units' tokens [t, width]."""
     units: Tensor
@@ -240,7 +246,8 @@ class ReaderObjective:
         for one, text in zip(episodes, texts.split(n_tokens), strict=True):
             its = [next(of_episode) for _ in one.questions]
             padded, mask = _padded(its)
-            late, bm25 = reader.late(reader.question(padded, mask), text, one.units, one.n_units), one.bm25()
+            late, cosines = reader.late(reader.question(padded, mask), text, one.units, one.n_units)
+            bm25 = torch.stack([of_one for of_one, _ in one.words])
             logits = reader.first(late, bm25)
             for i, (right, token) in enumerate(zip(one.rights, one.tokens, strict=True)):
                 best = logits[i].topk(min(c.n_best, one.n_units)).indices
@@ -253,7 +260,10 @@ class ReaderObjective:
                 place = int((best == right).nonzero()[0, 0]) if right >= 0 else right
                 begin = (read == token).nonzero()[:1, 0].tolist() if token >= 0 else []
                 scores = torch.stack([late[i], bm25[i]], -1)[best]
-                rows.append(_Row(its[i][-c.most_tokens :], text[read], of_rows, scores, place, *begin))
+                matched = reader.matched(
+                    torch.tensor(one.questions[i].ids), cosines[i, : len(its[i])], one.words[i][1], best
+                )
+                rows.append(_Row(its[i][-c.most_tokens :], matched, text[read], of_rows, scores, place, *begin))
         rows.sort(key=lambda row: len(row.text))  # so that little is read that is only padding
         judged = [self._second(rows[i : i + _ROWS_AT_ONCE]) for i in range(0, len(rows), _ROWS_AT_ONCE)]
         second, is_right = (torch.cat(some) for some in zip(*judged, strict=True))
@@ -265,10 +275,12 @@ class ReaderObjective:
     def _second(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """The second step's loss of some questions, and whether it is right [questions] each."""
         padded, mask = _padded([row.asked for row in rows])
+        matched = pad_sequence([row.matched for row in rows], batch_first=True)
         k = max(len(row.scores) for row in rows)
         text = pad_sequence([row.text for row in rows], batch_first=True)
         units = pad_sequence([row.units for row in rows], batch_first=True, padding_value=k)
-        places = self.reader.places(padded, mask, text, units, pad_sequence([row.scores for row in rows], True))
+        scores = pad_sequence([row.scores for row in rows], batch_first=True)
+        places = self.reader.places(padded, mask, matched, text, units, scores)
         # A question of one unit fewer than k must not choose the missing one: its tokens' logits are very low.
         wanted = torch.tensor([row.right if row.right >= 0 else k - 1 - row.right for row in rows])
         tokens, of_all = torch.tensor([row.begin for row in rows]), places.all()
@@ -276,7 +288,9 @@ class ReaderObjective:
         of_tokens = functional.cross_entropy(
             torch.cat([places.begins, of_all[:, k:]], 1), tokens.clamp_min(0), reduction="none"
         )
-        return torch.where(tokens >= 0, of_tokens, of_units), of_all.argmax(1) == wanted
+        is_absent = torch.tensor([float(row.right < 0) for row in rows])
+        of_words = functional.binary_cross_entropy_with_logits(places.absent, is_absent, reduction="none")
+        return torch.where(tokens >= 0, of_tokens, of_units) + of_words, of_all.argmax(1) == wanted
 
     @torch.no_grad()
     def find(self, episode: Episode) -> list[Found]:
@@ -285,7 +299,8 @@ class ReaderObjective:
         text = reader.unpacked(reader.kept(reader.vectors(reader.standard(*self.file.tokens(episode.chunks)))))
         asked = reader.standard(*self.file.tokens(episode.questions)).split(lengths)
         return [
-            reader.find(row, text, episode.units, of_one) for row, of_one in zip(asked, episode.bm25(), strict=True)
+            reader.find(row, torch.tensor(question.ids), text, episode.units, *of_one)
+            for row, question, of_one in zip(asked, episode.questions, episode.words, strict=True)
         ]
 
 
@@ -319,7 +334,8 @@ def train_reader(
     torch.manual_seed(recipe.training.seed)
     of_base = text_config(base.model.config)
     layer = round(_DEPTH * of_base.num_hidden_layers)
-    reader = Reader(ReaderConfig(of_base.hidden_size, layer, tuple(hypernetwork.config.prefix)))
+    embeddings = base.model.get_input_embeddings().weight
+    reader = Reader(ReaderConfig(embeddings.shape[1], len(embeddings), layer, tuple(hypernetwork.config.prefix)))
     if init_from is not None:
         reader.load_state_dict(Reader.read(init_from / READER_FILE).state_dict())
     drawn = recipe.data.draw(people)
@@ -330,9 +346,9 @@ def train_reader(
     held_out = set(rng.sample(range(len(file.documents)), n_held))
     kept = [one for i, one in enumerate(file.documents) if i not in held_out]
     some = rng.sample(kept, min(_MEASURED, len(kept)))
-    states, embedded = file.tokens(read for one in some for read in one.chunks)
     if init_from is None:
-        reader.measure(states, embedded)
+        chunks = [read for one in some for read in one.chunks]
+        reader.measure(*file.tokens(chunks), torch.tensor([i for read in chunks for i in read.ids]))
     objective = ReaderObjective(reader, file, Asking(kept, file.foreign, recipe.asking), recipe.training)
     provenance = {"command": command, **asdict(recipe)}
 

@@ -53,6 +53,8 @@ class ReadQuestion(ReadText):
     """A question, and where its answer is."""
 
     text: str
+    spans: tuple[tuple[int, int], ...]
+    """The characters of each token."""
     chunk: int = NOWHERE
     """Of its document; `NOWHERE`, or `FOREIGN`."""
     unit: int = NOWHERE
@@ -126,7 +128,7 @@ class ReadFile:
             found_questions = [_read_question(base, question, of_one, *next(texts)) for question in one.questions]
             known = tuple(question for question in found_questions if question is not None)
             self.documents.append(ReadDocument(one.source, one.group, tuple(of_one), known))
-        self.foreign = [ReadQuestion(*next(texts), text, FOREIGN, FOREIGN) for text in foreign]
+        self.foreign = [ReadQuestion(*next(texts), text, _spans(base, text), FOREIGN, FOREIGN) for text in foreign]
 
     def tokens(self, texts: Iterable[ReadText]) -> tuple[Tensor, Tensor]:
         """States and input embeddings of texts, one after the other [t, d] each."""
@@ -152,12 +154,16 @@ def _read_chunk(base: Base, chunk: Chunk, ids: tuple[int, ...], row: int) -> Rea
     return ReadChunk(ids, row, chunk, tuple(units), len(spans))
 
 
+def _spans(base: Base, text: str) -> tuple[tuple[int, int], ...]:
+    return tuple(encode_with_offsets(base.tokenizer, text)[1])
+
+
 def _read_question(
     base: Base, question: AskedQuestion, chunks: Sequence[ReadChunk], ids: tuple[int, ...], row: int
 ) -> ReadQuestion | None:
     """A question with the place of its answer; None where no chunk holds all of it."""
     if question.place is None:
-        return ReadQuestion(ids, row, question.text)
+        return ReadQuestion(ids, row, question.text, _spans(base, question.text))
     start, end = question.place
     for number, read in enumerate(chunks):
         chunk = read.chunk
@@ -168,5 +174,6 @@ def _read_question(
             if token is not None:
                 answer = chunk.text[start - chunk.start : end - chunk.start]
                 begin = token if question.is_copied else -1
-                return ReadQuestion(ids, row, question.text, number, read.units[token], begin, answer)
+                spans = _spans(base, question.text)
+                return ReadQuestion(ids, row, question.text, spans, number, read.units[token], begin, answer)
     return None
