@@ -61,7 +61,7 @@ def test_a_tiny_model_is_asked_and_scored(monkeypatch, tmp_path, base):
     monkeypatch.setattr(frozen, "LOOKS", tmp_path / "looks.md")
     frozen.LOOKS.write_text("")
     out = tmp_path / "out"
-    frozen.main(["tables"], out=out, baselines="place,none")
+    frozen.main(["tables"], out=out, baselines="place,adapter,none")
     report = json.loads((out / "results.json").read_text())
     place = next(row for row in report["rows"] if row["baseline"] == "place")
     assert report["is_complete"] and place["n"] == 4 and place["documents"] == 2 and place["n_unsaid"] == 2
