@@ -26,7 +26,7 @@ from loracast.base.generate import Sampling
 from loracast.documents import read_document
 from loracast.lab.data.answer_metrics import best, has_value, token_f1
 from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, WindowedConfig
-from loracast.lab.evaluation.qa import BASELINES as QA_BASELINES
+from loracast.lab.evaluation.qa import BASELINES
 from loracast.lab.evaluation.report import Report, columns, mean, mean_with_interval
 from loracast.lab.evaluation.runner import Answered, ask, choose_baselines, figures, grouped, warm_up
 from loracast.lab.evaluation.synthetic import says_not_said
@@ -38,9 +38,6 @@ SETS: tuple[Set, ...] = get_args(Set)
 FOR_CHOOSING = {"manuals_dev"}
 _MAX_NEW_TOKENS, _PER_GROUP = 32, 10
 
-BASELINES = {
-    **QA_BASELINES,
-}
 DEFAULT = ("adapter", "lora", "place", "merged", "none", "window", "bm25")
 
 COLUMNS = columns(

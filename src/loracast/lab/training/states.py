@@ -155,6 +155,7 @@ def _read_chunk(base: Base, chunk: Chunk, ids: tuple[int, ...], row: int) -> Rea
 
 
 def _spans(base: Base, text: str) -> tuple[tuple[int, int], ...]:
+    """The characters of each token of a question."""
     return tuple(encode_with_offsets(base.tokenizer, text)[1])
 
 
@@ -162,8 +163,9 @@ def _read_question(
     base: Base, question: AskedQuestion, chunks: Sequence[ReadChunk], ids: tuple[int, ...], row: int
 ) -> ReadQuestion | None:
     """A question with the place of its answer; None where no chunk holds all of it."""
+    spans = _spans(base, question.text)
     if question.place is None:
-        return ReadQuestion(ids, row, question.text, _spans(base, question.text))
+        return ReadQuestion(ids, row, question.text, spans)
     start, end = question.place
     for number, read in enumerate(chunks):
         chunk = read.chunk
@@ -174,6 +176,5 @@ def _read_question(
             if token is not None:
                 answer = chunk.text[start - chunk.start : end - chunk.start]
                 begin = token if question.is_copied else -1
-                spans = _spans(base, question.text)
                 return ReadQuestion(ids, row, question.text, spans, number, read.units[token], begin, answer)
     return None
