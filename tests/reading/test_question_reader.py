@@ -80,8 +80,9 @@ def test_the_words_of_a_question_are_looked_up_by_their_stems_in_units_and_headi
     spans = encode_with_offsets(base.tokenizer, question)[1]
     with closing(sqlite3.connect(":memory:")) as index:
         write_index(index, chunks)
-        bm25, held = match_tokens(index, question, spans)
-        nothing = match_tokens(index, "What is it?", spans[:1])
+        chunk_of = torch.tensor([i for i, chunk in enumerate(chunks) for _ in chunk.units])
+        bm25, held = match_tokens(index, question, spans, chunk_of)
+        nothing = match_tokens(index, "What is it?", spans[:1], chunk_of)
     texts = [chunk.prompt[start:end] for chunk in chunks for start, end in chunk.units]
     of_words = {"kitchens": "kitchen", "boiling": "boil", "lamp": "lamp", "sing": "sing", "Does": "does"}
     for word, stem in of_words.items():
@@ -104,10 +105,11 @@ def test_a_question_gets_the_units_by_their_probabilities(asked):
     spans = [[(place.start, place.end) for place in places if place.chunk == i] for i in range(len(chunks))]
     read = asked.reader.read([chunk.prompt for chunk in chunks], spans)
     scores = torch.tensor(sentence_scores(index, QUESTION))
-    held = match_tokens(index, QUESTION, encode_with_offsets(asked.base.tokenizer, QUESTION)[1])[1]
+    given = asked.reader._asked_as(QUESTION)
+    held = match_tokens(index, QUESTION, given.spans, torch.tensor([place.chunk for place in places]))[1]
     units = torch.tensor([sum(map(len, spans[:i])) + unit for i, one in enumerate(read) for unit in one.units])
     text = reader.unpacked(torch.cat([one.vectors for one in read]))
-    found = reader.find(*asked.reader._asked_as(QUESTION), text, units, scores / scores.max(), held)
+    found = reader.find(given.read, given.ids, text, units, scores / scores.max(), held)
     flat = [weight for chunk in sorted(matched.sentences) for weight in matched.sentences[chunk]]
     for unit, probability in zip(found.units, found.of_units, strict=True):
         assert flat[unit] == pytest.approx((probability / max(found.of_units)) ** 0.5, abs=0.05)

@@ -7,6 +7,7 @@ are read when they are first asked; their vectors stay in memory.
 
 from __future__ import annotations
 
+import sqlite3
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
-from loracast.base.chat import encode_text, encode_with_offsets
+from loracast.base.chat import encode_with_offsets
 from loracast.base.forward import pad_right
 from loracast.base.load import Base
 from loracast.documents import Chunk
@@ -39,11 +40,12 @@ _CHUNKS_AT_ONCE = 8
 _POWER = 0.5  # of a unit's probability beside the best one's, as its weight
 
 
-def match_tokens(index: Index, question: str, spans: Spans) -> tuple[Tensor, Tensor]:
+def match_tokens(index: Index, question: str, spans: Spans, chunk_of: Tensor) -> tuple[Tensor, Tensor]:
     """What the words of a question have in common with a document, for the reader: BM25 and matches of words.
 
     Args:
         spans: the characters of each of the question's tokens.
+        chunk_of: the chunk of each unit of the document [n_units].
 
     Returns:
         BM25 of each unit, 1 for the best [n_units]; and for each token, 1 where a unit holds its word, a half where its
@@ -51,12 +53,11 @@ def match_tokens(index: Index, question: str, spans: Spans) -> tuple[Tensor, Ten
     """
     with open_index(index) as database:
         scores, words = sentence_scores(database, question), words_held(database, question)
-        of_units = torch.tensor([place.chunk for place in read_sentences(database)])
-    bm25 = torch.zeros(len(of_units)) if scores is None else torch.tensor(scores) / max(scores)
-    held = torch.zeros(max(1, len(spans)), len(of_units) + 1)
+    bm25 = torch.zeros(len(chunk_of)) if scores is None else torch.tensor(scores) / max(scores)
+    held = torch.zeros(max(1, len(spans)), len(chunk_of) + 1)
     for (start, end), units, chunks in words:
-        row = torch.zeros(len(of_units) + 1)
-        row[:-1][torch.isin(of_units, torch.tensor(chunks))] = 0.5
+        row = torch.zeros(len(chunk_of) + 1)
+        row[:-1][torch.isin(chunk_of, torch.tensor(chunks))] = 0.5
         row[units], row[-1] = 1.0, float(bool(chunks))
         held[[i for i, (low, high) in enumerate(spans) if low < end and start < high]] = row
     return bm25, held
@@ -69,6 +70,17 @@ class ReadChunk(NamedTuple):
     """Of its tokens, in bytes [t, width]."""
     units: tuple[int, ...]
     """The unit of each token, from 0 on."""
+
+
+class _Asked(NamedTuple):
+    """A question as the base reads it."""
+
+    read: Tensor
+    """Its standardised tokens [m, 2 * d_state]."""
+    ids: Tensor
+    """Of these [m]."""
+    spans: Spans
+    """Their characters."""
 
 
 def write_vectors(index: Index, reader_id: str, read: Sequence[tuple[int, ReadChunk]]) -> None:
@@ -93,7 +105,7 @@ class QuestionReader:
         self.reader, self.base = reader, base
         self._hypernetwork = hypernetwork
         self._read: LRUCache[str, ReadChunk] = LRUCache(_CHUNKS_IN_MEMORY)
-        self._asked: LRUCache[str, tuple[Tensor, Tensor]] = LRUCache(64)
+        self._asked: LRUCache[str, _Asked] = LRUCache(64)
         self._changing = Lock()
 
     @cached_property
@@ -108,20 +120,21 @@ class QuestionReader:
 
     def match(self, index: Index, question: str) -> Matches | None:
         """What a document has for a question; None for an index from before sentences were kept."""
-        places = read_sentences(index)
-        if not places:
-            return None
-        chunks = read_chunks(index)
+        asked = self._asked_as(question)
+        with open_index(index) as database:
+            places = read_sentences(database)
+            if not places:
+                return None
+            chunks, kept = read_chunks(database), self._kept(database)
+            words = match_tokens(database, question, asked.spans, torch.tensor([place.chunk for place in places]))
         of_chunks: list[list[tuple[int, int]]] = [[] for _ in chunks]
         for place in places:
             of_chunks[place.chunk].append((place.start, place.end))
-        read = self._document(index, chunks, of_chunks)
+        read = self._document(kept, chunks, of_chunks)
         first = [0, *accumulate(map(len, of_chunks))]
         units = torch.tensor([first[i] + unit for i, one in enumerate(read) for unit in one.units])
         text = self.reader.unpacked(torch.cat([one.vectors for one in read]))
-        spans = encode_with_offsets(self.base.tokenizer, question)[1]
-        found = self.reader.find(*self._asked_as(question), text, units, *match_tokens(index, question, spans))
-        return self._matches(found, chunks, of_chunks, read)
+        return self._matches(self.reader.find(asked.read, asked.ids, text, units, *words), chunks, of_chunks, read)
 
     def _matches(
         self, found: Found, chunks: Sequence[Chunk], spans: Sequence[Spans], read: Sequence[ReadChunk]
@@ -162,13 +175,13 @@ class QuestionReader:
 
     # ---- what the reader sees
 
-    def _asked_as(self, question: str) -> tuple[Tensor, Tensor]:
-        """The standardised tokens of a question [m, d], and their ids [m]."""
+    def _asked_as(self, question: str) -> _Asked:
         with self._changing:
             known = self._asked.get(question)
         if known is None:
-            ids = torch.tensor(encode_text(self.base.tokenizer, question) or [self.base.pad_id])
-            known = self._states(self._as_question, ids[None])[0], ids
+            found, spans = encode_with_offsets(self.base.tokenizer, question)
+            ids = torch.tensor(found or [self.base.pad_id])
+            known = _Asked(self._states(self._as_question, ids[None])[0], ids, spans)
             with self._changing:
                 self._asked[question] = known
         return known
@@ -180,14 +193,15 @@ class QuestionReader:
             embedded = self.base.model.get_input_embeddings()(ids.to(self.base.device))
         return self.reader.standard(states.cpu(), embedded.cpu())
 
-    def _document(self, index: Index, chunks: Sequence[Chunk], spans: Sequence[Spans]) -> list[ReadChunk]:
+    def _kept(self, database: sqlite3.Connection) -> dict[int, ReadChunk]:
+        """What an index keeps of chunks for this reader."""
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'vectors'").fetchone():
+            return {}
+        found = database.execute("SELECT chunk, vectors, units FROM vectors WHERE reader = ?", (self.reader.id,))
+        return {number: self._from_bytes(vectors, units) for number, vectors, units in found}
+
+    def _document(self, kept: dict[int, ReadChunk], chunks: Sequence[Chunk], spans: Sequence[Spans]) -> list[ReadChunk]:
         """What the reader keeps of each chunk: from the index, from memory, or read now."""
-        kept = dict[int, ReadChunk]()
-        with open_index(index) as database:
-            if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'vectors'").fetchone():
-                query = "SELECT chunk, vectors, units FROM vectors WHERE reader = ?"
-                found = database.execute(query, (self.reader.id,))
-                kept = {number: self._from_bytes(vectors, units) for number, vectors, units in found}
         with self._changing:
             for i, chunk in enumerate(chunks):
                 if i not in kept and chunk.prompt in self._read:

@@ -140,9 +140,10 @@ class Episode:
     @cached_property
     def words(self) -> list[tuple[Tensor, Tensor]]:
         """What the words of each question have in common with the document, as of `match_tokens`."""
+        chunk_of = torch.tensor([i for i, chunk in enumerate(self.chunks) for _ in range(chunk.n_units)])
         with closing(sqlite3.connect(":memory:")) as index:
             write_index(index, [read.chunk for read in self.chunks])
-            return [match_tokens(index, one.text, one.spans) for one in self.questions]
+            return [match_tokens(index, one.text, one.spans, chunk_of) for one in self.questions]
 
 
 class Asking:
