@@ -66,7 +66,7 @@ def test_what_is_said_becomes_chunks_of_an_adapter(memory, model):
     assert adapter.manifest.n_chunks == 3 and adapter.manifest.is_memory and adapter.manifest.storage == "text"
     lora, [(routed, route)] = model.lora_for("Where is my spare key?", "me")
     assert routed.version == adapter.version and route.chunks[0] == 1
-    expected = route_document(adapter.index, 3, "Where is my spare key?")
+    expected = route_document(adapter.index, "Where is my spare key?")
     assert (route.chunks, route.weights, route.sentences) == (expected.chunks, expected.weights, expected.sentences)
     assert lora.names
 

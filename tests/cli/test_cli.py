@@ -433,8 +433,8 @@ def test_ask_streams_what_json_reports(run, tiny, lanterns):
     assert streamed.stdout.strip("\ufffd\n ") == printable(report["answer"]).strip("\ufffd\n ")
     assert report["n_tokens"] <= 12 and report["total_s"] >= report["first_token_s"] > 0
     picked = report["adapters"]["lanterns"]
-    assert len(picked["chunks"]) == len(picked["scores"]) == 2
-    assert picked["scores"] == sorted(picked["scores"], reverse=True)
+    assert len(picked["chunks"]) == len(picked["weights"]) == 2
+    assert picked["weights"] == sorted(picked["weights"], reverse=True)
 
 
 def test_route_all_takes_every_chunk_and_an_adapter_counts_once(run, tiny, lanterns):

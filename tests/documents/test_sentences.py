@@ -282,7 +282,7 @@ def test_an_index_without_sentences_is_routed_by_chunk(model):
             database.execute(f"DROP TABLE {table}")
     database.close()
     assert read_sentences(adapter.index) == []
-    route = route_document(adapter.index, adapter.manifest.n_chunks, "How heavy is the kettle?", 2)
+    route = route_document(adapter.index, "How heavy is the kettle?", 2)
     assert route.sentences is None and route.sentence_weights is None
 
 
@@ -391,7 +391,7 @@ def test_one_lora_serves_a_fixed_set_of_questions(model, tmp_path):
     adapter = model.learn(Document.from_text(MANUAL * 3), "manual", max_chunk_tokens=64, storage="bf16")
     index, n = adapter.index, adapter.manifest.n_chunks
     asked = ["How heavy is the kettle?", "When is the green bin emptied?"]
-    routes = [route_document(index, n, question) for question in asked]
+    routes = [route_document(index, question) for question in asked]
     alone = route_set(index, n, asked[:1])
     assert alone.chunk_weights == routes[0].chunk_weights and alone.sentence_weights == routes[0].sentence_weights
     together = route_set(index, n, asked)

@@ -252,7 +252,7 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
     from loracast.reading.routing import route_document
 
     index, question = tmp_path / "out" / "chunks.sqlite", "Who built the old bridge?"
-    picked = route_document(index, len(made), question, 1).chunk_weights
+    picked = route_document(index, question, 1).chunk_weights
     assert len(picked) == 1
     for i in picked:
         chunk = listing["chunks"][i]

@@ -103,7 +103,7 @@ def test_through_http_answers_are_those_of_ask(filled, client, vllm):
 
 def test_tokens_probabilities_and_ends_are_those_of_the_local_engine(filled, engine):
     local = LocalEngine(filled.base)
-    word = local.submit(request(filled)).text().split()[1]
+    word = local.submit(request(filled, n_tokens=60)).text().split()[1]
     for options in (
         {"n_logprobs": 3},
         {"n_logprobs": 0, "n_tokens": 60},

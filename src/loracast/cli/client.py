@@ -67,7 +67,7 @@ class Used:
     def of(cls, version: str, n_chunks: int, route: Mapping[str, Any]) -> Used:
         """Build it from the fields of a `Route`, or from a server's account of one."""
         chunks = range(n_chunks) if route["chunks"] is None else route["chunks"]
-        lists = {"chunks": list(chunks), "scores": list(route["scores"]), "weights": list(route["weights"])}
+        lists = {"chunks": list(chunks), "weights": list(route["weights"])}
         return cls(version, {**lists, "reason": route["reason"], "about": route["about"]})
 
     @property

@@ -296,18 +296,17 @@ def route(
     rows: list[tuple[object, ...]] = []
     for one in found:
         if not one["chunks"]:
-            rows.append((one["adapter"], "none" if one["is_empty"] else "all", "", "", one["reason"]))
+            rows.append((one["adapter"], "none" if one["is_empty"] else "all", "", one["reason"]))
         for chunk in one["chunks"]:
             text = " ".join(f"{chunk['heading']} {chunk['text']}".split())
             shown = text if len(text) <= _MAX_TEXT_CHARACTERS else text[: _MAX_TEXT_CHARACTERS - 1] + "…"
-            score = "" if chunk["score"] is None else f"{chunk['score']:.2f}"
-            rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, f"{chunk['weight']:.2f}", shown))
+            rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], f"{chunk['weight']:.2f}", shown))
         if one["likely"]:
             begins = [f"{place['text']!r} ({place['probability']:.2f})" for place in one["likely"][:_MAX_CANDIDATES]]
-            rows.append((one["adapter"], "", "", "", f"the answer probably begins {', '.join(begins)}"))
+            rows.append((one["adapter"], "", "", f"the answer probably begins {', '.join(begins)}"))
         if static := one.get("static"):
-            rows.append((static["path"], "", "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
-    print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
+            rows.append((static["path"], "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
+    print_table(("adapter", ">chunk", ">weight", "text"), rows)
 
 
 def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
@@ -322,9 +321,9 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"{folder} is no document exported chunk by chunk: its chunks.json cannot be read"
         raise AdapterError(f"{what} ({error})") from error
-    picked = route_document(index, len(chunks), question, k, always=True)
+    picked = route_document(index, question, k, always=True)
     wanted = range(len(chunks)) if picked.chunks is None else picked.chunks
-    found = _described(name, index, picked, wanted, no_score=0.0) | {"likely": []}
+    found = _described(name, index, picked, wanted) | {"likely": []}
     for chunk in found["chunks"]:
         chunk["path"] = paths[chunk["chunk"]]
     if static is not None and (surplus := sum(chunk["weight"] for chunk in found["chunks"]) - 1):
@@ -334,20 +333,16 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
 
 def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
     """The chunks of an adapter that a question is answered with; none where it is taken as a whole, or not at all."""
-    is_one_chunk = adapter.manifest.kind == "document" and adapter.manifest.n_chunks == 1
-    chunks = (0,) * is_one_chunk if picked.chunks is None else picked.chunks
-    return _described(adapter.name, adapter.index, picked, chunks)
+    return _described(adapter.name, adapter.index, picked, picked.chunks or ())
 
 
-def _described(
-    name: str, index: Path, route: Route, chunks: Sequence[int], no_score: float | None = None
-) -> dict[str, Any]:
-    """The chunks of an adapter that answer a question, each with its score, weight, place and text."""
-    scores, weights = route.scores or [no_score] * len(chunks), route.weights or [1.0] * len(chunks)
+def _described(name: str, index: Path, route: Route, chunks: Sequence[int]) -> dict[str, Any]:
+    """The chunks of an adapter that answer a question, each with its weight, place and text."""
+    weights = route.weights or [1.0] * len(chunks)
     described = [
-        {"chunk": i, "score": None if score is None else round(score, 3), "weight": round(weight, 3)}
+        {"chunk": i, "weight": round(weight, 3)}
         | {field: getattr(chunk, field) for field in ("heading", "start", "end", "text")}
-        for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(index, chunks), strict=True)
+        for i, weight, chunk in zip(chunks, weights, read_chunks(index, chunks), strict=True)
     ]
     found = {"adapter": name, "reason": route.reason, "is_empty": route.is_empty}
     return {**found, "likely": [one._asdict() for one in route.candidates], "chunks": described}

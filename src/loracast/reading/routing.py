@@ -6,7 +6,7 @@ memory belongs to a token, so to a sentence, and is weighted by how well that se
 In a whole library the register ranks the chunks of all documents at once (`Register.best_chunks`). The documents that
 own the best of them share the places of a route, so that a question gets no more chunks of many documents than of one,
 and each document then picks its own chunks and sentences as if it had been named. A document whose best chunk matches
-worse than the best one's weighs less, by the rule of chunks in one document.
+worse than the best one's weighs less.
 """
 
 from __future__ import annotations
@@ -37,9 +37,6 @@ DEFAULT_ROUTE = 2
 _LEAST_SENTENCE_WEIGHT = 0.05
 _REFUSED = 0.5  # `Matches.about` below which the document does not say what is asked
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
-SHARPNESS = 8
-"""A chunk picked from many weighs (score / best score) to this power."""
-_MIN_CHUNK_WEIGHT = 0.3  # of a chunk of a document that is given whole
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,8 @@ class Route:
 
     chunks: tuple[int, ...] | None = None
     """None: all of them, merged."""
-    scores: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
-    """What each chunk's LoRA is multiplied with: 1 for the best one."""
+    """What each chunk's LoRA is multiplied with: 1 for the best one, less the worse a chunk matches."""
     sentences: tuple[tuple[float, ...], ...] | None = None
     """Of each picked chunk, the weights of its sentences; None: all rows weigh like their chunk."""
     reason: str = "all chunks"
@@ -111,22 +107,19 @@ def route_adapter(
     index, manifest = adapter.open_index, adapter.manifest
     if manifest.kind != "document":
         return Route(reason=f"{manifest.kind}: always whole")
-    return route_document(index, manifest.n_chunks, question, k, reader, always)
+    return route_document(index, question, k, reader, always)
 
 
 def route_document(
     index: Index,
-    n_chunks: int,
     question: str,
     k: int | None = DEFAULT_ROUTE,
     reader: QuestionReader | None = None,
     always: bool = False,
 ) -> Route:
-    """`route_adapter` for the index of a document of `n_chunks` chunks. Raises AdapterError for k < 1.
+    """`route_adapter` for the index of a document. Raises AdapterError for k < 1.
 
-    The lower a chunk's score beside the best one's, the less it weighs, so that a poor match does not drown a good
-    one (measured: docs/notebook). A document of k chunks or fewer is given whole, and each of its chunks keeps
-    a least weight.
+    The worse a chunk matches beside the best one, the less it weighs, so that a poor match does not drown a good one.
     """
     if k is None:
         return Route()
@@ -143,7 +136,7 @@ def route_document(
         if not always and (matched.is_foreign or not is_about):
             reason = "the question is meant for no document" if matched.is_foreign else "the document does not say"
             return Route((), reason=reason, about=matched.about, nowhere=matched.nowhere, is_foreign=matched.is_foreign)
-    return _pick(matched, n_chunks, k, by)
+    return _pick(matched, k, by)
 
 
 def route_set(
@@ -153,7 +146,7 @@ def route_set(
 
     So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
     """
-    routes = [route_document(index, n_chunks, question, k, reader, always=True) for question in questions]
+    routes = [route_document(index, question, k, reader, always=True) for question in questions]
     if any(route.chunks is None and route.sentences is None for route in routes):
         return Route(reason="a question gets all chunks")
     counts = Counter(place.chunk for place in read_sentences(index))
@@ -166,28 +159,18 @@ def route_set(
             new = of_sentences[chunk] if of_sentences else [weight] * counts[chunk]
             sentences[chunk] = list(map(max, new, sentences.get(chunk, new)))
     of_chunks = tuple(tuple(sentences[chunk]) for chunk in chunks) if counts else None
-    return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
+    return Route(tuple(chunks), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
 
 
-def _pick(matched: Matches, n_chunks: int, k: int, by: str) -> Route:
-    """At most k of a document's chunks, or all of a short one, and the weights of their sentences."""
-    if n_chunks == 1:
-        route = Route(sentences=_weigh_sentences(matched, [0], [1.0]), reason="the document has only one chunk")
-    elif not matched.chunks:
+def _pick(matched: Matches, k: int, by: str) -> Route:
+    """At most k of a document's chunks, and the weights of their sentences."""
+    if not matched.chunks:
         return Route(reason="no word of the question occurs in the document: all chunks")
-    else:
-        if n_chunks > k:
-            chunks, scores = zip(*[*matched.chunks.items()][:k], strict=True)
-            weights = tuple(score**SHARPNESS for score in scores)
-            reason = f"best {len(chunks)} by {by}"
-        else:
-            unmatched = (chunk for chunk in range(n_chunks) if chunk not in matched.chunks)
-            chunks, scores = zip(*(matched.chunks | dict.fromkeys(unmatched, 0.0)).items(), strict=True)
-            weights = tuple(max(_MIN_CHUNK_WEIGHT, score) for score in scores)
-            reason = f"all {n_chunks} chunks, weighed by {by}"
-        route = Route(chunks, scores, weights, _weigh_sentences(matched, chunks, weights), reason)
-    candidates = tuple(one for chunk, one in matched.candidates if route.chunks is None or chunk in route.chunks)
-    return replace(route, candidates=candidates, nowhere=matched.nowhere, about=matched.about)
+    chunks, weights = zip(*[*matched.chunks.items()][:k], strict=True)
+    candidates = tuple(one for chunk, one in matched.candidates if chunk in chunks)
+    sentences = _weigh_sentences(matched, chunks, weights)
+    reason = f"best {len(chunks)} by {by}"
+    return Route(chunks, weights, sentences, reason, matched.about, candidates, matched.nowhere)
 
 
 def _weigh_sentences(
@@ -216,6 +199,7 @@ def sentence_weight(score: float, of_chunk: float = 1.0) -> float:
 
 # ---- routing among several documents, or over a whole library
 
+_SHARPNESS = 8  # a document weighs (its best chunk's BM25 / the best of all) to this power
 _MIN_DOCUMENT_WEIGHT = 0.1
 """Weight of another document beside the best one from which on it gets a place (dev: level from 0 to 0.3)."""
 
@@ -292,7 +276,7 @@ def share_out(
 ) -> list[tuple[Adapter, Route]]:
     """What a question gets of each document that owns one of the best chunks of a library, the best one first.
 
-    A document's weight is its best chunk's score beside the best one of all, raised as in one document.
+    A document's weight is its best chunk's score beside the best one of all, to a power.
 
     Args:
         matches: those chunks, best first.
@@ -300,7 +284,7 @@ def share_out(
         open_named: opens a version `name@hash`.
         reader, always: as in `route_adapter`; a document that does not answer is left out.
     """
-    weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
+    weights = {match: (match.score / matches[0].score) ** _SHARPNESS for match in matches}
     close = [match for match in matches if weights[match] >= _MIN_DOCUMENT_WEIGHT]
     routed: list[tuple[Adapter, Route]] = []
     best = 1.0
@@ -366,10 +350,9 @@ def sources(routed: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
     found = []
     for adapter, route in routed:
         index, manifest = adapter.open_index, adapter.manifest
-        chunks = (0,) if route.chunks is None and manifest.n_chunks == 1 else route.chunks
-        if manifest.kind != "document" or not chunks:
+        if manifest.kind != "document" or not route.chunks:
             continue
-        for i, (number, chunk) in enumerate(zip(chunks, read_chunks(index, chunks), strict=True)):
+        for i, (number, chunk) in enumerate(zip(route.chunks, read_chunks(index, route.chunks), strict=True)):
             heading, of_sentences = chunk.heading, route.sentences[i] if route.sentences else ()
             if of_sentences and (places := read_sentences(index, [number])):
                 heading = _heading(chunk, places[of_sentences.index(max(of_sentences))].start)

@@ -330,7 +330,7 @@ class Call:
                 "scale": self._scales.get(adapter.manifest.version, 1.0),
                 "is_used": not route.is_empty,
                 "n_chunks": adapter.manifest.n_chunks,
-                **{key: getattr(route, key) for key in ("chunks", "scores", "weights", "reason", "about")},
+                **{key: getattr(route, key) for key in ("chunks", "weights", "reason", "about")},
             }
             for prepared in self.prepared
             for adapter, route in prepared.routed

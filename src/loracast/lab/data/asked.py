@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loracast.documents import Document
@@ -78,7 +78,7 @@ def draw_people(documents: Sequence[QuestionedDocument], seed: int) -> Iterator[
     """People's questions about texts, those whose answers stand in the text word for word."""
     rng = random.Random(f"{seed}/people")
     for given in documents:
-        document = (_table if given.source == TABLES else _text)(given)
+        document = (_rows if given.source == TABLES else _text)(given)
         asked = [question for question in given.questions if question.is_span]
         found = list[AskedQuestion]()
         for one in rng.sample(asked, min(MAX_QUESTIONS, len(asked))):
@@ -93,7 +93,7 @@ def _text(given: QuestionedDocument) -> Document:
     return Document.from_text(given.text[:_MAX_CHARACTERS], "")
 
 
-def _table(given: QuestionedDocument) -> Document:
+def _rows(given: QuestionedDocument) -> Document:
     """A text of rows with cells between bars, under its title, as a table."""
     lines = [line for line in given.text[:_MAX_CHARACTERS].split("\n") if " | " in line]
     width = lines[0].count(" | ") + 1 if lines else 1
@@ -124,59 +124,50 @@ def _find_in_rows(document: Document, question: str, answers: Sequence[str]) -> 
     return found[0] if len(found) == 1 else None
 
 
-def draw_everyday(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
-    """Everyday documents, with questions for what they do not say."""
+def _everyday(rng: random.Random, split: Split, number: int) -> EverydayDocument:
     genres = list(load_genres(split))
+    return make_document(rng, split=split, genre=genres[number % len(genres)])
+
+
+def _sheet(rng: random.Random, split: Split, number: int) -> EverydayDocument:
+    sheet = make_sheet(rng, rng.choice((5, 10, 20)), split=split)
+    facts = [
+        EverydayFact(
+            "span", fact.subject, fact.attribute, fact.question, fact.answer, fact.statement,
+            fact.statement.index(fact.answer),
+        )
+        for fact in sheet.facts
+    ]  # fmt: skip
+    return EverydayDocument("sheet", sheet.title, sheet.text, tuple(facts))
+
+
+def _table(rng: random.Random, split: Split, number: int) -> EverydayDocument:
+    """A table in a form whose rows are read as rows."""
+    return make_table(rng, split, rng.choice((5, 8, 12, 20, 30)) if split == "train" else 20, form=rng.choice(FORMS))
+
+
+_MAKERS: Mapping[str, Callable[[random.Random, Split, int], EverydayDocument]] = {
+    "everyday": _everyday,
+    "sheet": _sheet,
+    "correction": lambda rng, split, number: make_correction(rng, split),
+    "table": _table,
+    "chat": lambda rng, split, number: make_chat(rng, split),
+}
+KINDS = tuple(_MAKERS)
+"""Of generated documents."""
+
+
+def draw_made(kind: str, n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
+    """Generated documents of one of KINDS, with questions, some of them for what they do not say."""
     for i in range(n):
-        rng = random.Random(f"{seed}/everyday/{i}")
-        yield from of_facts("everyday", i, make_document(rng, split=split, genre=genres[i % len(genres)]), rng)
-
-
-def draw_sheets(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
-    """Sheets of facts."""
-    for i in range(n):
-        rng = random.Random(f"{seed}/sheet/{i}")
-        sheet = make_sheet(rng, rng.choice((5, 10, 20)), split=split)
-        facts = [
-            EverydayFact(
-                "span", fact.subject, fact.attribute, fact.question, fact.answer, fact.statement,
-                fact.statement.index(fact.answer),
-            )
-            for fact in sheet.facts
-        ]  # fmt: skip
-        yield from of_facts("sheet", i, EverydayDocument("sheet", sheet.title, sheet.text, tuple(facts)), rng)
-
-
-def draw_tables(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
-    """Tables, in the forms whose rows are read as rows."""
-    for i in range(n):
-        rng = random.Random(f"{seed}/table/{i}")
-        n_rows = rng.choice((5, 8, 12, 20, 30)) if split == "train" else 20
-        yield from of_facts("table", i, make_table(rng, split, n_rows, form=rng.choice(FORMS)), rng)
-
-
-def draw_corrections(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
-    """Notices that correct themselves, and chats in which facts change."""
-    for i in range(n):
-        rng = random.Random(f"{seed}/corr/{i}")
-        yield from of_facts("correction", i, make_correction(rng, split), rng)
-
-
-def draw_chats(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
-    """Conversations of two friends."""
-    for i in range(n):
-        rng = random.Random(f"{seed}/chat/{i}")
-        yield from of_facts("chat", i, make_chat(rng, split), rng)
+        rng = random.Random(f"{seed}/{kind}/{i}")
+        yield from of_facts(kind, i, _MAKERS[kind](rng, split, i), rng)
 
 
 def draw_near_misses(n: int, seed: int, split: Split) -> Iterator[AskedDocument]:
     """Everyday documents and tables that lack what is asked for; `n` of the former, a quarter as many tables."""
-    genres, whole = list(load_genres(split)), list[EverydayDocument]()
-    for i in range(n):
-        whole.append(make_document(random.Random(f"{seed}/near/{i}"), split=split, genre=genres[i % len(genres)]))
-    rng = random.Random(seed)
-    for _ in range(n // 4):
-        whole.append(make_table(rng, split, rng.choice((5, 10, 15)), form=rng.choice(FORMS)))
+    kinds = ["everyday"] * n + ["table"] * (n // 4)
+    whole = [_MAKERS[kind](random.Random(f"{seed}/near/{i}"), split, i) for i, kind in enumerate(kinds)]
     by_genre = defaultdict[str, list[EverydayDocument]](list)
     for one in whole:
         by_genre[one.genre].append(one)

@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +48,7 @@ class ReaderEvalConfig:
     split: Split = "dev"
     """Split of generated documents and small talk."""
     n: int = 40
-    """Generated documents of each kind, and half as many sheets, tables and chats."""
+    """Generated documents of each kind."""
     extra: int = 3
     """Further documents of the same group that follow a document, such as paragraphs of an article."""
     seed: int = 1
@@ -84,17 +85,10 @@ def evaluate_reader(model: Model, config: ReaderEvalConfig, out: Path, progress:
 
 
 def _draw(config: ReaderEvalConfig) -> list[AskedDocument]:
-    n, common = config.n, (config.seed, config.split)
     people = read_questioned(config.documents, config.sources) if config.documents else []
-    return [
-        *asked.draw_people(people, config.seed),
-        *asked.draw_everyday(n, *common),
-        *asked.draw_sheets(n // 2, *common),
-        *asked.draw_tables(n // 2, *common),
-        *asked.draw_corrections(n, *common),
-        *asked.draw_chats(n // 2, *common),
-        *asked.draw_near_misses(n, *common),
-    ]
+    made = [asked.draw_made(kind, config.n, config.seed, config.split) for kind in asked.KINDS]
+    near_misses = asked.draw_near_misses(config.n, config.seed, config.split)
+    return [*asked.draw_people(people, config.seed), *chain.from_iterable(made), *near_misses]
 
 
 def _episode(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -49,11 +49,8 @@ class ReaderData:
     """Sources of documents with people's questions; all if empty."""
     most: Mapping[str, int] = field(default_factory=dict)
     """Most documents of a source."""
-    everyday: int = 1400
-    sheets: int = 300
-    tables: int = 260
-    corrections: int = 350
-    chats: int = 250
+    made: Mapping[str, int] = field(default_factory=dict)
+    """Generated documents of each kind (lab/data/asked.py)."""
     near_misses: int = 240
     small_talk: int = 2000
     """Made from patterns, beside what is written."""
@@ -71,18 +68,16 @@ class ReaderData:
             for source, some in of_source.items()
             for one in rng.sample(some, min(len(some), self.most.get(source, len(some))))
         ]
-        swapped = [
-            *asked.draw_people(chosen, self.seed),
-            *asked.draw_everyday(self.everyday, self.seed, "train"),
-            *asked.draw_sheets(self.sheets, self.seed, "train"),
-        ]
+        drawn = [*asked.draw_people(chosen, self.seed), *self._made("everyday", "sheet")]
         return [
-            *asked.with_near_misses(swapped, self.seed),
-            *asked.draw_corrections(self.corrections, self.seed, "train"),
-            *asked.draw_tables(self.tables, self.seed, "train"),
-            *asked.draw_chats(self.chats, self.seed, "train"),
+            *asked.with_near_misses(drawn, self.seed),
+            *self._made("correction", "table", "chat"),
             *asked.draw_near_misses(self.near_misses, self.seed, "train"),
         ]
+
+    def _made(self, *kinds: str) -> Iterator[AskedDocument]:
+        for kind in kinds:
+            yield from asked.draw_made(kind, self.made.get(kind, 0), self.seed, "train")
 
 
 @dataclass(frozen=True)

@@ -253,15 +253,13 @@ def _adapter(entry: Entry) -> dict[str, Any]:
 
 def _routed(adapter: Adapter, route: Route) -> dict[str, Any]:
     """What a question gets of an adapter; no chunks where it is taken as a whole, or not at all."""
-    is_document = adapter.manifest.kind == "document"
-    picked = route.chunks or (() if route.is_empty or adapter.manifest.n_chunks > 1 or not is_document else (0,))
+    picked = route.chunks or ()
     places = read_sentences(adapter.index)
     chunks = []
     for i, (number, chunk) in enumerate(zip(picked, read_chunks(adapter.index, picked), strict=True)):
         described: dict[str, Any] = {
             "chunk": number,
-            "score": route.scores[i] if route.scores else None,
-            "weight": route.weights[i] if route.weights else 1.0,
+            "weight": route.weights[i],
             **asdict(chunk),
         }
         if route.sentences is not None:
