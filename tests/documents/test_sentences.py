@@ -261,17 +261,17 @@ def test_a_question_gets_the_weights_of_the_sentences_in_its_chunks(model):
     spans = [sentence_spans(chunks[i].prompt) for i in route.chunks]
     assert [len(weights) for weights in route.sentences] == [len(of_chunk) for of_chunk in spans]
     assert max(max(weights) for weights in route.sentences) == 1
-    for chunk, of_chunk, weights, of_whole in zip(route.chunks, spans, route.sentences, route.weights, strict=True):
+    for chunk, of_chunk, weights in zip(route.chunks, spans, route.sentences, strict=True):
         texts = [chunks[chunk].prompt[start:end].lower() for start, end in of_chunk]
         matches = [any(word in text for word in ("kettle", "smith", "dr.")) for text in texts]
         inner = zip(matches[:-2], matches[1:-1], matches[2:], weights[1:-1], strict=True)
         for before, match, after, weight in inner:  # the first and last have neighbours in other chunks
             if not (before or match or after):
-                assert weight == (0 if 0.05 * of_whole < 0.02 else pytest.approx(0.05 * of_whole))
+                assert weight == 0
             elif match:
-                assert weight > 0.05 + 0.95 * 0.3**2
+                assert weight > 0.3**2
             else:
-                assert 0.05 * of_whole < weight < 0.05 + 0.95 * 0.5 + 1e-6
+                assert 0 < weight < 0.5 + 1e-6
     assert route_adapter(adapter, "How heavy is the kettle?", None).sentences is None
 
 

@@ -50,7 +50,7 @@ def test_a_constant_of_routing_and_other_weights_change_it(base, tmp_path, monke
     assert before == fingerprint.behaviour(model)
     after = fingerprint.behaviour(Model(base, tmp_path, make_hypernet(base, seed=2)))
     assert fingerprint.changed(before, after) == ["document: answers"]
-    monkeypatch.setattr("loracast.reading.routing._LEAST_SENTENCE_WEIGHT", 0.5)
+    monkeypatch.setattr("loracast.reading.search._PAIR_WEIGHT", 5.0)
     assert "document: routes" in fingerprint.changed(before, fingerprint.behaviour(model))
 
 

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
 
-_LEAST_SENTENCE_WEIGHT = 0.05
 _REFUSED = 0.5  # `Matches.about` below which the document does not say what is asked
-_NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 
 
 @dataclass(frozen=True)
@@ -168,33 +166,10 @@ def _pick(matched: Matches, k: int, by: str) -> Route:
         return Route(reason="no word of the question occurs in the document: all chunks")
     chunks, weights = zip(*[*matched.chunks.items()][:k], strict=True)
     candidates = tuple(one for chunk, one in matched.candidates if chunk in chunks)
-    sentences = _weigh_sentences(matched, chunks, weights)
+    sentences = tuple(matched.sentences[chunk] for chunk in chunks) if matched.sentences else ()
+    of_chunks = sentences if any(map(any, sentences)) else None  # a heading may be all that matches
     reason = f"best {len(chunks)} by {by}"
-    return Route(chunks, weights, sentences, reason, matched.about, candidates, matched.nowhere)
-
-
-def _weigh_sentences(
-    matched: Matches, chunks: Sequence[int], weights: Sequence[float]
-) -> tuple[tuple[float, ...], ...] | None:
-    """The weights of the sentences of some weighed chunks, 1 for the best of them; None where no sentence matches."""
-    scores = [matched.sentences[chunk] for chunk in chunks] if matched.sentences is not None else []
-    best = max((score for of_chunk in scores for score in of_chunk), default=0.0)
-    if best <= 0:
-        return None
-    return tuple(
-        tuple(sentence_weight(score / best, weight) for score in of_chunk)
-        for of_chunk, weight in zip(scores, weights, strict=True)
-    )
-
-
-def sentence_weight(score: float, of_chunk: float = 1.0) -> float:
-    """The weight of a sentence by its score, 1 for the best, in a chunk of a weight of its own.
-
-    A sentence that does not match keeps a little, since it may say in other words what is asked.
-    """
-    least = _LEAST_SENTENCE_WEIGHT * of_chunk
-    weight = least + (1 - least) * score
-    return weight if weight >= _NEGLIGIBLE else 0.0
+    return Route(chunks, weights, of_chunks, reason, matched.about, candidates, matched.nowhere)
 
 
 # ---- routing among several documents, or over a whole library

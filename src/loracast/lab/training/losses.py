@@ -18,7 +18,6 @@ from loracast.lab.training.scoring import Batch, Episode, Question, SoftTargets,
 from loracast.library.index import Index, write_index
 from loracast.lora.algebra import LoRA, LoRABatch, stack
 from loracast.reading.matching import match_words
-from loracast.reading.routing import sentence_weight
 
 _SHARPNESS = 10.0  # inverse temperature of retrieval: a key's response is about 1 in each module
 
@@ -108,7 +107,7 @@ def retrieval_loss(
 def sentence_weights(index: Index, question: str) -> list[float] | None:
     """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
     by_chunk = match_words(index, question).sentences
-    return None if by_chunk is None else [sentence_weight(score) for scores in by_chunk.values() for score in scores]
+    return None if by_chunk is None else [score for scores in by_chunk.values() for score in scores]
 
 
 def weights_of(prompts: Sequence[str], questions: Sequence[str]) -> list[tuple[float, ...]]:
