@@ -72,7 +72,7 @@ def test_a_token_is_matched_by_the_document_and_by_each_unit_that_is_read(reader
 
 
 def test_rarity_is_the_logarithm_of_how_seldom_a_token_is(reader):
-    reader.measure(torch.randn(100, 6), torch.randn(100, 6), torch.tensor([4] * 90 + [5] * 10))
+    reader.measure(torch.randn(100, 12), torch.tensor([4] * 90 + [5] * 10))
     expected = [torch.tensor(100 / (1 + n)).log() / 4 - 1 for n in (90, 10, 0)]
     assert reader.rarity[[4, 5, 6]].tolist() == pytest.approx([float(one) for one in expected])
 
@@ -140,7 +140,7 @@ def test_the_order_of_units_is_seen(reader):
 
 def test_a_file_gives_the_same_reader_and_its_id(reader, tmp_path):
     reader.refusing.fill_(1.5)
-    reader.measure(torch.randn(30, 6), torch.randn(30, 6), torch.arange(30))
+    reader.measure(torch.randn(30, 12), torch.arange(30))
     reader.save(tmp_path / "reader.safetensors", {"command": "loracast train reader"})
     read = Reader.read(tmp_path / "reader.safetensors")
     assert read.config == reader.config and len(read.id) == 16 and not read.training

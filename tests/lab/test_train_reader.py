@@ -97,11 +97,11 @@ def test_states_are_those_of_the_base_and_of_the_encoder(tmp_path, base, hyperne
     file = read(tmp_path, base, list(asked.draw_people([PEOPLE], 0)), hypernetwork)
     (document,) = file.documents
     for one, lora in ((document.questions[0], None), (document.chunks[0], hypernetwork.encoder_lora_batch())):
-        states, embedded = file.tokens([one])
+        states, embedded = file.tokens([one]).chunk(2, -1)
         ids = torch.tensor([[2, *one.ids]])
         with torch.no_grad(), inject(base.model, lora) if lora is not None else nullcontext():
             expected = base.model(ids, output_hidden_states=True).hidden_states[1][0, 1:]
-        assert torch.allclose(states.float(), expected, atol=2e-2)
+        assert torch.allclose(states, expected, atol=2e-2)
         assert torch.equal(embedded, base.model.get_input_embeddings().weight[list(one.ids)])
     again = read(tmp_path, base, list(asked.draw_people([PEOPLE], 0)), hypernetwork)
     assert again.documents == file.documents
@@ -151,11 +151,11 @@ def test_the_loss_is_the_cross_entropy_of_both_steps(tmp_path, base, hypernetwor
     episode = Episode(document.chunks, questions)
     objective = ReaderObjective(reader, file, Asking(file.documents, [], AskingConfig()), TrainConfig())
     loss, figures = objective.loss([episode])
-    text = reader.vectors(reader.standard(*file.tokens(document.chunks)))
+    text = reader.vectors(reader.standard(file.tokens(document.chunks)))
     first, second, words = [], [], []
     for i, (question, right, token) in enumerate(zip(questions, episode.rights, episode.tokens, strict=True)):
         found = reader.find(
-            reader.standard(*file.tokens([question])),
+            reader.standard(file.tokens([question])),
             torch.tensor(question.ids),
             text,
             episode.units,
@@ -167,7 +167,7 @@ def test_the_loss_is_the_cross_entropy_of_both_steps(tmp_path, base, hypernetwor
         absent = sum(reader.evidence(one[-4:]) for one in of_words)
         words.append(functional.softplus(-absent if right < 0 else absent).item())
         if right >= 0:
-            asked_one = reader.question(reader.standard(*file.tokens([question]))[None])
+            asked_one = reader.question(reader.standard(file.tokens([question]))[None])
             logits = reader.first(
                 reader.late(asked_one, text, episode.units, episode.n_units)[0][0], episode.words[i][0]
             )

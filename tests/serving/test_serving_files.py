@@ -597,7 +597,7 @@ def test_events_tell_the_progress_and_go_on_where_a_client_left(api, monkeypatch
         assert heard.acquire(timeout=60)
 
     monkeypatch.setattr(Jobs, "_progress", note_and_wait)
-    monkeypatch.setattr("loracast.cast.document.TOKENS_PER_BATCH", 600)
+    monkeypatch.setattr("loracast.base.forward.TOKENS_PER_BATCH", 600)
     job = api.post("/adapters", files={"file": ("long.md", manual(30, 20))}).json()
     ids, jobs = [], []
     for id, one in events(api, job["id"]):

@@ -378,7 +378,7 @@ def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tin
 
 def test_learning_gives_way_to_who_else_needs_the_base(model, monkeypatch):
     """While a long document is learned, another thread gets the base again and again."""
-    monkeypatch.setattr("loracast.cast.document.TOKENS_PER_BATCH", 256)
+    monkeypatch.setattr("loracast.base.forward.TOKENS_PER_BATCH", 256)
     learning = start(model)
     job = learn(learning, manual(1, 40), "long")
     seen = set()

@@ -13,7 +13,8 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
-from loracast.base.chat import encode_text, encode_with_offsets
+from loracast.base.chat import encode_with_offsets
+from loracast.base.forward import token_batches
 from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
 from loracast.documents.units import sentence_spans, token_sentences
@@ -26,12 +27,7 @@ from loracast.library.save import ChunkBatch, Progress, save_rows, tensors_of
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, storage_of
 from loracast.reading.outline import write_document_index
-from loracast.reading.questions import ReadChunk, write_vectors
-
-TOKENS_PER_BATCH = 1024
-"""Tokens encoded at once on a CPU: as quick as 4,096 there, and whoever generates meanwhile waits for less. Other
-devices take four times as many.
-"""
+from loracast.reading.questions import ReadChunk, kept_chunks, write_vectors
 
 Spans = Sequence[tuple[int, int]]
 """The (start, end) characters of a chunk's sentences in its prompt."""
@@ -73,18 +69,6 @@ def split_document(base: Base, document: Document, max_chunk_tokens: int) -> lis
     return chunks
 
 
-def token_batches(base: Base, prompts: Sequence[str]) -> Iterator[list[list[int]]]:
-    """The chunks' token ids, in order, in batches of at most TOKENS_PER_BATCH, padding included."""
-    most = TOKENS_PER_BATCH * (1 if base.device.type == "cpu" else 4)
-    batch: list[list[int]] = []
-    for i, prompt in enumerate(prompts):
-        batch.append(encode_text(base.tokenizer, prompt))
-        is_full = max(len(ids) for ids in batch) * (len(batch) + 1) > most
-        if is_full or i == len(prompts) - 1:
-            yield batch
-            batch = []
-
-
 def cast_chunks(
     caster: Caster,
     base: Base,
@@ -108,9 +92,7 @@ def cast_chunks(
         ]
         reader = caster.hypernetwork.reader
         if reader is not None and features.read is not None:
-            vectors = reader.kept(reader.vectors(reader.standardised(features.read))).cpu()
-            of_tokens = zip(vectors, owners, strict=True)
-            read([ReadChunk(of_one[: len(units)].clone(), tuple(units)) for of_one, units in of_tokens])
+            read(kept_chunks(reader, features.read, owners))
         of_each = cast.tokens or {}
         ranks = {kind: cast.rows[kind][0].shape[2] for kind in of_each}
         of_rows = {f"{k}{SENTENCE}": _row_sentences(of_each[k].cpu(), owners, ranks[k]) for k in ranks}

@@ -160,21 +160,16 @@ class Reader(nn.Module):
 
     # ---- what is kept of a document, and what is made of a question
 
-    def standard(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """States and input embeddings of tokens [..., d_state] each, in the reader's units [..., 2 * d_state]."""
-        return self.standardised(torch.cat([states.float(), embedded.float()], -1))
-
-    def standardised(self, read: Tensor) -> Tensor:
-        """The same for states and input embeddings side by side [..., 2 * d_state]."""
+    def standard(self, read: Tensor) -> Tensor:
+        """States and input embeddings of tokens, side by side, in the reader's units [..., 2 * d_state]."""
         return (read.float() - self.mean) / self.std
 
-    def measure(self, states: Tensor, embedded: Tensor, ids: Tensor) -> None:
-        """Take means, deviations and rarity from states and input embeddings of tokens [t, d_state], and their ids."""
+    def measure(self, read: Tensor, ids: Tensor) -> None:
+        """Take means, deviations and rarity from what is read of tokens [t, 2 * d_state], and their ids."""
         counts = torch.bincount(ids, minlength=self.config.vocabulary) + 1
         self.rarity.copy_((len(ids) / counts).log() / _COMMON - 1)
-        both = torch.cat([states.float(), embedded.float()], -1)
-        self.mean.copy_(both.mean(0))
-        self.std.copy_(both.std(0) + 1e-3)
+        self.mean.copy_(read.float().mean(0))
+        self.std.copy_(read.float().std(0) + 1e-3)
 
     def vectors(self, standard: Tensor) -> Tensor:
         """Standardised document tokens -> their vectors, of a mean square of 1 [..., width]."""

@@ -22,21 +22,20 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from loracast.base.chat import encode_with_offsets
-from loracast.base.forward import pad_right
+from loracast.base.forward import pad_right, token_batches
 from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.documents.units import token_sentences
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Hypernetwork
-from loracast.hypernets.reader import Found, Reader
+from loracast.hypernets.reader import Found, Reader, ReaderConfig
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences
 from loracast.reading.matching import CANDIDATES_KEPT, MIN_PROBABILITY, Candidate, Matches, shortened
 from loracast.reading.search import sentence_scores, words_held
 
 Spans = Sequence[tuple[int, int]]
 _CHUNKS_IN_MEMORY = 512  # that are read when they are asked: about 12 MB
-_CHUNKS_AT_ONCE = 8
 _POWER = 0.5  # of a unit's probability beside the best one's, as its weight
 
 
@@ -70,6 +69,22 @@ class ReadChunk(NamedTuple):
     """Of its tokens, in bytes [t, width]."""
     units: tuple[int, ...]
     """The unit of each token, from 0 on."""
+
+
+def reading_encoder(base: Base, config: ReaderConfig, hypernetwork: Hypernetwork | None = None) -> HiddenStatesEncoder:
+    """Reads questions for a reader, or documents, if their hypernetwork is given: its encoder LoRA reads them."""
+    lora = {} if hypernetwork is None else {"lora": cast(Any, hypernetwork).encoder_lora_batch}
+    return HiddenStatesEncoder(base.model, [config.layer], prefix=config.prefix, reader_layer=config.layer, **lora)
+
+
+def kept_chunks(reader: Reader, read: Tensor, owners: Sequence[Sequence[int]]) -> list[ReadChunk]:
+    """What a reader keeps of chunks, from their states and input embeddings [chunks, t, 2 * d_state].
+
+    Args:
+        owners: of each chunk, the unit of each token.
+    """
+    vectors = reader.kept(reader.vectors(reader.standard(read))).cpu()
+    return [ReadChunk(its[: len(units)].clone(), tuple(units)) for its, units in zip(vectors, owners, strict=True)]
 
 
 class _Asked(NamedTuple):
@@ -110,13 +125,11 @@ class QuestionReader:
 
     @cached_property
     def _as_question(self) -> HiddenStatesEncoder:
-        c = self.reader.config
-        return HiddenStatesEncoder(self.base.model, [c.layer], prefix=c.prefix)
+        return reading_encoder(self.base, self.reader.config)
 
     @cached_property
     def _as_text(self) -> HiddenStatesEncoder:
-        c, beside = self.reader.config, cast(Any, self._hypernetwork())
-        return HiddenStatesEncoder(self.base.model, [c.layer], prefix=c.prefix, lora=beside.encoder_lora_batch)
+        return reading_encoder(self.base, self.reader.config, self._hypernetwork())
 
     def match(self, index: Index, question: str) -> Matches | None:
         """What a document has for a question; None for an index from before sentences were kept."""
@@ -181,7 +194,7 @@ class QuestionReader:
         if known is None:
             found, spans = encode_with_offsets(self.base.tokenizer, question)
             ids = torch.tensor(found or [self.base.pad_id])
-            known = _Asked(self._states(self._as_question, ids[None])[0], ids, spans)
+            known = _Asked(self.reader.standard(self._states(self._as_question, ids[None])[0]), ids, spans)
             with self._changing:
                 self._asked[question] = known
         return known
@@ -189,9 +202,7 @@ class QuestionReader:
     @torch.inference_mode()
     def _states(self, encoder: HiddenStatesEncoder, ids: Tensor) -> Tensor:
         with self.base.lock:
-            states = encoder(ids.to(self.base.device)).states
-            embedded = self.base.model.get_input_embeddings()(ids.to(self.base.device))
-        return self.reader.standard(states.cpu(), embedded.cpu())
+            return cast(Tensor, encoder(ids.to(self.base.device)).read).cpu()
 
     def _kept(self, database: sqlite3.Connection) -> dict[int, ReadChunk]:
         """What an index keeps of chunks for this reader."""
@@ -222,15 +233,12 @@ class QuestionReader:
         Args:
             spans: of each, the characters of its units.
         """
+        offsets = (encode_with_offsets(self.base.tokenizer, prompt)[1] for prompt in prompts)
+        owners = map(token_sentences, spans, offsets)
         read = list[ReadChunk]()
-        for first in range(0, len(prompts), _CHUNKS_AT_ONCE):
-            some = [
-                encode_with_offsets(self.base.tokenizer, prompt) for prompt in prompts[first : first + _CHUNKS_AT_ONCE]
-            ]
-            ids, _ = pad_right([ids for ids, _ in some], self.base.pad_id)
-            vectors = self.reader.kept(self.reader.vectors(self._states(self._as_text, ids)))
-            for (of_one, offsets), its_spans, its_vectors in zip(some, spans[first:], vectors, strict=False):
-                read.append(ReadChunk(its_vectors[: len(of_one)].clone(), tuple(token_sentences(its_spans, offsets))))
+        for batch in token_batches(self.base, prompts):
+            states = self._states(self._as_text, pad_right(batch, self.base.pad_id)[0])
+            read += kept_chunks(self.reader, states, list(islice(owners, len(batch))))
         return read
 
     def _from_bytes(self, vectors: bytes, units: bytes) -> ReadChunk:

@@ -24,8 +24,9 @@ import torch
 
 from loracast.answering.model import Model, load
 from loracast.base.chat import encode_with_offsets
+from loracast.base.forward import token_batches
 from loracast.base.generate import Sampling
-from loracast.cast.document import split_document, token_batches
+from loracast.cast.document import split_document
 from loracast.documents import Document
 from loracast.errors import LoracastError
 from loracast.lab.data.needles import Haystack, Needle, make_needles

@@ -234,9 +234,9 @@ class ReaderObjective:
         """The loss of both steps over all questions, and how often the second is right."""
         reader, c, standard = self.reader, self.reader.config, self.reader.standard
         n_tokens = [len(one.units) for one in episodes]
-        texts = reader.vectors(standard(*self.file.tokens([read for one in episodes for read in one.chunks])))
+        texts = reader.vectors(standard(self.file.tokens(read for one in episodes for read in one.chunks)))
         lengths = [len(question.ids) for one in episodes for question in one.questions]
-        asked = standard(*self.file.tokens([q for one in episodes for q in one.questions])).split(lengths)
+        asked = standard(self.file.tokens(q for one in episodes for q in one.questions)).split(lengths)
         of_episode = iter(asked)
         first, rows = list[Tensor](), list[_Row]()
         for one, text in zip(episodes, texts.split(n_tokens), strict=True):
@@ -292,8 +292,8 @@ class ReaderObjective:
     def find(self, episode: Episode) -> list[Found]:
         """What the reader finds for each question, as in use."""
         reader, lengths = self.reader, [len(question.ids) for question in episode.questions]
-        text = reader.unpacked(reader.kept(reader.vectors(reader.standard(*self.file.tokens(episode.chunks)))))
-        asked = reader.standard(*self.file.tokens(episode.questions)).split(lengths)
+        text = reader.unpacked(reader.kept(reader.vectors(reader.standard(self.file.tokens(episode.chunks)))))
+        asked = reader.standard(self.file.tokens(episode.questions)).split(lengths)
         return [
             reader.find(row, torch.tensor(question.ids), text, episode.units, *of_one)
             for row, question, of_one in zip(asked, episode.questions, episode.words, strict=True)
@@ -344,7 +344,7 @@ def train_reader(
     some = rng.sample(kept, min(_MEASURED, len(kept)))
     if init_from is None:
         chunks = [read for one in some for read in one.chunks]
-        reader.measure(*file.tokens(chunks), torch.tensor([i for read in chunks for i in read.ids]))
+        reader.measure(file.tokens(chunks), torch.tensor([i for read in chunks for i in read.ids]))
     objective = ReaderObjective(reader, file, Asking(kept, file.foreign, recipe.asking), recipe.training)
     provenance = {"command": command, **asdict(recipe)}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ import torch
 from torch import Tensor
 
 from loracast.base.chat import encode_text, encode_with_offsets
-from loracast.base.forward import pad_right
+from loracast.base.forward import pad_right, token_batches
 from loracast.base.load import Base
-from loracast.cast.document import TOKENS_PER_BATCH, split_document
+from loracast.cast.document import split_document
 from loracast.documents import Chunk
 from loracast.documents.units import token_sentences
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.reader import ReaderConfig
 from loracast.lab.data.asked import AskedDocument, AskedQuestion
+from loracast.reading.questions import reading_encoder
 
 NOWHERE, FOREIGN = -1, -2
 """In place of a unit: the answer stands nowhere in the document; the question is meant for none."""
@@ -97,55 +98,45 @@ class ReadFile:
         split = [split_document(base, one.document, hypernetwork.chunk_tokens) for one in asked]
         chunks = [chunk for of_one in split for chunk in of_one]
         questions = [question.text for one in asked for question in one.questions]
-        ids = [tuple(encode_text(tokenizer, text)) for text in (*(c.prompt for c in chunks), *questions, *foreign)]
+        texts = [*(chunk.prompt for chunk in chunks), *questions, *foreign]
+        ids = [tuple(encode_text(tokenizer, text)) for text in texts]
         rows = np.cumsum([0, *map(len, ids)]).tolist()
         shape = rows[-1], config.d_state
         if not path.is_file():
             part = path.with_suffix(".part")
             states = np.memmap(part, np.float16, "w+", shape=shape)
-            as_text = HiddenStatesEncoder(
-                base.model, [config.layer], prefix=config.prefix, lora=hypernetwork.encoder_lora_batch
-            )
-            as_question = HiddenStatesEncoder(base.model, [config.layer], prefix=config.prefix)
+            as_text, as_question = reading_encoder(base, config, hypernetwork), reading_encoder(base, config)
             n, n_read = len(chunks), 0
             for encoder, numbers in ((as_text, range(n)), (as_question, range(n, len(ids)))):
-                for batch in _batches(ids, numbers):
-                    tokens, mask = pad_right([ids[i] for i in batch], base.pad_id)
+                by_length = sorted(numbers, key=lambda i: len(ids[i]))
+                places = iter(by_length)
+                for batch in token_batches(base, [texts[i] for i in by_length]):
                     with torch.inference_mode():
-                        found = encoder(tokens.to(base.device), mask).states.half().cpu().numpy()
-                    for i, of_one in zip(batch, found, strict=True):
+                        found = encoder(pad_right(batch, base.pad_id)[0].to(base.device)).states.half().cpu().numpy()
+                    for i, of_one in zip(islice(places, len(batch)), found, strict=True):
                         states[rows[i] : rows[i + 1]] = of_one[: len(ids[i])]
-                    n_read += sum(len(ids[i]) for i in batch)
+                        n_read += len(ids[i])
                     progress(n_read, rows[-1])
             states.flush()
             part.rename(path)
         self._states = np.memmap(path, np.float16, "r", shape=shape)
         self._embeddings = base.model.get_input_embeddings().weight.detach()
-        texts = iter(zip(ids, rows, strict=False))
-        read = [[_read_chunk(base, chunk, *next(texts)) for chunk in of_one] for of_one in split]
+        made = iter(zip(ids, rows, strict=False))
+        read = [[_read_chunk(base, chunk, *next(made)) for chunk in of_one] for of_one in split]
         self.documents: list[ReadDocument] = []
         for one, of_one in zip(asked, read, strict=True):
-            found_questions = [_read_question(base, question, of_one, *next(texts)) for question in one.questions]
+            found_questions = [_read_question(base, question, of_one, *next(made)) for question in one.questions]
             known = tuple(question for question in found_questions if question is not None)
             self.documents.append(ReadDocument(one.source, one.group, tuple(of_one), known))
-        self.foreign = [ReadQuestion(*next(texts), text, _spans(base, text), FOREIGN, FOREIGN) for text in foreign]
+        self.foreign = [ReadQuestion(*next(made), text, _spans(base, text), FOREIGN, FOREIGN) for text in foreign]
 
-    def tokens(self, texts: Iterable[ReadText]) -> tuple[Tensor, Tensor]:
-        """States and input embeddings of texts, one after the other [t, d] each."""
+    def tokens(self, texts: Iterable[ReadText]) -> Tensor:
+        """States and input embeddings of texts, one after the other [t, 2 * d]."""
         texts = list(texts)
         states = np.concatenate([self._states[text.row : text.row + len(text.ids)] for text in texts])
         ids = torch.tensor([i for text in texts for i in text.ids])
-        return torch.from_numpy(states), self._embeddings[ids.to(self._embeddings.device)].cpu()
-
-
-def _batches(ids: Sequence[Sequence[int]], numbers: Iterable[int]) -> list[list[int]]:
-    """Numbers of texts of similar length, those of a batch with at most TOKENS_PER_BATCH tokens."""
-    batches: list[list[int]] = [[]]
-    for i in sorted(numbers, key=lambda i: len(ids[i])):
-        if batches[-1] and (len(batches[-1]) + 1) * len(ids[i]) > TOKENS_PER_BATCH:
-            batches.append([])
-        batches[-1].append(i)
-    return [batch for batch in batches if batch]
+        embedded = self._embeddings[ids.to(self._embeddings.device)].cpu().float()
+        return torch.cat([torch.from_numpy(states).float(), embedded], -1)
 
 
 def _read_chunk(base: Base, chunk: Chunk, ids: tuple[int, ...], row: int) -> ReadChunk:
