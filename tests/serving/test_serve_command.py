@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -396,6 +397,81 @@ def program(words):
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
     return program
+
+
+def test_an_idle_server_ends_by_itself(start, library, tmp_path):
+    socket_file = tmp_path / "s.sock"
+    process, server = start("--unix-socket", str(socket_file), "--idle-s", "1")
+    assert server.url == f"unix:{socket_file}" and socket_file.stat().st_mode & 0o777 == 0o600
+    asked = {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    began = time.monotonic()
+    for _ in range(4):  # each keeps it for another second
+        time.sleep(0.5)
+        assert server.client().post("/v1/chat/completions", asked)["choices"]
+    assert process.wait(30) == 0 and time.monotonic() - began > 2.9
+    assert not socket_file.exists() and not server.path.exists() and "Traceback" not in process.err
+
+
+def test_a_killed_servers_socket_is_removed(start, library, tmp_path):
+    process, server = start("--unix-socket", str(tmp_path / "s.sock"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "s.sock").exists() and server.path.exists()
+    assert discovery.running(Library(library)) == []
+    assert not (tmp_path / "s.sock").exists() and not server.path.exists()
+
+
+def test_a_socket_that_cannot_be_listened_on(run, tmp_path):
+    result = run("serve", "--unix-socket", tmp_path / "none" / "s.sock")
+    assert result.exit_code == 1 and "cannot listen on the Unix socket" in result.stderr
+
+
+@pytest.fixture
+def in_terminal(words):
+    """Runs `python -m loracast` in a terminal; its exit code and what it shows."""
+    pty = pytest.importorskip("pty")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {key: value for key, value in environment.items() if key not in ("CI", "LORACAST_SERVER")}
+
+    def in_terminal(*arguments: str, **more: str) -> tuple[int, str]:
+        ours, theirs = pty.openpty()
+        command, streams = [sys.executable, "-m", "loracast", *arguments], dict.fromkeys(("stdout", "stderr"), theirs)
+        done = subprocess.run(command, env=environment | more, stdin=subprocess.DEVNULL, timeout=120, **streams)
+        os.close(theirs)
+        with open(ours, "rb", buffering=0) as shown:
+            pieces = []
+            with suppress(OSError):  # Linux says EIO where a terminal's other end is closed
+                while piece := shown.read(4096):
+                    pieces.append(piece)
+        return done.returncode, b"".join(pieces).decode()
+
+    return in_terminal
+
+
+def test_ask_in_terminal(in_terminal, program, words, library):
+    """The first question leaves a server behind, which answers the next one; a pipe leaves none."""
+    ask = ("ask", "How long is the warranty of the kettle?", "-a", "kettle", "--max-tokens", "8", *words)
+    alone = program(*ask)
+    assert alone.returncode == 0 and discovery.running(Library(library)) == [], alone.stderr
+    try:
+        code, first = in_terminal(*ask)
+        assert code == 0 and "the base stays loaded until 10 minutes after" in first and "loracast stop" in first, first
+        (server,) = discovery.running(Library(library))
+        assert server.url.startswith("unix:")
+        code, second = in_terminal(*ask)
+        assert code == 0 and "stays loaded" not in second and alone.stdout.strip() in second
+        assert discovery.running(Library(library)) == [server]
+    finally:
+        stopped = program("stop", "--library", str(library))
+    assert stopped.stdout == f"stopped {server.url}\n"
+    assert not list(server.path.parent.glob("*.sock"))
+
+
+def test_no_server_stays_where_it_is_not_wanted(in_terminal, words, library):
+    ask = ("ask", "Hello", "--max-tokens", "2", *words)
+    for arguments, more in (((), {"CI": "true"}), ((), {"LORACAST_SERVER": "off"}), (("--local",), {})):
+        code, shown = in_terminal(*ask, *arguments, **more)
+        assert code == 0 and "stays loaded" not in shown and discovery.running(Library(library)) == [], shown
 
 
 def test_a_server_in_the_background_and_its_end(program, words, library):

@@ -6,6 +6,9 @@ its limits are narrower, this process does by itself.
 
 from __future__ import annotations
 
+import os
+import secrets
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -30,6 +33,7 @@ from loracast.documents import Limits
 from loracast.documents.images import is_image_file, read_image_file
 from loracast.documents.read import read_bytes, read_document
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
+from loracast.files import servers_dir
 from loracast.library.manifest import marked_name, name_for, name_for_task, name_from
 from loracast.lora.quantize import DEFAULT_STORAGE
 from loracast.reading.routing import Source, check_patterns, patterns_in
@@ -50,6 +54,9 @@ if TYPE_CHECKING:
     from loracast.lora.quantize import Storage
     from loracast.serving.client import HTTPClient, Running
 
+VARIABLE = "LORACAST_SERVER"
+"""Environment variable; `off` has no command leave a server behind."""
+_IDLE_S = 600
 _STYLE_STRENGTH = 0.5
 """Scale of the LoRA of a style; at 1 it hides the effect of a document's LoRA (docs/memory.md)."""
 
@@ -285,12 +292,44 @@ def _server_for(
     local: bool,
 ) -> Running | None:
     """A running server with the same base, library, hypernetwork and, if given, vision model; None where there is none,
-    and with `local`."""
+    and with `local`.
+
+    In a terminal one is started for documents and stays for the next commands.
+    """
     if local:
         return None
     from loracast.serving.client import find
 
-    return find(what_loads(choice, library, {modality: hypernetwork, **(seeing.options if seeing else {})}))
+    options = seeing.options if seeing else {}
+    server = find(what_loads(choice, library, {modality: hypernetwork, **options}))
+    if server is None and modality == "document" and _may_start():
+        given = {
+            "library": library.folder, "base": choice.base, "hypernetwork": hypernetwork, **choice.how,
+            "encoder": options.get("image_encoder"), "labels": options.get("image_labels"),
+        }  # fmt: skip
+        server = _started({option: str(value) for option, value in given.items() if value is not None})
+    return server
+
+
+def _may_start() -> bool:
+    """Whether a server may stay behind: someone at a terminal reads that it does, and has not forbidden it."""
+    is_read = sys.stdout.isatty() and sys.stderr.isatty()
+    return is_read and os.name == "posix" and os.environ.get(VARIABLE) != "off" and not os.environ.get("CI")
+
+
+def _started(options: Mapping[str, str]) -> Running | None:
+    """A server on a Unix socket that ends when nobody has asked it for ten minutes; None where it does not start."""
+    from loracast.cli.serve import in_background
+
+    options = {**options, "unix-socket": str(servers_dir() / f"{secrets.token_hex(4)}.sock"), "idle-s": str(_IDLE_S)}
+    words = [f"--{option.replace('_', '-')}={value}" for option, value in options.items()]
+    try:
+        server, _ = in_background(["serve", *words])
+    except LoracastError as error:
+        say(f"(no server stays for the next commands: {error})")
+        return None
+    say(f"(the base stays loaded until {_IDLE_S // 60} minutes after the last command; `loracast stop` ends it now)")
+    return server
 
 
 # ---- learning

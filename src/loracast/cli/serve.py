@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from loracast.cli import options
 from loracast.cli.commands import config_from
@@ -27,6 +29,7 @@ from loracast.files import servers_dir
 
 if TYPE_CHECKING:
     from loracast.answering.model import Model
+    from loracast.serving.client import Running
     from loracast.serving.settings import ServerSettings
 
 _STOP_TIMEOUT_S = 5.0
@@ -65,10 +68,11 @@ def serve(
     given = {"document": models.hypernetwork, "task": task_hypernetwork, **seeing.options}
     loaded = what_loads(models, library, given)
     if background:
-        _serve_in_background()
+        server, log = in_background([argument for argument in sys.argv[1:] if argument != "--background"])
+        say(f"{_addresses(server.url)}\nlog    {log}\n`loracast stop` ends it")
         return
 
-    from loracast.serving.client import Running
+    from loracast.serving.client import UNIX, Running
     from loracast.serving.settings import VARIABLE, ApiKey, keys_in, keys_in_file
 
     share_heaps()
@@ -87,14 +91,16 @@ def serve(
         engine = make_engine(model.base, settings)
         if not settings.is_loopback:
             warn(f"{settings.host} can be reached from other machines; whoever has a key can ask, and learn or delete")
-        url, fingerprint = local_url(settings.host, socket.getsockname()[1]), model.base.fingerprint.to_dict()
+        where = settings.unix_socket
+        url = f"{UNIX}{where.absolute()}" if where else local_url(settings.host, socket.getsockname()[1])
         about = Running(
-            settings.instance, url, loaded, served_name(model.base), fingerprint, own_key, settings.drain_timeout_s
-        )
+            settings.instance, url, loaded, served_name(model.base), model.base.fingerprint.to_dict(), own_key,
+            settings.drain_timeout_s,
+        )  # fmt: skip
 
-        def on_start(port: int) -> None:
+        def on_start() -> None:
             about.write()
-            say(f"page   {url}/\nAPI    {url}/v1\nCtrl-C ends it")
+            say(f"{_addresses(url)}\nCtrl-C ends it")
 
         Thread(target=_warm_up, args=(model,), daemon=True).start()
         run(create_app(model, engine, settings), settings, socket, on_start, about.remove)
@@ -127,30 +133,39 @@ def local_url(host: str, port: int) -> str:
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
-def _serve_in_background() -> None:
-    """Start the same command in a process of its own, without a terminal, and wait until it answers."""
+def _addresses(url: str) -> str:
+    """Where a server's page and API are; the socket, where it listens on one."""
+    return f"page   {url}/\nAPI    {url}/v1" if url.startswith("http") else f"API    {url}"
+
+
+def in_background(arguments: Sequence[str]) -> tuple[Running, Path]:
+    """Start `loracast` with these arguments, which serve, in a process without a terminal; it, and its log.
+
+    Raises LoracastError where it ends before it answers.
+    """
     from loracast.serving.client import of_process
 
     folder = servers_dir()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = folder / "background.log"
-    arguments = [argument for argument in sys.argv[1:] if argument != "--background"]
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
         child = subprocess.Popen(
             [sys.executable, "-m", "loracast", *arguments],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
     try:
-        with stderr().status("starting"):
+        with stderr().status("starting") as status:
             while (server := of_process(child.pid)) is None:
-                if child.poll() is not None:
-                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                    raise LoracastError(lines[-1].removeprefix("error: ") if lines else "the server ended at once")
+                has_ended = child.poll() is not None
+                last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+                if has_ended:
+                    raise LoracastError(last.removeprefix("error: ") or "the server ended at once")
+                status.update(Text(last or "starting"))  # such as that the base is downloaded
                 time.sleep(0.05)
     except BaseException:
         child.kill()
         raise
-    say(f"page   {server.url}/\nAPI    {server.url}/v1\nlog    {log}\n`loracast stop` ends it")
+    return server, log
 
 
 def _say_status(library: options.Library, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -87,16 +88,18 @@ def run(
     app: FastAPI,
     settings: ServerSettings,
     sock: socket.socket,
-    on_start: Callable[[int], object] = lambda port: None,
+    on_start: Callable[[], object] = lambda: None,
     on_stop: Callable[[], object] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM; requests that run then have `drain_timeout_s` to finish. SIGINT ends the process with 130.
+    """Serve until SIGTERM, or until nothing was asked for `idle_s`; SIGINT ends the process with 130.
+
+    Requests that run at SIGTERM have `drain_timeout_s` to finish.
 
     Args:
         app: of `create_app`.
         sock: of `bound`.
-        on_start: called with the port when requests are taken.
-        on_stop: called at the signal.
+        on_start: called when requests are taken.
+        on_stop: called when no more are.
     """
     config = uvicorn.Config(
         app,
@@ -114,7 +117,25 @@ def run(
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started and not self.should_exit:
-                on_start(sock.getsockname()[1])
+                on_start()
+                self._n_seen, self._active_at = -1, time.monotonic()
+
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or (settings.idle_s > 0 and self._ends_idle())
+
+        def _ends_idle(self) -> bool:
+            """Whether nothing was asked for long enough; the application then knows that it is about to stop."""
+            state, service = self.server_state, app.state.service
+            if state.total_requests != self._n_seen or state.tasks:
+                self._n_seen, self._active_at = state.total_requests, time.monotonic()
+            if time.monotonic() - self._active_at < settings.idle_s:
+                return False
+            if service.learning.jobs.n_active():
+                self._active_at = time.monotonic()
+                return False
+            on_stop()
+            service.is_draining = True
+            return True
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             """uvicorn's own would raise SIGTERM again in the end, so that the exit code were not 0."""

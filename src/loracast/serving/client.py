@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -78,8 +79,10 @@ class Running:
         write_with(self.path, lambda path: path.write_text(json.dumps(asdict(self)), encoding="utf-8"), is_private=True)
 
     def remove(self) -> None:
-        """Let no command find this server any more."""
+        """Let no command find this server any more; a socket that a killed one left goes, too."""
         self.path.unlink(missing_ok=True)
+        if self.url.startswith(UNIX):
+            Path(self.url.removeprefix(UNIX)).unlink(missing_ok=True)
 
     def client(self) -> HTTPClient:
         return HTTPClient(self.url, self.key)
@@ -146,7 +149,7 @@ def _known() -> Iterator[Running]:
         if lives(server.pid):
             yield server
         else:
-            path.unlink(missing_ok=True)
+            server.remove()
 
 
 def _is_ours(path: Path) -> bool:
@@ -200,7 +203,7 @@ class NoServer(LoracastError):
     def __init__(self, url: str, error: Exception):
         why = str(error) or type(error).__name__
         super().__init__(f"the server at {url} does not answer ({why}); --local goes without it")
-        self.is_refused = isinstance(error, ConnectionRefusedError)
+        self.is_refused = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
 
 
 class Refused(LoracastError):
@@ -209,6 +212,23 @@ class Refused(LoracastError):
     def __init__(self, status: int, error: Mapping[str, Any]):
         super().__init__(str(error.get("message") or f"the server answered with status {status}"))
         self.status, self.code = status, error.get("code")
+
+
+UNIX = "unix:"
+"""Before the path of a Unix socket in a server's URL."""
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout: float):
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 class HTTPClient:
@@ -288,11 +308,15 @@ class HTTPClient:
         address = urlsplit(self.url)
         headers = {"Connection": "close", **self._key} | ({} if body is None else {"Content-Type": kind})
         sent = json.dumps(body).encode() if isinstance(body, Mapping) else body
-        connect = HTTPSConnection if address.scheme == "https" else HTTPConnection
-        connection = connect(address.hostname or "", address.port, timeout=timeout_s)
+        connection: HTTPConnection
+        if self.url.startswith(UNIX):
+            connection, folder = _UnixConnection(self.url.removeprefix(UNIX), timeout_s), ""
+        else:
+            connect = HTTPSConnection if address.scheme == "https" else HTTPConnection
+            connection, folder = connect(address.hostname or "", address.port, timeout=timeout_s), address.path
         try:
             with closing(connection):
-                connection.request(method, address.path.rstrip("/") + path, sent, headers)
+                connection.request(method, folder.rstrip("/") + path, sent, headers)
                 response = connection.getresponse()
                 if response.status >= 400:
                     raise Refused(response.status, _error_in(response.read()))

@@ -115,13 +115,18 @@ class Jobs:
         Args:
             for_stores: its adapter belongs to vector stores, and goes with the last one that holds its file.
         """
-        if (n := count(db, "SELECT count(*) FROM jobs WHERE ended_at IS NULL")) >= self._max_active:
+        if (n := _n_active(db)) >= self._max_active:
             after = {"Retry-After": str(_RETRY_AFTER_S)}
             raise ApiError(429, f"{n:,} documents are waiting to be learned; try again later", **after)
         values = (id := new_id("job-"), kind, adapter, file, encode(work), for_stores, now())
         columns = "id, kind, adapter, file, work, for_stores, created_at"
         db.execute(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
         return id
+
+    def n_active(self) -> int:
+        """How many jobs wait or run."""
+        with self._state.reading() as db:
+            return _n_active(db)
 
     def wake(self) -> None:
         """Have the worker look for new jobs now."""
@@ -269,6 +274,10 @@ def cancel_in(db: sqlite3.Connection, where: str, *values: Any) -> None:
     """Cancel the jobs that a condition selects, within a transaction; as `Jobs.cancel`."""
     update_jobs(db, "status = 'cancelled', ended_at = ?", f"status = 'queued' AND {where}", now(), *values)
     db.execute(f"UPDATE jobs SET wants_cancel = 1 WHERE status = 'running' AND {where}", values)
+
+
+def _n_active(db: sqlite3.Connection) -> int:
+    return count(db, "SELECT count(*) FROM jobs WHERE ended_at IS NULL")
 
 
 def _job(row: Row) -> Job:

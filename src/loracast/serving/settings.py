@@ -95,6 +95,10 @@ class ServerSettings:
     """Address to listen on. Any but a loopback address demands a key."""
     port: int = 8000
     """0 takes a free one."""
+    unix_socket: Path | None = None
+    """Unix socket to listen on in place of host and port; only its user can open it."""
+    idle_s: float = 0.0
+    """End after this many seconds without a request or job; 0: never."""
     engine: str = "local"
     """What generates: `local`; or vLLM: the URL of a running server (several, separated by commas), or the Python
     executable of an environment with vLLM, to start one there (`vllm`: the Python that runs this command)."""
@@ -147,7 +151,9 @@ class ServerSettings:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        return self.host == "localhost" or (_is_address(self.host) and ip_address(self.host).is_loopback)
+        if self.unix_socket or self.host == "localhost":
+            return True
+        return _is_address(self.host) and ip_address(self.host).is_loopback
 
     @contextmanager
     def bound(self) -> Iterator[socket.socket]:
@@ -156,6 +162,10 @@ class ServerSettings:
         Raises:
             ConfigError: the address cannot be listened on.
         """
+        if self.unix_socket:
+            with _unix_socket(self.unix_socket) as sock:
+                yield sock
+            return
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as sock:
             if os.name == "posix":
@@ -177,6 +187,25 @@ class ServerSettings:
         name = header.rpartition(":")[0] if header.rpartition(":")[2].isdigit() else header
         name = name.removeprefix("[").removesuffix("]").lower()
         return _is_address(name) or name in ("localhost", self.host.lower(), *map(str.lower, self.allowed_hosts))
+
+
+@contextmanager
+def _unix_socket(path: Path) -> Iterator[socket.socket]:
+    """A socket at a path, which only this user can open, and which is removed at the end. Raises ConfigError."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError("this system has no Unix sockets: listen on a port (--port)")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        mask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on the Unix socket {path} ({error}); give another path") from error
+        finally:
+            os.umask(mask)
+        try:
+            yield sock
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _is_address(host: str) -> bool:
