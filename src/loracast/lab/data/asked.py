@@ -1,6 +1,6 @@
 """Draw documents with questions for the reader: where each answer begins, that it stands nowhere, or small talk.
 
-Sources are people's questions about texts and tables (files of `read_questioned`), everyday documents, sheets of facts,
+Sources are people's questions about texts (files of `read_questioned`), everyday documents, sheets of facts,
 tables, corrections and near misses. What a document does not say is asked for, too: by the generated documents' own
 questions, and by questions in which a name or a number is swapped for one that the document does not have.
 """
@@ -29,8 +29,6 @@ _MAX_CHARACTERS = 9000  # of a text
 _P_SWAPPED = 0.35  # of an answered question: a swapped one comes along
 _P_LOWER = 0.15  # of a question: it is written in lower case, as many people write
 _MAX_OTHERS = 12  # documents from which names and values of near misses come
-TABLES = "wikitablequestions"
-"""The source whose texts are rows of cells between bars."""
 
 _CAPITAL = r"[A-Z][\w'’.-]*\w"
 _NAME = re.compile(rf"(?<=[\w,] ){_CAPITAL}(?: (?:of |the |and |de )*{_CAPITAL})*")
@@ -78,27 +76,14 @@ def draw_people(documents: Sequence[QuestionedDocument], seed: int) -> Iterator[
     """People's questions about texts, those whose answers stand in the text word for word."""
     rng = random.Random(f"{seed}/people")
     for given in documents:
-        document = (_rows if given.source == TABLES else _text)(given)
+        document = Document.from_text(given.text[:_MAX_CHARACTERS], "")
         asked = [question for question in given.questions if question.is_span]
         found = list[AskedQuestion]()
         for one in rng.sample(asked, min(MAX_QUESTIONS, len(asked))):
-            find = _find_in_rows if given.source == TABLES else _find
-            if place := find(document, one.question, one.answers):
+            if place := _find(document, one.question, one.answers):
                 found.append(AskedQuestion(one.question, place))
         if found:
             yield AskedDocument(given.source, given.title or given.doc_id, document, tuple(found))
-
-
-def _text(given: QuestionedDocument) -> Document:
-    return Document.from_text(given.text[:_MAX_CHARACTERS], "")
-
-
-def _rows(given: QuestionedDocument) -> Document:
-    """A text of rows with cells between bars, under its title, as a table."""
-    lines = [line for line in given.text[:_MAX_CHARACTERS].split("\n") if " | " in line]
-    width = lines[0].count(" | ") + 1 if lines else 1
-    text = "\n".join([lines[0], "|".join(["---"] * max(2, width)), *lines[1:]]) if lines else given.text
-    return Document.from_text(text, given.title)
 
 
 def _find(document: Document, question: str, answers: Sequence[str]) -> tuple[int, int] | None:
@@ -107,21 +92,6 @@ def _find(document: Document, question: str, answers: Sequence[str]) -> tuple[in
         return None
     start = document.text.index(found.value, document.text.index(found.statement) + (found.value_at or 0))
     return start, start + len(found.value)
-
-
-def _find_in_rows(document: Document, question: str, answers: Sequence[str]) -> tuple[int, int] | None:
-    """The cell that answers a question, in the only row that has it and a cell that the question names."""
-    asked, found = question.lower(), list[tuple[int, int]]()
-    for start in document.rows:
-        line = document.text[start : end if (end := document.text.find("\n", start)) >= 0 else None]
-        cells = [*re.findall(r": (.+?)(?=\. |\.?$)", line), line.partition(",")[0]]
-        at = next(
-            (match.start() for one in answers for match in [re.search(rf": {re.escape(one)}\b", line)] if match), -1
-        )
-        named = [cell for cell in cells if len(cell) > 2 and cell.lower() in asked and cell not in answers]
-        if at >= 0 and named:
-            found.append((start + at + 2, start + at + 2 + len(answers[0])))
-    return found[0] if len(found) == 1 else None
 
 
 def _everyday(rng: random.Random, split: Split, number: int) -> EverydayDocument:
