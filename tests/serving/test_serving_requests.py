@@ -26,6 +26,7 @@ from loracast.library.store import SharedStore
 from loracast.serving.app import create_app
 from loracast.serving.engine import EngineStats, LocalEngine
 from loracast.serving.generation import EngineBusy, EngineStopped, Ticket, Token
+from loracast.serving.resolve import served_name
 from loracast.serving.settings import ServerSettings
 from other_processes import Forked
 from servers import TEXTS, eventually, fill, in_process, served
@@ -349,7 +350,8 @@ def serve_slowly(base: str, hypernetwork: str, library: str) -> None:
     model.base.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     settings = ServerSettings(port=0)
     with settings.bound() as sock:
-        run(create_app(model, LocalEngine(model.base), settings), settings, sock, lambda port: print(port, flush=True))
+        port = sock.getsockname()[1]
+        run(create_app(model, LocalEngine(model.base), settings), settings, sock, lambda: print(port, flush=True))
 
 
 def test_sigterm_lets_running_answers_finish_and_ends_the_server(model, tiny_folder, tiny_hypernet_folder, tmp_path):
@@ -431,6 +433,36 @@ def test_a_lora_is_loaded_and_unloaded_as_vllm_does(tiny_folder, tiny_hypernet_f
         assert load(**fields).status_code == 400
     assert unload("manual").status_code == 400
     assert api.post(CHAT, json=body(max_tokens=2)).status_code == 200
+
+
+def test_adapters_are_set_by_number_as_llama_cpp_does(tiny_folder, tiny_hypernet_folder, tmp_path):
+    own = loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / "library", device="cpu")
+    fill(own)
+    api = in_process(own)
+
+    def answer(**fields):
+        given = api.post(CHAT, json=body(model=served_name(own.base), max_tokens=8, **fields))
+        return given.json()["choices"][0]["message"]["content"] if given.status_code == 200 else given.status_code
+
+    def listed():
+        return {one["path"]: (one["id"], one["scale"]) for one in api.get("/lora-adapters").json()}
+
+    plain, shout = (
+        own.ask("How long is the warranty?", sampling=Sampling(8)),
+        answer(adapters=[{"id": "shout", "scale": 2}]),
+    )
+    assert plain != shout and listed() == {"manual": (0, 0.0), "museum": (1, 0.0), "shout": (2, 0.0)}
+    assert answer() == plain and answer(lora=[{"id": 2, "scale": 2.0}]) == shout
+    assert api.post("/lora-adapters", json=[{"id": 2, "scale": 2.0}]).json() == {"success": True}
+    assert answer() == shout and listed()["shout"] == (2, 2.0)
+    assert answer(lora=[]) == plain == answer(lora=[{"id": 2, "scale": 0.0}])
+    assert answer(adapters=[{"id": "manual"}]) == own.ask("How long is the warranty?", "manual", sampling=Sampling(8))
+    own.library.remove("manual")
+    own.learn(Document.from_text(TEXTS["manual"]), "another", max_chunk_tokens=24)
+    assert listed() == {"museum": (1, 0.0), "shout": (2, 2.0), "another": (3, 0.0)}
+    for wrong in ([{"id": 0}], [{"id": 7}], [{"id": -1}], [{"id": 2, "scale": 99}]):
+        assert api.post("/lora-adapters", json=wrong).status_code == 400 == answer(lora=wrong)
+    assert api.post("/lora-adapters", json=[]).status_code == 200 and answer() == plain
 
 
 def test_of_loras_that_are_loaded_under_one_name_at_once_one_wins(

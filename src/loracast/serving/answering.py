@@ -157,7 +157,12 @@ class Call:
     def _chosen(self) -> tuple[list[Adapter | str], dict[str, float]]:
         """The adapters, and the patterns of names, that may answer; and the factors on their LoRAs by version."""
         request, names = self.request, self.service.names
-        parts = [(part.id, part.scale) for part in request.body.adapters]
+        body = request.body
+        parts = [(part.id, part.scale) for part in body.adapters]
+        if body.lora is not None:
+            parts += names.by_number((part.id, part.scale) for part in body.lora)
+        elif body.model == names.base and not (parts or body.tag or request.window or request.searches):
+            parts += names.defaults
         if request.style:
             if (kind := names.adapter(request.style).manifest.kind) != "task":
                 raise ApiError(400, f"a style is a task's adapter; {request.style!r} is of kind {kind}", param="style")

@@ -13,10 +13,11 @@ A request may also put the text that adapters were made from before the question
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 from loracast.answering.model import Model
 from loracast.base.chat import Message, encode_text, without_middle
@@ -101,6 +102,10 @@ class Names:
     def __init__(self, model: Model, max_adapters: int):
         self._model, self._max_adapters = model, max_adapters
         self.base = served_name(model.base)
+        self.defaults: list[tuple[str, float]] = []
+        """Adapters and factors that answer requests for the base that name none (POST /lora-adapters)."""
+        self._numbers: dict[str, int] = {}
+        self._numbering = Lock()
         self._fits = lru_cache(_MAX_KNOWN)(self._is_for_base)
         # By name and version, so that a manifest is not read for every request.
         self._open = lru_cache(_MAX_OPEN)(lambda name, version: model.adapter(f"{name}@{version}"))
@@ -109,6 +114,26 @@ class Names:
     def adapters(self) -> list[Entry]:
         """The newest version of each name, of adapters that were made for this base. Unreadable ones are left out."""
         return [entry for entry in self._model.library.entries()[0] if self._is_readable_and_fits(entry)]
+
+    def numbered(self) -> dict[int, str]:
+        """The names of `adapters` by their number, which stays the same as long as the server runs."""
+        names = [entry.name for entry in self.adapters()]
+        with self._numbering:
+            for name in names:
+                self._numbers.setdefault(name, len(self._numbers))
+        return {self._numbers[name]: name for name in names}
+
+    def by_number(self, given: Iterable[tuple[int, float]]) -> list[tuple[str, float]]:
+        """The names and factors of adapters that are given by number; a factor of 0 leaves one out.
+
+        Raises ApiError (400) for a number that no adapter has.
+        """
+        scales = dict(given)
+        known = self.numbered() if scales else {}
+        if unknown := scales.keys() - known.keys():
+            told = f"no adapter has the number {min(unknown)}; GET /lora-adapters lists those that do"
+            raise ApiError(400, told, param="lora")
+        return [(known[number], scale) for number, scale in scales.items() if scale]
 
     def _is_readable_and_fits(self, entry: Entry) -> bool:
         try:

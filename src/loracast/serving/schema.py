@@ -76,11 +76,21 @@ class AdapterPart(Body):
     scale: float = Field(1.0, ge=-16, le=16)
 
 
+class NumberedAdapter(Body):
+    """An adapter as llama.cpp's API names it, and the factor on its LoRA; 0 leaves it out."""
+
+    id: int = Field(ge=0)
+    """Its number in /lora-adapters."""
+    scale: float = Field(1.0, ge=-16, le=16)
+
+
 class Generating(Body):
-    """What all requests say of how tokens are chosen; the first five fields are additions of this package."""
+    """What all requests say of how tokens are chosen; the first six fields are additions of this package."""
 
     adapters: list[AdapterPart] = Field([], max_length=_MAX_ITEMS)
     """Adapters besides those that `model` names, each with the factor on its LoRA."""
+    lora: list[NumberedAdapter] | None = Field(None, max_length=_MAX_ITEMS)
+    """More adapters, by their numbers, in place of those that POST /lora-adapters has set (llama.cpp's field)."""
     route: Annotated[int, Field(ge=1, le=_MAX_ITEMS)] | None = DEFAULT_ROUTE
     """Chunks that a question gets of each document; null for all of them."""
     tag: str = Field("", max_length=64)

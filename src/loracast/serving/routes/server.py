@@ -24,7 +24,7 @@ from loracast.serving.engine import token_bytes
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import needs
 from loracast.serving.routes.files import listing
-from loracast.serving.schema import ChatRequest
+from loracast.serving.schema import ChatRequest, NumberedAdapter
 from loracast.serving.service import Service, Shared
 from loracast.serving.state import Paging
 
@@ -89,6 +89,24 @@ def find_model(model: str, service: Shared) -> dict[str, Any]:
     adapters = [one for one in service.names.resolve(model)[0] if isinstance(one, Adapter)]
     created = max((_seconds(adapter.manifest.created) for adapter in adapters), default=0)
     return _card(service, model, "+".join(adapter.version for adapter in adapters) or None, created)
+
+
+@router.get("/lora-adapters", dependencies=[needs("read")])
+def list_lora_adapters(service: Shared) -> list[dict[str, Any]]:
+    """The adapters by number, each with its factor in requests for the base that name none, as llama.cpp tells them."""
+    defaults = dict(service.names.defaults)
+    numbered = sorted(service.names.numbered().items())
+    return [{"id": number, "path": name, "scale": defaults.get(name, 0.0)} for number, name in numbered]
+
+
+@router.post("/lora-adapters", dependencies=[needs("admin")])
+def set_lora_adapters(service: Shared, body: list[NumberedAdapter]) -> dict[str, bool]:
+    """Set the adapters, with their factors, of requests for the base that name none; others are left out from then on.
+
+    As llama.cpp's. Errors: 400 for a number that no adapter has.
+    """
+    service.names.defaults = service.names.by_number((one.id, one.scale) for one in body)
+    return {"success": True}
 
 
 def _card(service: Service, id: str, root: str | None, created: int) -> dict[str, Any]:
