@@ -155,9 +155,14 @@ class Rounds:
         return child.exitcode
 
     def _fork(self, *command: object) -> multiprocessing.Process:
-        """Begin a command in a forked process."""
+        """Begin a command in a forked process, which takes no SIGINT before it has its own handler.
+
+        Else one that comes right after the fork is raised in the copy of the caller, pytest among others.
+        """
         child = _FORKS.Process(target=self._in_child, args=command)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return child
 
     def serve(self) -> list[str]:
@@ -220,6 +225,7 @@ class Rounds:
             time.time = lambda: now() + ahead
         status, errors = 130, io.StringIO()
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             with contextlib.redirect_stderr(errors), prompt_interrupts():
                 app(words)
         except SystemExit as end:
