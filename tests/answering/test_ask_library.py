@@ -23,7 +23,7 @@ from loracast.library.library import Library
 from loracast.library.register import Match
 from loracast.library.save import save_lora
 from loracast.lora.algebra import LoRA, concat
-from loracast.reading.routing import Route, route_adapter, routing_key, share_out, sources
+from loracast.reading.routing import Route, route_adapter, routing_key, share_out, sources, weigh_documents
 from loracast.reading.search import phrases
 
 TEXTS = {
@@ -100,9 +100,9 @@ def test_where_only_one_document_matches_the_answer_is_that_of_naming_it(asked, 
 
 
 def test_documents_share_the_places_of_one_route(asked):
-    question = "Is the warranty 24 months, and is the shade washed by hand?"
+    question = "Is the warranty 24 months, is scale removed with vinegar, and is the shade washed by hand?"
     first, second = found(asked, question).items()
-    assert [name for name, _ in (first, second)] == ["manual-lamp", "manual-kettle"]
+    assert [name for name, _ in (first, second)] == ["manual-kettle", "manual-lamp"]
     assert [len(route.chunks) for _, route in (first, second)] == [1, 1]
     assert first[1].weights == (1.0,) and 0 < second[1].weights[0] < 1
     lora, routed = asked.lora_for(question, "*")
@@ -267,16 +267,27 @@ class Always:
 
 
 def test_a_worse_document_weighs_less_in_chunks_and_sentences(monkeypatch):
+    """By BM25 to the fourth power, times the root of the odds that it answers."""
     monkeypatch.setattr("loracast.reading.routing.route_adapter", Always.route)
-    one = Always(Route((4,), (3.0,), (1.0,), ((0.5, 1.0),)))
-    two = Always(Route(sentences=((1.0, 0.0),)))
-    matches = [Match("a", "va", 9, 4, 8.0), Match("b", "vb", 1, 0, 7.0), Match("c", "vc", 5, 3, 4.0)]
-    shared = share_out(matches, "?", 3, {"a@va": one, "b@vb": two}.__getitem__)
-    assert (one.places, two.places) == ([2], [1])  # c matches too little: its place goes to the best document
-    assert shared[0] == (one, one.given)
-    weight = (7 / 8) ** 8
+    one = Always(Route((4, 2), (1.0, 0.1), (1.0,), ((0.5, 1.0), (0.1, 0.0)), about=0.9))
+    two = Always(Route(sentences=((1.0, 0.0),), about=0.5))
+    three, refusing = Always(Route((3,), (1.0,), about=0.001)), Always(Route((), about=0.1))
+    matches = [Match("a", "va", 9, 4, 8.0), Match("a", "va", 9, 2, 7.5), Match("d", "vd", 3, 0, 7.5),
+               Match("b", "vb", 1, 0, 7.0), Match("c", "vc", 5, 3, 4.0)]  # fmt: skip
+    documents = {"a@va": one, "b@vb": two, "c@vc": three, "d@vd": refusing}
+
+    def share(some, k, documents):
+        return share_out(weigh_documents(some, "?", k, documents.__getitem__), "?", k, documents.__getitem__)
+
+    shared = share(matches, 3, documents)
+    assert (one.places, two.places) == ([3, 2], [3, 1])  # c weighs less than a's second chunk, and d does not answer
+    assert three.places == refusing.places == [3]
+    assert shared[0] == (one, one.given) and len(shared) == 2
+    weight = (7 / 8) ** 4 / 3
     assert shared[1][1].chunk_weights == pytest.approx({0: weight})
     assert shared[1][1].sentence_weights[0] == pytest.approx((weight, 0.0))
+    better = share(matches[:4], 1, {**documents, "b@vb": Always(Route((0,), (1.0,), about=0.99))})
+    assert [route.about for _, route in better] == [0.99]  # BM25 had it third
 
 
 # ---- where an answer comes from

@@ -80,10 +80,12 @@ def test_an_answer_that_began_like_a_text_goes_on_like_it_or_ends_where_a_word_d
     assert biases(candidates, "x") is None and biases(candidates, "ab c") is None  # began otherwise; copied to its end
 
 
-def test_documents_together_are_as_likely_as_each_other():
+def test_documents_together_have_candidates_by_their_weights():
     one, other = (Candidate("a", 0.8), Candidate("b", 0.2)), (Candidate("c", 1.0),)
-    assert candidates_together([one, (), other]) == (Candidate("a", 0.4), Candidate("b", 0.1), Candidate("c", 0.5))
-    assert candidates_together([(), one]) == one and candidates_together([]) == ()
+    equal = candidates_together([(1.0, one), (1.0, ()), (1.0, other)])
+    assert equal == (Candidate("a", 0.4), Candidate("b", 0.1), Candidate("c", 0.5))
+    assert candidates_together([(1.0, one), (0.25, other)])[2] == Candidate("c", 0.2)
+    assert candidates_together([(1.0, ()), (0.5, one)]) == one and candidates_together([]) == ()
 
 
 def test_a_long_text_is_cut_between_words():

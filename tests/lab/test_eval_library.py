@@ -66,7 +66,7 @@ def test_what_a_question_gets_is_what_asking_the_library_gives(model, documents)
 def test_the_run(model, documents, tmp_path):
     config = LibraryConfig(documents=(documents,), library_size=5, answered=6, timed=2)
     report = evaluate_library(model, config, tmp_path)
-    ranks = {row["questions"]: row for row in report.rows if row["label"] == "search alone"}
+    ranks = {row["questions"]: row for row in report.rows if row["label"] == "search and reader"}
     assert (ranks[ALL]["n"], ranks[NAMING]["n"], ranks[NAMING]["first"], ranks[NAMING]["three"]) == (10, 5, 1, 1)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     by_baseline = {name: [line for line in lines if line["baseline"] == name] for name in BASELINES}
@@ -88,6 +88,6 @@ def test_the_command(documents, tiny_folder, tiny_hypernet_folder, tmp_path):
     arguments = ("--documents", documents, "--answered", "0", "--timed", "0", "--out", str(tmp_path), *models)
     done = CliRunner().invoke(app, ["eval", "library", *arguments])
     assert done.exit_code == 0, done.output
-    assert "search alone" in (tmp_path / "table.md").read_text()
+    assert "search and reader" in (tmp_path / "table.md").read_text()
     with pytest.raises(ConfigError, match="library_size"):
         LibraryConfig(documents=(documents,), library_size=0)

@@ -410,8 +410,8 @@ class Model:
             strict = self.reader is not None and bool(documents) and only_documents and not searches and not is_foreign
         if strict and all(route.is_empty for route in documents):
             return without_model(NOT_SAID, "refusal", routed=routed)
-        may_copy = outlines and only_documents  # a task's adapter beside them may want other words
-        candidates = candidates_together([route.candidates for route in documents]) if may_copy else ()
+        may_copy = documents if outlines and only_documents else []  # a task's adapter may want other words
+        candidates = candidates_together([(max(route.weights, default=1.0), route.candidates) for route in may_copy])
         return Prepared(prompt, routed, sources(routed), candidates=candidates)
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:

@@ -67,7 +67,7 @@ def shortened(text: str) -> str:
     return cut.rpartition(" ")[0] or cut
 
 
-def candidates_together(of_each: Sequence[Sequence[Candidate]]) -> tuple[Candidate, ...]:
-    """What an answer from several documents may begin with, each as likely to hold it as the others."""
-    some = [candidates for candidates in of_each if candidates]
-    return tuple(Candidate(text, p / len(some)) for candidates in some for text, p in candidates)
+def candidates_together(of_each: Sequence[tuple[float, Sequence[Candidate]]]) -> tuple[Candidate, ...]:
+    """What an answer from several documents may begin with, each document's candidates with its weight."""
+    total = sum(weight for weight, candidates in of_each if candidates)
+    return tuple(Candidate(text, p * weight / total) for weight, candidates in of_each for text, p in candidates)

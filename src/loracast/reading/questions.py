@@ -35,7 +35,7 @@ from loracast.reading.matching import CANDIDATES_KEPT, MIN_PROBABILITY, Candidat
 from loracast.reading.search import sentence_scores, words_held
 
 Spans = Sequence[tuple[int, int]]
-_CHUNKS_IN_MEMORY = 512  # that are read when they are asked: about 12 MB
+_CHUNKS_IN_MEMORY = 2048  # that are read when they are asked: about 50 MB
 _POWER = 0.5  # of a unit's probability beside the best one's, as its weight
 
 

@@ -3,10 +3,9 @@
 The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. A row of an associative
 memory belongs to a token, so to a sentence, and is weighted by how well that sentence matches.
 
-In a whole library the register ranks the chunks of all documents at once (`Register.best_chunks`). The documents that
-own the best of them share the places of a route, so that a question gets no more chunks of many documents than of one,
-and each document then picks its own chunks and sentences as if it had been named. A document whose best chunk matches
-worse than the best one's weighs less.
+In a whole library the register ranks the chunks of all documents at once (`Register.best_chunks`), and the reader looks
+into the documents that own the best of them. They share the places of a route, so that a question gets no more chunks
+of many documents than of one. A document weighs by its best chunk's BM25 and by the odds that its text answers.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from loracast.documents.units import find_headings
@@ -174,9 +174,9 @@ def _pick(matched: Matches, k: int, by: str) -> Route:
 
 # ---- routing among several documents, or over a whole library
 
-_SHARPNESS = 8  # a document weighs (its best chunk's BM25 / the best of all) to this power
-_MIN_DOCUMENT_WEIGHT = 0.1
-"""Weight of another document beside the best one from which on it gets a place (dev: level from 0 to 0.3)."""
+CHUNKS_RANKED, DOCUMENTS_READ = 32, 8  # of a library: the best chunks by BM25, and those of their documents
+_LEAST = 1e-6  # probability that a document does not answer
+_SHARPNESS = 4  # a document weighs (its best chunk's BM25 / the best of all) to this power, times the root of its odds
 
 
 def patterns_in(chosen: Iterable[object], tag: str = "") -> list[str]:
@@ -220,8 +220,9 @@ def route_adapters(
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
         check_patterns(library, patterns, tag)
         with library.reading() as register:
-            others = register.best_chunks(phrases(question), k, patterns, tag, versions.keys())
-        routed += share_out(others, question, k, open_named, reader, always)
+            others = register.best_chunks(phrases(question), CHUNKS_RANKED, patterns, tag, versions.keys())
+        weighed = weigh_documents(others, question, k, open_named, reader, always)
+        routed += share_out(weighed, question, k, open_named, reader, always)
     return routed
 
 
@@ -241,41 +242,62 @@ def check_patterns(library: Library, patterns: Sequence[str], tag: str = "") -> 
             )
 
 
-def share_out(
+def weigh_documents(
     matches: Sequence[Match],
     question: str,
     k: int,
     open_named: Callable[[str], Adapter],
     reader: QuestionReader | None = None,
     always: bool = False,
-) -> list[tuple[Adapter, Route]]:
-    """What a question gets of each document that owns one of the best chunks of a library, the best one first.
+) -> list[tuple[float, Match, Route]]:
+    """The documents that own the best chunks of a library: weight, best chunk and route, those with most weight first.
 
-    A document's weight is its best chunk's score beside the best one of all, to a power.
+    A document weighs by its best chunk's BM25 and by the reader's odds that the answer stands in it.
 
     Args:
         matches: those chunks, best first.
-        k: the places of the route; the best document gets those of chunks that match too little, and those left over.
+        k: the most chunks that the question gets of one.
         open_named: opens a version `name@hash`.
         reader, always: as in `route_adapter`; a document that does not answer is left out.
     """
-    weights = {match: (match.score / matches[0].score) ** _SHARPNESS for match in matches}
-    close = [match for match in matches if weights[match] >= _MIN_DOCUMENT_WEIGHT]
-    routed: list[tuple[Adapter, Route]] = []
-    best = 1.0
-    for version in dict.fromkeys(match.version for match in close):
-        own = [match for match in close if match.version == version]
-        first, n_places = own[0], len(own) + (0 if routed else k - len(close))
+    firsts, found = {match.version: match for match in reversed(matches)}, list[tuple[float, Match, Route]]()
+    for version in islice(dict.fromkeys(match.version for match in matches), DOCUMENTS_READ):
+        first = firsts[version]
+        route = route_adapter(open_named(first.reference), question, k, reader, always)
+        odds = 1.0 if route.about is None else route.about / max(1 - route.about, _LEAST)
+        if not route.is_empty:
+            found.append((odds**0.5 * (first.score / matches[0].score) ** _SHARPNESS, first, route))
+    return sorted(found, key=lambda one: -one[0])
+
+
+def share_out(
+    weighed: Sequence[tuple[float, Match, Route]],
+    question: str,
+    k: int,
+    open_named: Callable[[str], Adapter],
+    reader: QuestionReader | None = None,
+    always: bool = False,
+) -> list[tuple[Adapter, Route]]:
+    """What a question gets of each document of a library, together at most k chunks: those that weigh most.
+
+    Args:
+        weighed: documents, as of `weigh_documents`.
+        open_named, reader, always: as there.
+    """
+    places = [
+        (-weight * of_chunk, number)
+        for number, (weight, first, route) in enumerate(weighed)
+        for of_chunk in route.weights or [1.0] * first.n_chunks
+    ]
+    routed = list[tuple[Adapter, Route]]()
+    for number, n_places in Counter(number for _, number in sorted(places)[:k]).items():
+        weight, first, _ = weighed[number]
         document = open_named(first.reference)
         route = route_adapter(document, question, n_places, reader, always)
-        if route.is_empty:
-            continue
         if route.chunks is None and first.n_chunks > n_places:
             chunks = tuple(range(n_places))
             route = Route(chunks, weights=(1.0,) * n_places, reason="only the document's name matches: its beginning")
-        best = best if routed else weights[first]
-        weight = weights[first] / best
-        routed.append((document, route if weight == 1.0 else route.scaled(first.n_chunks, weight)))
+        routed.append((document, route.scaled(first.n_chunks, weight / weighed[0][0]) if number else route))
     return routed
 
 

@@ -32,6 +32,7 @@ from loracast.lab.evaluation.documents import DocumentSetup, QuestionedConfig, R
 from loracast.lab.evaluation.qa import MAX_NEW_TOKENS
 from loracast.lab.evaluation.report import Progress, Report, columns, mean, no_progress, with_interval
 from loracast.lab.evaluation.runner import Answered, Baseline, ask, ask_one, grouped, in_turn, warm_up
+from loracast.reading.routing import CHUNKS_RANKED, DOCUMENTS_READ, weigh_documents
 from loracast.reading.search import phrases
 
 MAX_HOLDER_SHARE = 0.01
@@ -127,7 +128,9 @@ def rank_all(
                 words = [word for word, _ in phrases(question.question) if " " not in word]
                 telling = any(name in holders(word) and len(holders(word)) <= most for word in words)
                 matches = register.best_chunks(phrases(question.question), _CHUNKS_LOOKED_AT)
-                found = list(dict.fromkeys(match.name for match in matches))
+                looked_at = question.question, setup.config.route, setup.library.open, setup.reader, True
+                weighed = [match for _, match, _ in weigh_documents(matches, *looked_at)]
+                found = list(dict.fromkeys(match.name for match in (*weighed, *matches)))
                 rank = found.index(name) + 1 if name in found else None
                 asked.append(Asked(name, document.doc_id, question, telling, rank))
             progress(i + 1, len(drawn))
@@ -142,7 +145,7 @@ def _time(
     warm_up(setup.base)
     on_disk: set[str] = set()
     for i, one in enumerate(some):
-        while missing := {one.name, *_picked(setup, one.asked.question)} - on_disk:
+        while missing := {one.name, *_read(setup, one.asked.question)} - on_disk:
             on_disk |= missing
             for name in sorted(missing):  # each is now the youngest: of equal chunks others may come first
                 about = drawn[int(name.removeprefix("d"))]
@@ -155,9 +158,11 @@ def _time(
     return times
 
 
-def _picked(setup: DocumentSetup, question: str) -> list[str]:
+def _read(setup: DocumentSetup, question: str) -> list[str]:
+    """The documents that the reader ranks."""
     with setup.library.reading() as register:
-        return [match.name for match in register.best_chunks(phrases(question), setup.config.route)]
+        matches = register.best_chunks(phrases(question), CHUNKS_RANKED)
+        return list(dict.fromkeys(match.name for match in matches))[:DOCUMENTS_READ]
 
 
 def _parts(asked: Sequence[Any], about: Callable[[Any], Asked]) -> dict[str, list[Any]]:
@@ -177,7 +182,7 @@ def _ranks(asked: Sequence[Asked]) -> list[dict[str, Any]]:
     for part, some in _parts(asked, lambda one: one).items():
         if some:
             hits = [float(one.rank is not None and one.rank <= _N_FIRST) for one in some]
-            row = {"questions": part, "label": "search alone", "n": len(some)}
+            row = {"questions": part, "label": "search and reader", "n": len(some)}
             row |= {"first": mean([one.rank == 1 for one in some]), **with_interval("three", _by_document(some, hits))}
             rows.append(row)
     return rows
