@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from loracast.library.library import Library
 from loracast.library.register import Match
 from loracast.library.save import save_lora
 from loracast.lora.algebra import LoRA, concat
+from loracast.reading.matching import Candidate
 from loracast.reading.routing import Route, route_adapter, routing_key, share_out, sources, weigh_documents
 from loracast.reading.search import phrases
 
@@ -255,39 +257,31 @@ def test_a_document_of_before_sentences_were_kept_takes_part_by_chunk(changing):
 # ---- weights
 
 
-class Always:
-    """A document that always gives the same route."""
-
-    def __init__(self, route):
-        self.given, self.places = route, []
-
-    def route(self, question, k, reader, always):
-        self.places.append(k)
-        return self.given
-
-
 def test_a_worse_document_weighs_less_in_chunks_and_sentences(monkeypatch):
     """By BM25 to the fourth power, times the root of the odds that it answers."""
-    monkeypatch.setattr("loracast.reading.routing.route_adapter", Always.route)
-    one = Always(Route((4, 2), (1.0, 0.1), (1.0,), ((0.5, 1.0), (0.1, 0.0)), about=0.9))
-    two = Always(Route(sentences=((1.0, 0.0),), about=0.5))
-    three, refusing = Always(Route((3,), (1.0,), about=0.001)), Always(Route((), about=0.1))
+    monkeypatch.setattr("loracast.reading.routing.route_adapter", lambda one, *_: one.route)
+
+    def document(n_chunks, *route, **about):
+        return SimpleNamespace(route=Route(*route, **about), manifest=SimpleNamespace(n_chunks=n_chunks))
+
+    copied = Candidate("two", 0.3, 2), Candidate("four", 0.2, 4)
+    one = document(9, (4, 2), (1.0, 0.1), ((0.5, 1.0), (0.1, 0.0)), about=0.9, candidates=copied)
+    two = document(1, None, (), ((1.0, 0.0),), about=0.5)
+    three, refusing = document(5, (3,), (1.0,), about=0.001), document(3, (), about=0.1)
     matches = [Match("a", "va", 9, 4, 8.0), Match("a", "va", 9, 2, 7.5), Match("d", "vd", 3, 0, 7.5),
                Match("b", "vb", 1, 0, 7.0), Match("c", "vc", 5, 3, 4.0)]  # fmt: skip
     documents = {"a@va": one, "b@vb": two, "c@vc": three, "d@vd": refusing}
-
-    def share(some, k, documents):
-        return share_out(weigh_documents(some, "?", k, documents.__getitem__), "?", k, documents.__getitem__)
-
-    shared = share(matches, 3, documents)
-    assert (one.places, two.places) == ([3, 2], [3, 1])  # c weighs less than a's second chunk, and d does not answer
-    assert three.places == refusing.places == [3]
-    assert shared[0] == (one, one.given) and len(shared) == 2
+    weighed = weigh_documents(matches, "?", 3, documents.__getitem__)
+    assert [found for _, found, _ in weighed] == [one, two, three]
+    first, second = share_out(weighed, 3)  # c weighs less than a's second chunk, and d does not answer
+    assert first == (one, one.route)
     weight = (7 / 8) ** 4 / 3
-    assert shared[1][1].chunk_weights == pytest.approx({0: weight})
-    assert shared[1][1].sentence_weights[0] == pytest.approx((weight, 0.0))
-    better = share(matches[:4], 1, {**documents, "b@vb": Always(Route((0,), (1.0,), about=0.99))})
-    assert [route.about for _, route in better] == [0.99]  # BM25 had it third
+    assert second[1].chunk_weights == pytest.approx({0: weight})
+    assert second[1].sentence_weights[0] == pytest.approx((weight, 0.0))
+    first, second = share_out(weighed, 2)
+    assert first[1].chunks == (4,) and first[1].candidates == copied[1:] and second[0] == two
+    documents["b@vb"] = better = document(1, (0,), (1.0,), about=0.99)
+    assert share_out(weigh_documents(matches, "?", 1, documents.__getitem__), 1) == [(better, better.route)]
 
 
 # ---- where an answer comes from

@@ -179,5 +179,5 @@ def test_an_adapter_with_a_factor_copies_less_and_one_that_is_subtracted_nothing
     question = "How much do adults pay?"
     whole = model.prepare(question, "door").candidates
     candidates = model.prepare(question, "door", scales={adapter.manifest.version: scale}).candidates
-    expected = () if share is None else tuple(Candidate(text, p * share) for text, p in whole)
+    expected = () if share is None else tuple(Candidate(text, p * share) for text, p, _ in whole)
     assert whole and candidates == expected

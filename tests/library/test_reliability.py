@@ -104,6 +104,20 @@ def test_nothing_is_unpickled_or_evaluated():
                 assert "trust_remote_code" not in given, path
 
 
+def test_no_kernels_come_from_the_hub():
+    """By default transformers runs code from the hub for a model that it loads, from 5.25 on."""
+    loads = [
+        (path, node)
+        for path in sorted((ROOT / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and re.fullmatch(r"AutoModel\w*\.from_pretrained|getattr\(transformers, model\)\..*", ast.unparse(node.func))
+    ]
+    assert len(loads) == 4
+    for path, node in loads:
+        assert "use_kernels=False" in [ast.unparse(keyword) for keyword in node.keywords], path
+
+
 @pytest.mark.parametrize("attribute", ["__class__.__mro__", "__init__.__globals__"])
 def test_a_chat_template_reaches_nothing_of_python(attribute):
     tokenizer = make_tokenizer()

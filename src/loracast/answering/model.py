@@ -351,7 +351,7 @@ class Model:
 
     def copy_bias(self, prepared: Prepared) -> CopyBias | None:
         """The bias for what an answer may copy from the documents; None without candidates."""
-        candidates = prepared.candidates
+        candidates = [(one.text, one.probability) for one in prepared.candidates]
         return CopyBias(self.base.tokenizer, candidates, self.base.end_ids) if candidates else None
 
     def _request(self, question: Question, adapter: Chosen, **options: Any) -> tuple[Prepared, LoRA | None]:

@@ -163,8 +163,9 @@ def _dequantise(unpacked: Path, built: Path) -> None:
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=_GGUF)
         model = AutoModelForCausalLM.from_pretrained(
-            unpacked, gguf_file=_GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
+            unpacked, gguf_file=_GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True),
+            use_kernels=False,
+        )  # fmt: skip
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
     os.replace(unpacked / _GGUF, built / _GGUF)

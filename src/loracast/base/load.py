@@ -141,14 +141,14 @@ def load_base(
     device = device or fastest_device()
     wanted = fastest_dtype(device) if dtype is None else dtype_of(dtype)
     options: dict[str, Any] = {"revision": revision or "main"}
-    try:
+    try:  # kernels would be code from the hub, which transformers runs by default from 5.25 on
         with quiet_transformers():
             config = AutoConfig.from_pretrained(where, **options)
             check_memory(name, config, wanted, quantization, devices_of(device, device_map), say)
             if quantization is not None:
                 options["quantization_config"] = quantization_config(quantization, wanted)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                where, config=config, dtype=wanted, device_map=device_map or device, **options
+                where, config=config, dtype=wanted, device_map=device_map or device, use_kernels=False, **options
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(

@@ -138,7 +138,9 @@ def _loaded(encoder: str | None, processor: str, model: str, device: str | None,
     try:
         with quiet_transformers():
             prepares = getattr(transformers, processor).from_pretrained(where)
-            loaded, about = getattr(transformers, model).from_pretrained(where, output_loading_info=True)
+            loaded, about = getattr(transformers, model).from_pretrained(
+                where, output_loading_info=True, use_kernels=False
+            )
     except ImportError as error:  # of timm or Pillow
         raise EncoderError(f"the vision model {name!r} needs pip install 'loracast[images]' ({error})") from error
     except (OSError, ValueError, KeyError) as error:

@@ -275,7 +275,7 @@ class SentenceEncoder:
         try:
             with quiet_transformers():
                 self._tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right")
-                self._model: Any = AutoModel.from_pretrained(where).eval().requires_grad_(False)
+                self._model: Any = AutoModel.from_pretrained(where, use_kernels=False).eval().requires_grad_(False)
             pooling = _read_json(where, "1_Pooling/config.json")
             parts = _read_json(where, "modules.json", [])
             lengths = _read_json(where, "sentence_bert_config.json", {})

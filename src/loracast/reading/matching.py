@@ -26,6 +26,8 @@ class Candidate(NamedTuple):
     text: str
     """At most to the end of its sentence, in normal form (NFC)."""
     probability: float
+    chunk: int = 0
+    """Of its document."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Matches:
     """Those that match, the best first."""
     sentences: Mapping[int, tuple[float, ...]] | None
     """By chunk, its sentences, 0 where nothing matches. None where none does."""
-    candidates: tuple[tuple[int, Candidate], ...] = ()
-    """With what the answer may begin, each with its chunk, the most probable first."""
+    candidates: tuple[Candidate, ...] = ()
+    """With what the answer may begin, the most probable first."""
     nowhere: float | None = None
     """The probability that the answer stands nowhere in the document."""
     about: float | None = None
@@ -69,5 +71,5 @@ def shortened(text: str) -> str:
 
 def candidates_together(of_each: Sequence[tuple[float, Sequence[Candidate]]]) -> tuple[Candidate, ...]:
     """What an answer from several documents may begin with, each document's candidates with its weight."""
-    total = sum(weight for weight, candidates in of_each if candidates)
-    return tuple(Candidate(text, p * weight / total) for weight, candidates in of_each for text, p in candidates)
+    total = sum(weight for weight, some in of_each if some)
+    return tuple(one._replace(probability=one.probability * weight / total) for weight, some in of_each for one in some)

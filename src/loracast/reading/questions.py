@@ -171,7 +171,7 @@ class QuestionReader:
 
     def _candidates(
         self, found: Found, chunks: Sequence[Chunk], spans: Sequence[Spans], read: Sequence[ReadChunk]
-    ) -> Iterator[tuple[int, Candidate]]:
+    ) -> Iterator[Candidate]:
         """With what the answer may begin: texts from a token on to the end of its unit."""
         starts, offsets = [0, *accumulate(len(one.units) for one in read)], dict[int, Spans]()
         for token, probability in found.begins[:CANDIDATES_KEPT]:
@@ -184,7 +184,7 @@ class QuestionReader:
                 offsets[chunk] = encode_with_offsets(self.base.tokenizer, prompt)[1]
             text = normalize("NFC", prompt[offsets[chunk][at][0] : spans[chunk][read[chunk].units[at]][1]])
             if beginning := shortened(text.strip()).rstrip():
-                yield chunk, Candidate(beginning, probability)
+                yield Candidate(beginning, probability, chunk)
 
     # ---- what the reader sees
 

@@ -82,6 +82,14 @@ class Route:
         sentences = self.sentences and tuple(tuple(scale * weight for weight in chunk) for chunk in self.sentences)
         return replace(self, chunks=chunks, weights=weights, sentences=sentences)
 
+    def first(self, k: int) -> Route:
+        """The route with its best k chunks alone."""
+        if self.chunks is None or len(self.chunks) <= k:
+            return self
+        chunks, sentences = self.chunks[:k], self.sentences and self.sentences[:k]
+        candidates = tuple(one for one in self.candidates if one.chunk in chunks)
+        return replace(self, chunks=chunks, weights=self.weights[:k], sentences=sentences, candidates=candidates)
+
 
 def route_adapter(
     adapter: Adapter,
@@ -165,7 +173,7 @@ def _pick(matched: Matches, k: int, by: str) -> Route:
     if not matched.chunks:
         return Route(reason="no word of the question occurs in the document: all chunks")
     chunks, weights = zip(*[*matched.chunks.items()][:k], strict=True)
-    candidates = tuple(one for chunk, one in matched.candidates if chunk in chunks)
+    candidates = tuple(one for one in matched.candidates if one.chunk in chunks)
     sentences = tuple(matched.sentences[chunk] for chunk in chunks) if matched.sentences else ()
     of_chunks = sentences if any(map(any, sentences)) else None  # a heading may be all that matches
     reason = f"best {len(chunks)} by {by}"
@@ -221,8 +229,7 @@ def route_adapters(
         check_patterns(library, patterns, tag)
         with library.reading() as register:
             others = register.best_chunks(phrases(question), CHUNKS_RANKED, patterns, tag, versions.keys())
-        weighed = weigh_documents(others, question, k, open_named, reader, always)
-        routed += share_out(weighed, question, k, open_named, reader, always)
+        routed += share_out(weigh_documents(others, question, k, open_named, reader, always), k)
     return routed
 
 
@@ -249,8 +256,8 @@ def weigh_documents(
     open_named: Callable[[str], Adapter],
     reader: QuestionReader | None = None,
     always: bool = False,
-) -> list[tuple[float, Match, Route]]:
-    """The documents that own the best chunks of a library: weight, best chunk and route, those with most weight first.
+) -> list[tuple[float, Adapter, Route]]:
+    """The weight and route of each document that owns one of the best chunks of a library, most weight first.
 
     A document weighs by its best chunk's BM25 and by the reader's odds that the answer stands in it.
 
@@ -260,45 +267,29 @@ def weigh_documents(
         open_named: opens a version `name@hash`.
         reader, always: as in `route_adapter`; a document that does not answer is left out.
     """
-    firsts, found = {match.version: match for match in reversed(matches)}, list[tuple[float, Match, Route]]()
+    firsts, found = {match.version: match for match in reversed(matches)}, list[tuple[float, Adapter, Route]]()
     for version in islice(dict.fromkeys(match.version for match in matches), DOCUMENTS_READ):
         first = firsts[version]
-        route = route_adapter(open_named(first.reference), question, k, reader, always)
+        document = open_named(first.reference)
+        route = route_adapter(document, question, k, reader, always)
+        if route.chunks is None and first.n_chunks > k:
+            route = Route(tuple(range(k)), (1.0,) * k, reason="only the document's name matches: its beginning")
         odds = 1.0 if route.about is None else route.about / max(1 - route.about, _LEAST)
         if not route.is_empty:
-            found.append((odds**0.5 * (first.score / matches[0].score) ** _SHARPNESS, first, route))
+            found.append((odds**0.5 * (first.score / matches[0].score) ** _SHARPNESS, document, route))
     return sorted(found, key=lambda one: -one[0])
 
 
-def share_out(
-    weighed: Sequence[tuple[float, Match, Route]],
-    question: str,
-    k: int,
-    open_named: Callable[[str], Adapter],
-    reader: QuestionReader | None = None,
-    always: bool = False,
-) -> list[tuple[Adapter, Route]]:
-    """What a question gets of each document of a library, together at most k chunks: those that weigh most.
-
-    Args:
-        weighed: documents, as of `weigh_documents`.
-        open_named, reader, always: as there.
-    """
-    places = [
-        (-weight * of_chunk, number)
-        for number, (weight, first, route) in enumerate(weighed)
-        for of_chunk in route.weights or [1.0] * first.n_chunks
+def share_out(weighed: Sequence[tuple[float, Adapter, Route]], k: int) -> list[tuple[Adapter, Route]]:
+    """What a question gets of documents, as of `weigh_documents`: the k of their chunks that weigh most."""
+    best = weighed[0][0] if weighed else 1.0
+    routed = [
+        (document, route if weight == best else route.scaled(document.manifest.n_chunks, weight / best))
+        for weight, document, route in weighed
     ]
-    routed = list[tuple[Adapter, Route]]()
-    for number, n_places in Counter(number for _, number in sorted(places)[:k]).items():
-        weight, first, _ = weighed[number]
-        document = open_named(first.reference)
-        route = route_adapter(document, question, n_places, reader, always)
-        if route.chunks is None and first.n_chunks > n_places:
-            chunks = tuple(range(n_places))
-            route = Route(chunks, weights=(1.0,) * n_places, reason="only the document's name matches: its beginning")
-        routed.append((document, route.scaled(first.n_chunks, weight / weighed[0][0]) if number else route))
-    return routed
+    places = [(-weight, i) for i, (_, route) in enumerate(routed) for weight in route.weights or (1.0,)]
+    counts = Counter(number for _, number in sorted(places)[:k])
+    return [(document, route.first(counts[i])) for i, (document, route) in enumerate(routed) if counts[i]]
 
 
 def scaled(routed: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float]) -> list[tuple[Adapter, Route]]:
@@ -312,8 +303,8 @@ def scaled(routed: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float])
         if scale == 0:
             route = Route((), reason="its scale is 0", about=route.about)
         elif scale != 1 and not route.is_empty:
-            share = min(scale, 1.0)
-            candidates = tuple(Candidate(text, p * share) for text, p in route.candidates if share > 0)
+            share = max(0.0, min(scale, 1.0))
+            candidates = tuple(one._replace(probability=share * one.probability) for one in route.candidates if share)
             route = replace(route.scaled(adapter.manifest.n_chunks, scale), candidates=candidates)
         weighed.append((adapter, route))
     return weighed

@@ -129,8 +129,8 @@ def rank_all(
                 telling = any(name in holders(word) and len(holders(word)) <= most for word in words)
                 matches = register.best_chunks(phrases(question.question), _CHUNKS_LOOKED_AT)
                 looked_at = question.question, setup.config.route, setup.library.open, setup.reader, True
-                weighed = [match for _, match, _ in weigh_documents(matches, *looked_at)]
-                found = list(dict.fromkeys(match.name for match in (*weighed, *matches)))
+                weighed = [document.name for _, document, _ in weigh_documents(matches, *looked_at)]
+                found = list(dict.fromkeys([*weighed, *(match.name for match in matches)]))
                 rank = found.index(name) + 1 if name in found else None
                 asked.append(Asked(name, document.doc_id, question, telling, rank))
             progress(i + 1, len(drawn))
