@@ -24,8 +24,8 @@ from loracast.library.library import Library
 from loracast.library.register import Match
 from loracast.library.save import save_lora
 from loracast.lora.algebra import LoRA, concat
-from loracast.reading.matching import Candidate
-from loracast.reading.routing import Route, route_adapter, routing_key, share_out, sources, weigh_documents
+from loracast.reading.matching import Candidate, Route
+from loracast.reading.routing import route_adapter, routing_key, share_out, sources, weigh_documents
 from loracast.reading.search import phrases
 
 TEXTS = {

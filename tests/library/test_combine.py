@@ -19,7 +19,8 @@ from loracast.library.library import Library
 from loracast.library.save import save_lora, target_of
 from loracast.lora.algebra import LoRA, concat, inject
 from loracast.lora.factors import Factors
-from loracast.reading.routing import Route, loras_together
+from loracast.reading.matching import Route
+from loracast.reading.routing import loras_together
 from tiny import PROSE, make_model
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))

@@ -20,7 +20,8 @@ from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.library import Library
 from loracast.lora.algebra import concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, pack, packed, quantise, unpack
-from loracast.reading.routing import Route, loras_together
+from loracast.reading.matching import Route
+from loracast.reading.routing import loras_together
 from tiny import PROSE, for_base, make_hypernet
 
 QUESTION = "What is the code of the amber lantern?"

@@ -110,7 +110,7 @@ def test_a_question_gets_the_units_by_their_probabilities(asked):
     units = torch.tensor([sum(map(len, spans[:i])) + unit for i, one in enumerate(read) for unit in one.units])
     text = reader.unpacked(torch.cat([one.vectors for one in read]))
     found = reader.find(given.read, given.ids, text, units, scores / scores.max(), held)
-    flat = [weight for chunk in sorted(matched.sentences) for weight in matched.sentences[chunk]]
+    flat = [weight for _, some in sorted(matched.sentence_weights.items()) for weight in some]
     for unit, probability in zip(found.units, found.of_units, strict=True):
         assert flat[unit] == pytest.approx((probability / max(found.of_units)) ** 0.5, abs=0.05)
     assert sum(weight > 0 for weight in flat) == len(found.units) == 3

@@ -8,8 +8,8 @@ from typing import Literal
 
 from loracast.base.generate import Answer
 from loracast.library.adapter import Adapter
-from loracast.reading.matching import Candidate
-from loracast.reading.routing import Route, Source
+from loracast.reading.matching import Candidate, Route
+from loracast.reading.routing import Source
 
 NOT_SAID = "The document does not say."
 """The answer of a refusal, and in training to a question that the document does not answer."""

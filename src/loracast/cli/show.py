@@ -23,7 +23,7 @@ from loracast.reading.routing import DEFAULT_ROUTE, route_adapters
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
     from loracast.library.combine import ModuleSize
-    from loracast.reading.routing import Route
+    from loracast.reading.matching import Route
 
 
 def list_(

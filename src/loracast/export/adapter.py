@@ -21,8 +21,9 @@ from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.lora.algebra import LoRA, uniform
+from loracast.reading.matching import Route
 from loracast.reading.questions import QuestionReader
-from loracast.reading.routing import Route, route_set
+from loracast.reading.routing import route_set
 from loracast.reading.search import search
 
 WRITERS: dict[str, Callable[[Request], Path]] = {

@@ -7,10 +7,11 @@ choose its chunks and sentences, nothing is copied, and a question is refused on
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from loracast.library.adapter import SentenceWeights
 from loracast.library.index import Index, open_index, read_sentences
 from loracast.reading.search import search, sentence_scores
 
@@ -31,25 +32,62 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Matches:
-    """How well a document matches a question, 1 for the best."""
+class Route:
+    """What of a document a question gets: the chunks, best first, the weights of their sentences, and why."""
 
-    chunks: dict[int, float]
-    """Those that match, the best first."""
-    sentences: Mapping[int, tuple[float, ...]] | None
-    """By chunk, its sentences, 0 where nothing matches. None where none does."""
-    candidates: tuple[Candidate, ...] = ()
-    """With what the answer may begin, the most probable first."""
-    nowhere: float | None = None
-    """The probability that the answer stands nowhere in the document."""
+    chunks: tuple[int, ...] | None = None
+    """None: all of them, merged."""
+    weights: tuple[float, ...] = ()
+    """What each chunk's LoRA is multiplied with: 1 for the best one, less the worse a chunk matches."""
+    sentences: tuple[tuple[float, ...], ...] | None = None
+    """Of each picked chunk, the weights of its sentences; None: all rows weigh like their chunk."""
+    reason: str = "all chunks"
     about: float | None = None
-    """How likely the document answers, 0.5 where the reader begins to refuse; None where no reader looked."""
+    """The probability that the document speaks of what is asked; None where nobody looked."""
+    candidates: tuple[Candidate, ...] = ()
+    """What the answer may begin with, if it is a text of the document."""
+    nowhere: float | None = None
+    """The probability that the answer stands nowhere in the document; None where nobody looked."""
     is_foreign: bool = False
-    """Whether the question is meant for no document, such as a greeting."""
+    """Whether the question is meant for no document, such as a greeting: the plain base answers it."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the question gets nothing of the document."""
+        return self.chunks == ()
+
+    @property
+    def chunk_weights(self) -> dict[int, float] | None:
+        """The weight of each picked chunk; None: all of them, merged."""
+        return None if self.chunks is None else dict(zip(self.chunks, self.weights, strict=True))
+
+    @property
+    def sentence_weights(self) -> SentenceWeights | None:
+        """The weights of the sentences by chunk; None: all rows weigh like their chunk."""
+        if self.sentences is None:
+            return None
+        chunks = range(len(self.sentences)) if self.chunks is None else self.chunks
+        return dict(zip(chunks, self.sentences, strict=True))
+
+    def scaled(self, n_chunks: int, scale: float) -> Route:
+        """The route of a document of so many chunks, with all weights multiplied."""
+        chunks = tuple(range(n_chunks)) if self.chunks is None else self.chunks
+        weights = tuple(scale * weight for weight in self.weights or (1.0,) * len(chunks))
+        sentences = self.sentences and tuple(tuple(scale * weight for weight in chunk) for chunk in self.sentences)
+        return replace(self, chunks=chunks, weights=weights, sentences=sentences)
+
+    def first(self, k: int) -> Route:
+        """The route with its best k chunks alone."""
+        if self.chunks is None:
+            return self
+        chunks, sentences = self.chunks[:k], self.sentences and self.sentences[:k]
+        sentences = sentences if any(map(any, sentences or ())) else None  # a heading may be all that matches
+        candidates = tuple(one for one in self.candidates if one.chunk in chunks)
+        return replace(self, chunks=chunks, weights=self.weights[:k], sentences=sentences, candidates=candidates)
 
 
-def match_words(index: Index, question: str) -> Matches:
-    """Match a question with a document by BM25 alone."""
+def match_words(index: Index, question: str) -> Route:
+    """Match a question with a document by BM25 alone: all chunks that share a word with it, best first."""
     with open_index(index) as database:
         found = search(database, question)
         scores = sentence_scores(database, question)
@@ -57,8 +95,9 @@ def match_words(index: Index, question: str) -> Matches:
     of_chunks, best = defaultdict[int, list[float]](list), max(scores or [1.0])
     for place, score in zip(places, scores or (), strict=True):
         of_chunks[place.chunk].append(score / best)
-    sentences = {chunk: tuple(some) for chunk, some in of_chunks.items()}
-    return Matches({chunk: score / found[0][1] for chunk, score in found}, sentences or None)
+    weights = tuple(score / found[0][1] for _, score in found)
+    sentences = tuple(tuple(of_chunks[chunk]) for chunk, _ in found) if scores else None
+    return Route(tuple(chunk for chunk, _ in found), weights, sentences)
 
 
 def shortened(text: str) -> str:

@@ -31,7 +31,7 @@ from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.reader import Found, Reader, ReaderConfig
 from loracast.library.index import Index, changing_index, open_index, read_chunks, read_sentences
-from loracast.reading.matching import CANDIDATES_KEPT, MIN_PROBABILITY, Candidate, Matches, shortened
+from loracast.reading.matching import CANDIDATES_KEPT, MIN_PROBABILITY, Candidate, Route, shortened
 from loracast.reading.search import sentence_scores, words_held
 
 Spans = Sequence[tuple[int, int]]
@@ -131,7 +131,7 @@ class QuestionReader:
     def _as_text(self) -> HiddenStatesEncoder:
         return reading_encoder(self.base, self.reader.config, self._hypernetwork())
 
-    def match(self, index: Index, question: str) -> Matches | None:
+    def match(self, index: Index, question: str) -> Route | None:
         """What a document has for a question; None for an index from before sentences were kept."""
         asked = self._asked_as(question)
         with open_index(index) as database:
@@ -147,25 +147,23 @@ class QuestionReader:
         first = [0, *accumulate(map(len, of_chunks))]
         units = torch.tensor([first[i] + unit for i, one in enumerate(read) for unit in one.units])
         text = self.reader.unpacked(torch.cat([one.vectors for one in read]))
-        return self._matches(self.reader.find(asked.read, asked.ids, text, units, *words), chunks, of_chunks, read)
+        return self._route(self.reader.find(asked.read, asked.ids, text, units, *words), chunks, of_chunks, read)
 
-    def _matches(
-        self, found: Found, chunks: Sequence[Chunk], spans: Sequence[Spans], read: Sequence[ReadChunk]
-    ) -> Matches:
+    def _route(self, found: Found, chunks: Sequence[Chunk], spans: Sequence[Spans], read: Sequence[ReadChunk]) -> Route:
         best, weights = max(found.of_units), [0.0] * sum(map(len, spans))
         for unit, probability in zip(found.units, found.of_units, strict=True):
             weights[unit] = (probability / best) ** _POWER
         rest = iter(weights)
-        sentences = {chunk: tuple(islice(rest, len(of_one))) for chunk, of_one in enumerate(spans)}
-        of_chunks = {chunk: max(some, default=0.0) for chunk, some in sentences.items()}
-        ranked = sorted((-score, chunk) for chunk, score in of_chunks.items() if score > 0)
+        sentences = [tuple(islice(rest, len(of_one))) for of_one in spans]
+        ranked = sorted((-max(some, default=0.0), chunk) for chunk, some in enumerate(sentences) if any(some))
         margin = found.margin - self.reader.refusing.item()
-        return Matches(
-            {chunk: -score for score, chunk in ranked},
-            sentences,
-            tuple(self._candidates(found, chunks, spans, read)),
-            found.nowhere,
+        return Route(
+            tuple(chunk for _, chunk in ranked),
+            tuple(-score for score, _ in ranked),
+            tuple(sentences[chunk] for _, chunk in ranked),
             about=torch.sigmoid(torch.tensor(-margin)).item(),
+            candidates=tuple(self._candidates(found, chunks, spans, read)),
+            nowhere=found.nowhere,
             is_foreign=found.is_foreign,
         )
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from loracast.documents.units import find_headings
 from loracast.errors import AdapterError, NoSuchAdapterError
-from loracast.library.adapter import Adapter, SentenceWeights, first_with_static
+from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.index import Index, read_chunks, read_sentences
 from loracast.library.library import Library
 from loracast.library.register import Match
-from loracast.reading.matching import Candidate, Matches, match_words
+from loracast.reading.matching import Route, match_words
 from loracast.reading.search import phrases
 
 if TYPE_CHECKING:
@@ -35,60 +35,6 @@ DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
 
 _REFUSED = 0.5  # `Matches.about` below which the document does not say what is asked
-
-
-@dataclass(frozen=True)
-class Route:
-    """What of a document a question gets: the chunks, best first, the weights of their sentences, and why."""
-
-    chunks: tuple[int, ...] | None = None
-    """None: all of them, merged."""
-    weights: tuple[float, ...] = ()
-    """What each chunk's LoRA is multiplied with: 1 for the best one, less the worse a chunk matches."""
-    sentences: tuple[tuple[float, ...], ...] | None = None
-    """Of each picked chunk, the weights of its sentences; None: all rows weigh like their chunk."""
-    reason: str = "all chunks"
-    about: float | None = None
-    """The probability that the document speaks of what is asked; None where nobody looked."""
-    candidates: tuple[Candidate, ...] = ()
-    """What the answer may begin with, if it is a text of the document."""
-    nowhere: float | None = None
-    """The probability that the answer stands nowhere in the document; None where nobody looked."""
-    is_foreign: bool = False
-    """Whether the question is meant for no document, such as a greeting: the plain base answers it."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the question gets nothing of the document."""
-        return self.chunks == ()
-
-    @property
-    def chunk_weights(self) -> dict[int, float] | None:
-        """The weight of each picked chunk; None: all of them, merged."""
-        return None if self.chunks is None else dict(zip(self.chunks, self.weights, strict=True))
-
-    @property
-    def sentence_weights(self) -> SentenceWeights | None:
-        """The weights of the sentences by chunk; None: all rows weigh like their chunk."""
-        if self.sentences is None:
-            return None
-        chunks = range(len(self.sentences)) if self.chunks is None else self.chunks
-        return dict(zip(chunks, self.sentences, strict=True))
-
-    def scaled(self, n_chunks: int, scale: float) -> Route:
-        """The route of a document of so many chunks, with all weights multiplied."""
-        chunks = tuple(range(n_chunks)) if self.chunks is None else self.chunks
-        weights = tuple(scale * weight for weight in self.weights or (1.0,) * len(chunks))
-        sentences = self.sentences and tuple(tuple(scale * weight for weight in chunk) for chunk in self.sentences)
-        return replace(self, chunks=chunks, weights=weights, sentences=sentences)
-
-    def first(self, k: int) -> Route:
-        """The route with its best k chunks alone."""
-        if self.chunks is None or len(self.chunks) <= k:
-            return self
-        chunks, sentences = self.chunks[:k], self.sentences and self.sentences[:k]
-        candidates = tuple(one for one in self.candidates if one.chunk in chunks)
-        return replace(self, chunks=chunks, weights=self.weights[:k], sentences=sentences, candidates=candidates)
 
 
 def route_adapter(
@@ -131,18 +77,18 @@ def route_document(
         return Route()
     if k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
-    matched = None if reader is None else reader.match(index, question)
+    matched, by = None if reader is None else reader.match(index, question), "the reader"
     if matched is None:
         matched, by = match_words(index, question), "BM25"
-        if not always and not matched.chunks and phrases(question):
+        if not always and matched.is_empty and phrases(question):
             return Route((), reason="no word of the question stands in the document")
-    else:
-        by = "the reader"
-        is_about = matched.about is None or matched.about >= _REFUSED
-        if not always and (matched.is_foreign or not is_about):
-            reason = "the question is meant for no document" if matched.is_foreign else "the document does not say"
-            return Route((), reason=reason, about=matched.about, nowhere=matched.nowhere, is_foreign=matched.is_foreign)
-    return _pick(matched, k, by)
+    elif not always and (matched.is_foreign or (matched.about is not None and matched.about < _REFUSED)):
+        reason = "the question is meant for no document" if matched.is_foreign else "the document does not say"
+        return replace(matched.first(0), reason=reason)
+    if matched.is_empty:
+        return Route(reason="no word of the question occurs in the document: all chunks")
+    route = matched.first(k)
+    return replace(route, reason=f"best {len(route.weights)} by {by}")
 
 
 def route_set(
@@ -166,18 +112,6 @@ def route_set(
             sentences[chunk] = list(map(max, new, sentences.get(chunk, new)))
     of_chunks = tuple(tuple(sentences[chunk]) for chunk in chunks) if counts else None
     return Route(tuple(chunks), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
-
-
-def _pick(matched: Matches, k: int, by: str) -> Route:
-    """At most k of a document's chunks, and the weights of their sentences."""
-    if not matched.chunks:
-        return Route(reason="no word of the question occurs in the document: all chunks")
-    chunks, weights = zip(*[*matched.chunks.items()][:k], strict=True)
-    candidates = tuple(one for one in matched.candidates if one.chunk in chunks)
-    sentences = tuple(matched.sentences[chunk] for chunk in chunks) if matched.sentences else ()
-    of_chunks = sentences if any(map(any, sentences)) else None  # a heading may be all that matches
-    reason = f"best {len(chunks)} by {by}"
-    return Route(chunks, weights, of_chunks, reason, matched.about, candidates, matched.nowhere)
 
 
 # ---- routing among several documents, or over a whole library

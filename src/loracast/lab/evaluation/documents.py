@@ -37,7 +37,8 @@ from loracast.library.index import Index
 from loracast.lora.algebra import LoRA
 from loracast.lora.factors import Factors
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
-from loracast.reading.routing import DEFAULT_ROUTE, Route, routing_key
+from loracast.reading.matching import Route
+from loracast.reading.routing import DEFAULT_ROUTE, routing_key
 from loracast.reading.search import search
 
 Prompt = Callable[[ChatFormat, str, str], list[int]]

@@ -17,7 +17,7 @@ from loracast.hypernets.associative_memory import END, OWNER, MemoryWrites
 from loracast.lab.training.scoring import Batch, Episode, Question, SoftTargets, pack, score_answers, soften
 from loracast.library.index import Index, write_index
 from loracast.lora.algebra import LoRA, LoRABatch, stack
-from loracast.reading.matching import match_words
+from loracast.reading.search import sentence_scores
 
 _SHARPNESS = 10.0  # inverse temperature of retrieval: a key's response is about 1 in each module
 
@@ -106,8 +106,8 @@ def retrieval_loss(
 
 def sentence_weights(index: Index, question: str) -> list[float] | None:
     """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
-    by_chunk = match_words(index, question).sentences
-    return None if by_chunk is None else [score for scores in by_chunk.values() for score in scores]
+    scores = sentence_scores(index, question)
+    return None if scores is None else [score / max(scores) for score in scores]
 
 
 def weights_of(prompts: Sequence[str], questions: Sequence[str]) -> list[tuple[float, ...]]:

@@ -33,7 +33,8 @@ from loracast.library.manifest import check_name
 from loracast.library.register import Entry
 from loracast.library.save import import_lora
 from loracast.lora.quantize import Storage
-from loracast.reading.routing import DEFAULT_ROUTE, Route, route_adapters
+from loracast.reading.matching import Route
+from loracast.reading.routing import DEFAULT_ROUTE, route_adapters
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import check_memories, needs
 from loracast.serving.jobs import Job
